@@ -1,0 +1,1209 @@
+"""MiniMiggy: a GPT you can train, sample and read, in one file, on tinygrad.
+
+    python minimiggy.py --train                  # learn to write verse, in about a minute on a laptop
+    python minimiggy.py --sample "ROMEO:"        # let the newest checkpoint write
+
+Read it from top to bottom, like a short book. No chapter uses an idea that an earlier one has not explained.
+
+     0. Before tinygrad is imported   what the machine must offer, and how we arrange it
+     1. The two configs               every knob, its unit, its default
+     2. The text                      where it comes from, and which part is kept for the exam
+     3. The tokenizer                 from text to numbers and back, with nothing out of vocabulary
+     4. The model, the plain way      a GPT in ordinary tensor operations: the definition
+     5. The same model, fast          the few kernels that make it quick, each equal to chapter 4
+     6. Adam and the training step    how the numbers get better, and what one sees meanwhile
+     7. Checkpoints                   one file that holds everything, written so that nothing is lost
+     8. Sampling                      one token at a time, remembering what was computed
+     9. Proving it                    gradients checked by finite differences, speed against the machine
+    10. The command line              flags made from chapter 1, and errors that help
+
+Shapes stand in comments as (B, T, C): B sequences side by side in a batch, T tokens each, C channels a token
+(n_embd). V is the vocabulary's size, H the number of attention heads, D = C / H a head's width.
+
+MIT licence.
+"""
+from __future__ import annotations
+
+import argparse
+import codecs
+import csv
+import dataclasses
+import functools
+import hashlib
+import heapq
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 0. Before tinygrad is imported
+#
+# A tensor library such as tinygrad does not come with a thousand compiled operations. It *writes a small C program*
+# for whatever we ask it to compute and hands that to a C compiler: on a CPU, clang. Few laptops have clang, but the
+# Python package `ziglang` contains a whole one, so `pip install` is all that is needed. tinygrad reads the
+# environment variables CC (which compiler?) and DEV (which device?) when it is imported, so we settle both first,
+# and leave alone whatever the user has set.
+# --------------------------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake that its reader can mend: the command line prints the text as one line and exits with code 2."""
+
+
+def find_compiler() -> str | None:
+    """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
+    if "CC" in os.environ or shutil.which("clang"):
+        return None
+    package = importlib.util.find_spec("ziglang")
+    if package is None or not package.submodule_search_locations:
+        return "no C compiler: `pip install ziglang` brings one (or install clang, or set CC to one)"
+    zig = Path(package.submodule_search_locations[0]) / "zig"
+    # CC must name one program, but zig's clang is called as `zig clang ...`: a two-line launcher joins them. Its name
+    # carries a hash of its text, so two virtual environments never overwrite each other's.
+    script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
+    name = "clang-" + hashlib.sha256(script.encode()).hexdigest()[:12]
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy",
+                   Path(tempfile.gettempdir()) / f"minimiggy-{getattr(os, 'getuid', int)()}"):
+        try:  # the user's cache first; where that is read-only, the temporary folder
+            folder.mkdir(parents=True, exist_ok=True)
+            launcher = folder / name
+            if not launcher.exists():
+                unfinished = folder / f"{name}.{os.getpid()}"
+                unfinished.write_text(script)
+                unfinished.chmod(0o755)
+                unfinished.replace(launcher)  # a rename is atomic: nobody ever runs half a launcher
+            os.environ["CC"] = str(launcher)
+            return None
+        except OSError:
+            continue
+    return f"no C compiler: set CC to a script that runs `{zig} clang`"
+
+
+def choose_device() -> None:
+    """Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...)."""
+    # By default clang uses only half the width of AVX-512 registers (107 instead of 166 GFLOP/s on a matrix product).
+    wide = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
+    os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if wide else "CPU")
+
+
+choose_device()
+MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
+
+import numpy as np
+from tinygrad import Context, Device, Tensor, TinyJit, dtypes
+from tinygrad.nn.state import get_state_dict
+
+HERE = Path(__file__).resolve().parent
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 1. The two configs
+#
+# Everything that can be chosen stands here once: what the model is (GPTConfig) and how it learns (TrainConfig). Each
+# field carries its help text and the range of values that make sense, and the command line of chapter 10 is made
+# from these classes, so the flags, their help and the checks cannot drift apart.
+# --------------------------------------------------------------------------------------------------------------------
+
+def knob(default, low, high, help):
+    """A config field: its default, its smallest and largest sensible value, and a help text that names the unit."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for the first field outside its range (a NaN is outside every range)."""
+    for f in dataclasses.fields(config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if not low <= value <= high:
+            raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
+
+
+@dataclass
+class GPTConfig:
+    """What the model is. The defaults make a small GPT-2 of about 7 million parameters, most of them embeddings."""
+    block_size: int = knob(64, 1, 65536, "tokens that the model sees at once, its context length T")
+    vocab_size: int = knob(50257, 2, 1_000_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)")
+    n_layer: int = knob(4, 1, 1000, "transformer blocks, one after the other")
+    n_head: int = knob(4, 1, 1000, "attention heads in a block; must divide --n-embd")
+    n_embd: int = knob(128, 1, 65536, "channels a token is represented by, C")
+    dropout: float = knob(0.0, 0.0, 0.99, "share of activations zeroed at random while training, against overfitting")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}: each head takes an equal "
+                            "share of the channels")
+
+
+@dataclass
+class TrainConfig:
+    """How the model learns. AdamW's betas and the weight decay are nanoGPT's for small models."""
+    batch_size: int = knob(8, 1, 65536, "sequences in a batch, B")
+    learning_rate: float = knob(1e-3, 0.0, 10.0, "largest step size of Adam, reached after the warm-up")
+    warmup_steps: int = knob(100, 0, 10**9, "steps over which the learning rate rises from 0")
+    max_iters: int = knob(1000, 1, 10**9, "training steps in all")
+    eval_interval: int = knob(100, 1, 10**9, "steps between two evaluations")
+    eval_iters: int = knob(20, 1, 10**6, "batches that an evaluation averages over")
+    min_lr: float = knob(1e-4, 0.0, 10.0, "learning rate at the end of the cosine decay")
+    weight_decay: float = knob(0.1, 0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step")
+    beta1: float = knob(0.9, 0.0, 0.9999, "Adam's memory of the gradient")
+    beta2: float = knob(0.99, 0.0, 0.9999, "Adam's memory of the squared gradient")
+    grad_clip: float = knob(1.0, 1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is scaled down")
+    grad_accum: int = knob(1, 1, 1000, "batches whose gradients are averaged into one step")
+    seed: int = knob(1337, 0, 2**31 - 1, "seed of every random choice: weights, batches, dropout")
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 2. The text
+#
+# A GPT learns from nothing but text. The default is "tiny Shakespeare", 1.1 MB of plays, fetched once. A download can
+# go wrong in many ways (no network, a cut, a login page in place of the file), so it goes to a temporary file, is
+# checked against a known SHA-256 and only then renamed into place: under the final name there is the right file or
+# none. Without a network, a play written for this project stands in, so that the first run always works.
+#
+# The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the
+# model has learned the language or merely the lines. We cut by position and not at random: neighbouring passages
+# resemble each other, and a random cut would let the model peek.
+# --------------------------------------------------------------------------------------------------------------------
+
+DATA = HERE / "data"
+SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                   "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+
+
+def download(url: str, path: Path, sha256: str) -> None:
+    """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors)."""
+    import requests  # here and not above: most runs need no network, and the import costs 0.2 s
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished, digest, got = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
+    try:
+        with requests.get(url, stream=True, timeout=(5, 30)) as response, open(unfinished, "wb") as file:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length", 0))
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
+                digest.update(chunk)
+                got += len(chunk)
+                show(f"downloading {path.name}: {got / 1e6:.1f}" + (f" of {total / 1e6:.1f} MB" if total else " MB"))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"{got} bytes came that are not the file we expect (wrong SHA-256)")
+        unfinished.replace(path)
+    finally:
+        show("")
+        unfinished.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file as a string, without a byte-order mark; UserError where that cannot be."""
+    try:
+        raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text: byte {raw[e.start]:#04x} at offset {e.start}") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def load_text(data: str | None) -> tuple[str, str]:
+    """The text that `--data` asks for, and its name: "shakespeare", "play", a file, or None for the default."""
+    play, local = DATA / "play.txt", DATA / "tinyshakespeare.txt"
+    if data == "play":
+        return read_text(play), "data/play.txt"
+    if data not in (None, "shakespeare"):
+        if not Path(data).is_file():
+            raise UserError(f"no such file: {data} (--data takes a text file, or one of: shakespeare, play)")
+        return read_text(Path(data)), data
+    if not local.exists():
+        try:
+            download(SHAKESPEARE["url"], local, SHAKESPEARE["sha256"])
+        except OSError as e:
+            reason = f"could not download tiny Shakespeare ({type(e).__name__}: {str(e)[:80]})"
+            if data == "shakespeare":
+                raise UserError(f"{reason}; bring the file to {local}, or use --data play") from e
+            say(f"{reason}: training on data/play.txt, a play that came with this file, instead")
+            return read_text(play), "data/play.txt"
+    return read_text(local), "tiny Shakespeare"
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """The first 90 % to train on, the last 10 % to validate on."""
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def say(line: str = "") -> None:
+    """Print a line that stays."""
+    show("")
+    print(line, flush=True)
+
+
+def show(line: str) -> None:
+    """Show a line that the next one overwrites; where nobody watches (a file, a pipe) such lines are not written."""
+    if sys.stdout.isatty():
+        print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 3. The tokenizer
+#
+# A network computes with numbers, so text is cut into *tokens* and each gets a number. Letters as tokens make long
+# sequences; words as tokens meet words that they have never seen. Byte-pair encoding (Sennrich et al. 2016,
+# arXiv:1508.07909; on bytes: GPT-2, Radford et al. 2019) lies between. It starts from the 256 possible bytes, so that
+# any text in any script can be written down, and then again and again makes the most frequent pair of neighbouring
+# tokens into a new token. " the" soon is one token, a rare name is several, an emoji is the four bytes that it is.
+# Nothing can be out of vocabulary.
+#
+# We learn the merges ourselves, in half a second. Applying them is a solved problem: tiktoken does it, in Rust.
+# --------------------------------------------------------------------------------------------------------------------
+
+# Merges never cross the borders that this pattern (GPT-2's) draws: it cuts before a space, and keeps letters, digits
+# and punctuation apart, so that "dog", "dog." and "dog!" share a token instead of each learning its own.
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class BPETokenizer:
+    """Text to token ids and back: `BPETokenizer("gpt2")` is GPT-2's vocabulary, `BPETokenizer.train` learns one.
+
+    Attributes: `vocab_size`; `merges`, a list of pairs of ids: token 256 + i is made of the two tokens `merges[i]`
+    (None for GPT-2's).
+    """
+
+    def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
+        import tiktoken  # here and not above: 0.2 s that `--help` need not wait for
+        self.name, self.merges = name, merges
+        if name == "gpt2":
+            try:
+                self.encoding = tiktoken.get_encoding("gpt2")
+            except Exception as e:  # tiktoken downloads the vocabulary once; requests, sockets, files can all fail
+                raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe, which "
+                                "learns its own from the text, or --tokenizer bytes; or set TIKTOKEN_CACHE_DIR to a "
+                                "folder that has it") from e
+        else:
+            tokens = [bytes([b]) for b in range(256)]
+            for left, right in merges:
+                tokens.append(tokens[left] + tokens[right])
+            ranks = {token: i for i, token in enumerate(tokens)}
+            self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self.vocab_size = self.encoding.n_vocab
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> BPETokenizer:
+        """Learn a vocabulary of `vocab_size` tokens (256: plain bytes) from `text`; fewer if nothing repeats."""
+        import regex  # comes with tiktoken; Python's own `re` does not know \p{L}, "any letter of any script"
+        if vocab_size < 256:
+            raise UserError(f"--vocab-size must be at least 256, one token for each byte, not {vocab_size}")
+        # Count each distinct word once: a megabyte of text has only some 15,000 of them.
+        word_counts = Counter(match.group() for match in regex.finditer(SPLIT, text))
+        words, freqs = [list(word.encode()) for word in word_counts], list(word_counts.values())
+        counts, places = Counter(), defaultdict(set)  # of each pair: how often it stands, and in which words
+        for i, word in enumerate(words):
+            for pair in itertools.pairwise(word):
+                counts[pair] += freqs[i]
+                places[pair].add(i)
+        # A heap yields the most frequent pair; among equals the one with the smallest ids, so that the result does
+        # not depend on chance. Its entries go stale as counts change: a stale one is recognised and thrown away.
+        heap = [(-count, pair) for pair, count in counts.items()]
+        heapq.heapify(heap)
+        tokens, merges = [bytes([b]) for b in range(256)], []
+        known = set(tokens)
+        while heap and len(tokens) < vocab_size:
+            count, (a, b) = heapq.heappop(heap)
+            # (the same bytes may be reached by two roads, as in a|bc and ab|c: one token is enough)
+            if -count != counts[a, b] or count > -2 or tokens[a] + tokens[b] in known:
+                continue
+            new = len(tokens)
+            tokens.append(tokens[a] + tokens[b])
+            known.add(tokens[new])
+            merges.append((a, b))
+            touched = set()
+            for i in places.pop((a, b)):
+                word, j = words[i], 0
+                while j < len(word) - 1:
+                    if word[j] == a and word[j + 1] == b:
+                        # Only the pairs on either side of the merge change; recounting all would be 10x slower.
+                        changes = [((word[j - 1], a), (word[j - 1], new))] if j else []
+                        if j + 2 < len(word):
+                            changes.append(((b, word[j + 2]), (new, word[j + 2])))
+                        for old, now in changes:
+                            counts[old] -= freqs[i]
+                            counts[now] += freqs[i]
+                            places[now].add(i)
+                            touched |= {old, now}
+                        word[j:j + 2] = [new]
+                    j += 1
+            counts[a, b] = 0
+            for pair in touched:
+                if counts[pair] > 0:
+                    heapq.heappush(heap, (-counts[pair], pair))
+        return cls("bpe", merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of a long text as an int32 array (N,), a megabyte at a time to keep Python's lists short."""
+        parts, start = [np.zeros(0, np.int32)], 0
+        while start < len(text):
+            end = start + (1 << 20)  # then go on to a place that no token can cross: a letter before a space
+            while end < len(text) and not (text[end - 1].isalpha() and text[end] in " \n"):
+                end += 1
+            parts.append(np.array(self.encode(text[start:end]), np.int32))
+            start = end
+        return np.concatenate(parts)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
+        return self.encoding.decode(ids, errors="replace")
+
+    def decode_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character."""
+        return self.encoding.decode_single_token_bytes(token)
+
+    def to_json(self) -> str:
+        """All that is needed to build the tokenizer again; goes into a checkpoint."""
+        return json.dumps({"name": self.name, "merges": self.merges})
+
+    @classmethod
+    def from_json(cls, text: str) -> BPETokenizer:
+        saved = json.loads(text)
+        return cls(saved["name"], saved["merges"] and [tuple(pair) for pair in saved["merges"]])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 4. The model, the plain way
+#
+# A GPT reads T tokens and says, at each place, how likely every token of the vocabulary is to come next. Inside, each
+# token is a vector of C numbers, and these T vectors run through the whole network as a "residual stream". A *block*
+# reads the stream twice and adds what it found: *attention* lets each token gather information from the tokens before
+# it, and an *MLP* works on each token by itself. After n_layer blocks, the vector at a place is compared with every
+# token's embedding: the better the match, the likelier that token.
+#
+# This is GPT-2 exactly (Radford et al. 2019; the transformer is Vaswani et al. 2017, arXiv:1706.03762): normalisation
+# before each sublayer, biases, learned positions, the tanh form of GELU, and an output head that is the embedding
+# table itself. The names are those of Hugging Face's GPT-2, so a checkpoint is at home there.
+#
+# Two layers to the code. `Plain` has the six operations that a GPT consists of, each in a few lines of ordinary tensor
+# algebra: they are the definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
+# --------------------------------------------------------------------------------------------------------------------
+
+class Plain:
+    """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32."""
+
+    @staticmethod
+    def embed(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+        """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands."""
+        return wte[idx] + wpe[:idx.shape[1]]
+
+    @staticmethod
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(..., C) -> (..., C) with mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
+
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(..., I) @ (I, O) + (O,) -> (..., O). GPT-2 stores weights as (in, out)."""
+        return x @ weight + bias
+
+    @staticmethod
+    def gelu(x: Tensor) -> Tensor:
+        """Nearly 0 below zero, nearly x above, smooth between; GPT-2's tanh form (arXiv:1606.08415)."""
+        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
+
+    @staticmethod
+    def attention(qkv: Tensor, n_head: int) -> Tensor:
+        """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C).
+
+        Each token asks a question (query), offers a label (key) and a content (value). It takes a weighted average of
+        the values of itself and of the tokens before it; the better key and query match, the larger the weight.
+        """
+        B, T, C3 = qkv.shape
+        q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
+        scores = Tensor.ones(T, T, dtype=dtypes.bool).tril().where(scores, -math.inf)  # no future
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+    @staticmethod
+    def loss(x: Tensor, wte: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the next tokens: (B, T, C), (V, C), targets (B, T) int32 -> scalar."""
+        logits = x @ wte.transpose(0, 1)                                                  # (B, T, V)
+        return -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+
+
+class Dropout:
+    """Zeroes a share `rate` of its input and scales the rest up, so that no unit can rely on a single other one.
+
+    Which elements, is a hash of their position and of `key`, one uint32 that is new at each step: there is no random
+    state to keep, so a resumed run draws what the interrupted one would have drawn. Without a key it does nothing:
+    evaluation and sampling have none and cannot forget to switch it off.
+    """
+
+    def __init__(self, rate: float, key: Tensor | None):
+        self.rate, self.key, self.places = rate, key, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or self.key is None:
+            return x
+        self.places += 1  # each place in the network gets numbers of its own
+        h = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape)
+        h = (h + self.key + self.places * 0x9E3779B9 % 2**32) * 0x85EBCA6B
+        h = (h ^ (h >> 15)) * 0xC2B2AE35  # multiply, fold, multiply: the finish of MurmurHash3
+        h = h ^ (h >> 13)
+        return (h >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
+
+
+class Linear:
+    def __init__(self, draw, n_in: int, n_out: int, std: float = 0.02):
+        self.weight, self.bias = draw(std, n_in, n_out), draw(0, n_out)
+
+
+class LayerNorm:
+    def __init__(self, n_embd: int):
+        self.weight, self.bias = Tensor(np.ones(n_embd, np.float32)), Tensor(np.zeros(n_embd, np.float32))
+
+
+class Table:
+    def __init__(self, draw, rows: int, n_embd: int):
+        self.weight = draw(0.02, rows, n_embd)
+
+
+class Attention:
+    def __init__(self, draw, config: GPTConfig):
+        C = config.n_embd
+        self.c_attn = Linear(draw, C, 3 * C)  # query, key and value of all heads in one product
+        # What 2 * n_layer sublayers add to the stream would grow with the depth; a smaller start keeps it level.
+        self.c_proj = Linear(draw, C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+
+
+class MLP:
+    def __init__(self, draw, config: GPTConfig):
+        C = config.n_embd
+        self.c_fc = Linear(draw, C, 4 * C)
+        self.c_proj = Linear(draw, 4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+
+
+class Block:
+    def __init__(self, draw, config: GPTConfig):
+        self.n_head = config.n_head
+        self.ln_1, self.attn = LayerNorm(config.n_embd), Attention(draw, config)
+        self.ln_2, self.mlp = LayerNorm(config.n_embd), MLP(draw, config)
+
+    def __call__(self, x: Tensor, ops, drop: Dropout) -> Tensor:
+        """(B, T, C) -> (B, T, C)"""
+        a = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias)
+        a = ops.attention(ops.linear(a, self.attn.c_attn.weight, self.attn.c_attn.bias), self.n_head)
+        x = x + drop(ops.linear(a, self.attn.c_proj.weight, self.attn.c_proj.bias))
+        m = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
+        m = ops.gelu(ops.linear(m, self.mlp.c_fc.weight, self.mlp.c_fc.bias))
+        return x + drop(ops.linear(m, self.mlp.c_proj.weight, self.mlp.c_proj.bias))
+
+
+class GPT:
+    """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
+
+    Attributes: `config`; `tokenizer` (saved with the model; may be None); `ops`, the operations in use (`Plain` or
+    `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`, `h[i].attn.c_attn`,
+    `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; and `flat`, one float32 vector of all.
+    """
+    __slots__ = ("__dict__", "flat", "tokenizer")  # these two stand apart: get_state_dict takes all that __dict__ has
+
+    def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int = 1337):
+        if MISSING_COMPILER:
+            raise UserError(MISSING_COMPILER)
+        self.config, self.tokenizer, self.ops = config, tokenizer, Fast
+        rng, C = np.random.default_rng(seed), config.n_embd
+
+        def draw(std: float, *shape: int) -> Tensor:
+            return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32) if std else np.zeros(shape, np.float32))
+
+        self.wte, self.wpe = Table(draw, config.vocab_size, C), Table(draw, config.block_size, C)
+        self.h = [Block(draw, config) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(C)
+        # All parameters live end to end in one vector, so that Adam, clipping and saving each handle one thing and not
+        # fifty. Matrices come first: weight decay is for them alone.
+        named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
+        self.shapes = {name: tensor.shape for name, tensor in named}
+        self.n_decay = sum(tensor.numel() for _, tensor in named if tensor.ndim == 2)
+        self.bind(Tensor(np.concatenate([tensor.numpy().ravel() for _, tensor in named])).realize())
+
+    def bind(self, flat: Tensor) -> None:
+        """Make every parameter a window on its stretch of `flat`, (number of parameters,)."""
+        self.flat, start, parameters = flat, 0, get_state_dict(self)
+        for name, shape in self.shapes.items():
+            parameters[name].replace(flat[start:start + math.prod(shape)].reshape(shape))
+            start += math.prod(shape)
+
+    def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """Cut a vector of all parameters (or of their gradients, or of Adam's averages) into arrays by name."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), np.split(flat, ends[:-1]))}
+
+    def hidden(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
+        """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C)."""
+        drop = Dropout(self.config.dropout, key)
+        x = drop(self.ops.embed(idx, self.wte.weight, self.wpe.weight))
+        for block in self.h:
+            x = block(x, self.ops, drop)
+        return self.ops.layer_norm(x, self.ln_f.weight, self.ln_f.bias)
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Ids (B, T) int32, T <= block_size -> logits (B, T, V) float32 of the token that comes next at each place."""
+        return self.hidden(idx) @ self.wte.weight.transpose(0, 1)
+
+    def loss(self, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats, a scalar; `targets` (B, T) is `idx` one place on. `key` switches dropout on."""
+        return self.ops.loss(self.hidden(idx, key), self.wte.weight, targets)
+
+    # What these three do is the matter of chapters 7 and 8.
+    def save_checkpoint(self, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
+        """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path."""
+        return save_checkpoint(self, iter_num, optimizer, Path(out_dir))
+
+    def load_checkpoint(self, path: str | Path, optimizer: AdamW | None = None) -> int:
+        """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError if unfit."""
+        return load_checkpoint(self, Path(path), optimizer)
+
+    def generate(self, x: Tensor, max_tokens: int = 100, temperature: float = 0.8, top_k: int | None = None,
+                 seed: int = 0) -> Tensor:
+        """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
+        ids = x.numpy()
+        new = list(stream(self, ids, max_tokens, temperature, top_k, seed))  # max_tokens times (B,)
+        return Tensor(np.concatenate([ids, np.array(new, np.int32).reshape(-1, len(ids)).T], axis=1).astype(np.int32))
+
+
+Fast = Plain
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 6. Adam and the training step
+#
+# Training is one step over and over. Take a batch of random passages; predict every next token in them; measure the
+# loss; compute its gradient, the direction in which each parameter would raise it; go a little the other way. How far,
+# is Adam's business (Kingma & Ba 2015, arXiv:1412.6980): it keeps two running averages for each parameter, of the
+# gradient (m, so that noise cancels) and of its square (v, so that each parameter gets a step suited to its own
+# scale). AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also shrinks every matrix weight a little at each step.
+#
+# TinyJit records the kernels that the step runs and from then on replays the recording: Python's own time, tens of
+# milliseconds of building and scheduling the graph, is paid once.
+# --------------------------------------------------------------------------------------------------------------------
+
+def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batch of a step, (grad_accum, B, T) int32 twice, the second one place on: a function of seed and step only."""
+    rng = np.random.default_rng((config.seed, step))
+    starts = rng.integers(0, len(data) - block_size, (config.grad_accum, config.batch_size, 1))
+    windows = data[starts + np.arange(block_size + 1)]                        # (grad_accum, B, T + 1)
+    return windows[..., :-1].astype(np.int32), windows[..., 1:].astype(np.int32)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rise over the warm-up (Adam's averages are poor at first), then fall along half a cosine to min_lr."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
+    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
+
+    def __init__(self, model: GPT, config: TrainConfig):
+        self.model, self.config = model, config
+        self.m, self.v = (Tensor(np.zeros(model.flat.shape, np.float32)).realize() for _ in range(2))
+        self.jit = TinyJit(self.step)
+
+    def step(self, x: Tensor, y: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """One training step: ids (grad_accum, B, T) twice -> the loss (nats) and the gradient's norm before clipping.
+
+        `rates` is float32 (3,): the learning rate, and the two bias corrections 1 / (1 - beta ** t), which make up for
+        the averages having started at zero.
+        """
+        c, model, losses, grads = self.config, self.model, [], []
+        for i in range(c.grad_accum):
+            loss = model.loss(x[i], y[i], key + i)
+            losses.append(loss)
+            grads.append(flat_gradient(model, loss))
+        grad = (sum(grads[1:], grads[0]) / c.grad_accum).contiguous()
+        norm = grad.square().sum().sqrt()
+        grad = grad * (c.grad_clip / norm).minimum(1)
+        m = c.beta1 * self.m + (1 - c.beta1) * grad
+        v = c.beta2 * self.v + (1 - c.beta2) * grad.square()
+        decay = (Tensor.arange(grad.shape[0]) < model.n_decay).where(c.weight_decay, 0.0)
+        change = rates[0] * (m * rates[1] / ((v * rates[2]).sqrt() + 1e-8) + decay * model.flat)
+        Tensor.realize(self.m.assign(m), self.v.assign(v), model.flat.assign(model.flat - change))
+        return sum(losses[1:], losses[0]) / c.grad_accum, norm
+
+    def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
+        """Take step number `i`; return its loss and gradient norm as numbers."""
+        c = self.config
+        x, y = get_batch(data, c, self.model.config.block_size, i)
+        rates = [learning_rate(c, i), 1 / (1 - c.beta1 ** (i + 1)), 1 / (1 - c.beta2 ** (i + 1))]
+        key = int(np.random.default_rng((c.seed, i, 1)).integers(2**32))
+        with Context(TRAINING=1):
+            loss, norm = self.jit(Tensor(x), Tensor(y), Tensor(np.array(rates, np.float32)),
+                                  Tensor(np.array([key], np.uint32)))
+        return loss.item(), norm.item()
+
+def flat_gradient(model, loss):
+    params = get_state_dict(model)
+    gs = loss.gradient(*[params[n] for n in model.shapes])
+    return Tensor.cat(*[g.contiguous().flatten() for g in gs])
+
+
+def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None = None) -> float:
+    """Mean loss in nats a token over `batches` batches spread evenly over `data`; None: enough to cover all of it.
+
+    The windows are the same each time and no random number is drawn, so evaluating never changes a training run.
+    """
+    T = model.config.block_size
+    batches = batches or math.ceil(len(data) / (batch_size * T))
+    starts = np.linspace(0, len(data) - T - 1, batches * batch_size).astype(np.int64).reshape(batches, batch_size, 1)
+    loss, total = eval_loss(model), 0.0
+    for start in starts:
+        windows = data[start + np.arange(T + 1)].astype(np.int32)                          # (B, T + 1)
+        total += loss(Tensor(windows[:, :-1].copy()), Tensor(windows[:, 1:].copy())).item()
+    return total / batches
+
+
+@functools.lru_cache(maxsize=1)
+def eval_loss(model: GPT):
+    """The model's loss as a compiled function, kept for the next evaluation."""
+    return TinyJit(lambda x, y: model.loss(x, y).realize())
+
+
+def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
+    """What a loss in nats a token must be multiplied with to be in bits a byte of text: comparable between tokenizers."""
+    lengths = np.array([len(tokenizer.decode_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return len(data) / math.log(2) / lengths[data].sum()
+
+
+COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s"]
+
+
+def open_log(out_dir: Path, start: int):
+    """The file log.csv, ready for the rows after step `start`; those of a longer earlier run are dropped."""
+    path, kept = out_dir / "log.csv", []
+    if start and path.exists():
+        with open(path, newline="") as file:
+            kept = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= start]
+    file = open(path, "w", newline="")
+    csv.writer(file).writerows([COLUMNS] + kept)
+    return file
+
+
+def clock(seconds: float) -> str:
+    """75.3 -> "1:15"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
+          out_dir: str | Path | None = None) -> AdamW:
+    """Train `model` from step `start` to config.max_iters; return the optimizer.
+
+    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, a checkpoint is
+    written there at each evaluation and at the end, and log.csv gets a row a report. UserError if a text is too short.
+    """
+    T, tokenizer = model.config.block_size, model.tokenizer
+    data, val = np.asarray(train_data), None if val_data is None else np.asarray(val_data)
+    for name, ids in (("training", data), ("validation", val)):
+        if ids is not None and len(ids) < T + 1:
+            raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs {T + 1}: "
+                            "bring more text or choose a smaller block")
+        if ids is not None and ids.max() >= model.config.vocab_size:
+            raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at "
+                            f"{model.config.vocab_size - 1}")
+    optimizer = optimizer or AdamW(model, config)
+    if out_dir is not None:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+    log = open_log(Path(out_dir), start) if out_dir is not None else None
+    bpb, val_bpb = (bits_per_byte(tokenizer, ids) if tokenizer and ids is not None else None for ids in (data, val))
+    tokens_a_step, began = config.grad_accum * config.batch_size * T, time.perf_counter()
+    last_time, last_step, last_shown, rate = began, start, 0.0, 0.0
+    show("compiling (the first run on a machine takes some seconds longer) ...")
+    for i in range(start, config.max_iters):
+        loss, norm = optimizer(data, i)
+        step, now = i + 1, time.perf_counter()
+        evaluating = step % config.eval_interval == 0 or step == config.max_iters
+        row = {"step": step, "train_loss": loss, "lr": learning_rate(config, i), "grad_norm": norm}
+        if step % 10 == 0 or evaluating or step == start + 1:
+            rate = (step - last_step) * tokens_a_step / (now - last_time)
+            last_time, last_step = now, step
+        if now - last_shown > 0.1:
+            last_shown = now
+            show(f"step {step}/{config.max_iters}  loss {loss:.3f}" + (f" = {loss * bpb:.2f} bits/byte" if bpb else "")
+                 + f"  lr {row['lr']:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s"
+                 + f"  {clock((config.max_iters - step) * tokens_a_step / max(rate, 1))} to go")
+        if evaluating:
+            # In the end the validation text is read whole; on the way a sample of it will do.
+            iters = config.eval_iters if step < config.max_iters else None
+            row["train_loss"] = evaluate(model, data, config.batch_size, config.eval_iters)
+            line = f"step {step:5}  train {row['train_loss']:.3f}"
+            if val is not None:
+                row["val_loss"] = evaluate(model, val, config.batch_size, iters)
+                line += f"  val {row['val_loss']:.3f}"
+                if val_bpb:
+                    row["val_bpb"] = row["val_loss"] * val_bpb
+                    line += f" = {row['val_bpb']:.3f} bits/byte"
+            say(f"{line}  {rate:,.0f} tokens/s  {clock(time.perf_counter() - began)}")
+            if out_dir is not None:
+                model.save_checkpoint(step, optimizer, out_dir)
+            if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
+                ids = [int(t[0]) for t in stream(model, np.array([tokenizer.encode("\n")]), 50, 0.8, None, seed=step)]
+                say("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
+            last_time = time.perf_counter()  # evaluating is not training: leave it out of tokens a second
+        if log and (step % 10 == 0 or evaluating):
+            row["tokens_per_s"] = round(rate)
+            csv.writer(log).writerow([row.get(name, "") for name in COLUMNS])
+            log.flush()
+    show("")
+    if log:
+        log.close()
+    return optimizer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 7. Checkpoints
+#
+# A checkpoint is everything that a run is: the weights, Adam's two averages, the step, and as text the configs and
+# the tokenizer. One file, so that copying it somewhere is enough to sample there or to go on training. The format is
+# safetensors (8 bytes: the header's length; a JSON header: name -> dtype, shape, place; then the raw numbers), which
+# every other tool reads and which, unlike Python's pickle, cannot contain code.
+#
+# A laptop's lid closes in the middle of a save. So the file is written under another name, flushed to the disk, and
+# then renamed: a rename happens or does not, and under the final name there is never half a file.
+# --------------------------------------------------------------------------------------------------------------------
+
+def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write float32 arrays and string metadata; OSError if that fails, with whatever `path` was before intact."""
+    header, offset = {"__metadata__": metadata}, 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8 bytes
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array in arrays.values():
+                file.write(np.ascontiguousarray(array, np.float32).data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name itself must reach the disk as well
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The float32 arrays of a file and its metadata; UserError if the file is not what it should be."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100 << 20):
+                raise ValueError("not a safetensors file, or cut off")
+            header = json.loads(file.read(length))
+            metadata, arrays = header.pop("__metadata__", {}), {}
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                if entry["dtype"] != "F32" or end - start != 4 * math.prod(entry["shape"]) or start < 0:
+                    raise ValueError(f"{name} is not a float32 array of its size")
+                if 8 + length + end > size:
+                    raise ValueError(f"cut off: {name} ends beyond the end of the file")
+                file.seek(8 + length + start)
+                arrays[name] = np.fromfile(file, np.float32, (end - start) // 4).reshape(entry["shape"])
+            return arrays, metadata
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged: {e}") from e
+
+
+def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: Path) -> Path:
+    """See GPT.save_checkpoint. Adam's averages are saved as optimizer.m.<name> and optimizer.v.<name>."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    arrays = model.unpack(model.flat.numpy())
+    metadata = {"format": "minimiggy", "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
+    if model.tokenizer:
+        metadata["tokenizer"] = model.tokenizer.to_json()
+    if optimizer:
+        metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
+        for kind, average in (("m", optimizer.m), ("v", optimizer.v)):
+            named = model.unpack(average.numpy())
+            arrays |= {f"optimizer.{kind}.{name}": array for name, array in named.items()}
+    path = out_dir / f"ckpt_{iter_num}.safetensors"
+    write_safetensors(path, arrays, metadata)
+    return path
+
+
+def load_checkpoint(model: GPT, path: Path, optimizer: AdamW | None) -> int:
+    """See GPT.load_checkpoint. Nothing changes unless everything fits."""
+    arrays, metadata = read_safetensors(path)
+
+    def gather(prefix: str) -> np.ndarray:
+        for name, shape in model.shapes.items():
+            found = arrays[prefix + name].shape if prefix + name in arrays else "missing"
+            if found != shape:
+                raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not {shape}")
+        return np.concatenate([arrays[prefix + name].ravel() for name in model.shapes])
+
+    pairs = [(model.flat, gather(""))]
+    if optimizer:
+        pairs += [(optimizer.m, gather("optimizer.m.")), (optimizer.v, gather("optimizer.v."))]
+    for tensor, array in pairs:
+        tensor.assign(Tensor(array)).realize()
+    return int(metadata.get("iter_num", 0))
+
+
+def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
+    """The model of a checkpoint with its tokenizer, the config that it was trained with, and the iteration."""
+    _, metadata = read_safetensors(path)
+    try:
+        config = GPTConfig(**json.loads(metadata["gpt_config"]))
+        tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
+        train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{path} is no MiniMiggy checkpoint ({type(e).__name__}: {e})") from e
+    model = GPT(config, tokenizer)
+    return model, train_config, model.load_checkpoint(path)
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    """The checkpoint of the highest iteration in a folder; UserError, with what to type, if there is none."""
+    found = [p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdigit()]
+    if not found:
+        raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
+    return max(found, key=lambda p: int(p.stem[5:]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 8. Sampling
+#
+# To write, the model is asked for the next token, one token is drawn from its answer and appended, and so on. Done
+# naively, each new token costs a pass over all T tokens before it. But causal attention means that the past never
+# changes: the keys and values of the tokens so far can be kept (the "KV cache"), and only the new token is computed.
+#
+# The model knows only block_size positions. When they are used up, we drop the older half of the text, compute the
+# newer half again at the front, and go on: half a context is remembered at the worst, and the extra work stays small.
+# --------------------------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=2)
+def decoder(model: GPT, batch_size: int):
+    """A compiled function (ids (B,), position) -> logits (B, V) as numpy arrays, with a KV cache of its own."""
+    c, ops = model.config, Plain
+    shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+    cache = Tensor.zeros(*shape).contiguous().realize()
+
+    @TinyJit
+    def step(ids: Tensor, position: Tensor) -> Tensor:
+        """Ids (B, 1) and position (1,), int32 -> logits (B, V)."""
+        here = Tensor.arange(c.block_size).reshape(1, 1, -1, 1) == position              # (1, 1, T, 1)
+        past = Tensor.arange(c.block_size) <= position                                   # (T,)
+        x = model.wte.weight[ids] + model.wpe.weight[position]                           # (B, 1, C)
+        keep = []
+        for i, block in enumerate(model.h):
+            a = ops.layer_norm(x, block.ln_1.weight, block.ln_1.bias)
+            qkv = ops.linear(a, block.attn.c_attn.weight, block.attn.c_attn.bias)
+            q, k, v = qkv.reshape(batch_size, 1, 3, c.n_head, -1).permute(2, 0, 3, 1, 4)  # three of (B, H, 1, D)
+            k, v = here.where(k, cache[i, 0]), here.where(v, cache[i, 1])                # (B, H, T, D)
+            keep.append(k.stack(v))
+            scores = past.where(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), -math.inf)
+            a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch_size, 1, c.n_embd)
+            x = x + ops.linear(a, block.attn.c_proj.weight, block.attn.c_proj.bias)
+            m = ops.layer_norm(x, block.ln_2.weight, block.ln_2.bias)
+            m = ops.gelu(ops.linear(m, block.mlp.c_fc.weight, block.mlp.c_fc.bias))
+            x = x + ops.linear(m, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+        x = ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
+        logits = (x @ model.wte.weight.transpose(0, 1)).reshape(batch_size, c.vocab_size)
+        Tensor.realize(logits, cache.assign(Tensor.stack(*keep)))
+        return logits
+
+    def call(ids: np.ndarray, position: int) -> np.ndarray:
+        return step(Tensor(ids.reshape(-1, 1).astype(np.int32)), Tensor(np.array([position], np.int32))).numpy()
+
+    return call
+
+
+def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Logits (B, V) -> ids (B,). Temperature 0 takes the likeliest token, 1 is the model's own opinion; above that it
+    grows bolder. top_k leaves only the k likeliest tokens to choose from."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.astype(np.float64) / temperature
+    if top_k and top_k < logits.shape[-1]:
+        logits = np.where(logits >= np.partition(logits, -top_k)[:, -top_k, None], logits, -np.inf)
+    # The Gumbel trick: the argmax of log-probabilities plus Gumbel noise is a draw from the distribution.
+    return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+
+
+def stream(model: GPT, ids: np.ndarray, max_tokens: int, temperature: float, top_k: int | None, seed: int):
+    """Yield `max_tokens` times the next ids (B,) after the prompts `ids` (B, T), T >= 1."""
+    step, T, rng = decoder(model, len(ids)), model.config.block_size, np.random.default_rng(seed)
+    text, position = list(ids.T[-T:]), 0             # what the model is to see, and how much of it is in the cache
+    for _ in range(max_tokens):
+        if len(text) > T:
+            text, position = text[-max(1, T // 2):], 0
+        while position < len(text):
+            logits = step(text[position], position)
+            position += 1
+        text.append(draw(logits, temperature, top_k, rng))
+        yield text[-1]
+
+
+def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
+    """Print the prompt and, as it comes, what the model writes after it."""
+    if model.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
+    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
+    # A character may be spread over several tokens: it is printed when its last byte has come.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    print(prompt, end="", flush=True)
+    for token, in stream(model, np.array([ids]), max_tokens, temperature, top_k, seed):
+        print(decoder.decode(model.tokenizer.decode_bytes(int(token))), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 9. Proving it
+#
+# Two questions that a reader may ask of any such file. Are the gradients right? The derivative's definition answers:
+# nudge one parameter up and down and see how the loss moves. And is it fast? Milliseconds alone do not tell; the rate
+# of the machine's own matrix product (numpy's BLAS, tuned by experts for years) is the limit to compare with.
+# --------------------------------------------------------------------------------------------------------------------
+
+def gradcheck(seed: int) -> bool:
+    """Compare the gradient of every parameter of a tiny model with central finite differences, and print a table.
+
+    The differences are of the plain loss in float64, where (loss(p + h) - loss(p - h)) / 2h is good to some nine
+    digits; the gradient held against them is the one that training uses. Returns whether all agree to 1e-4, relative
+    to the largest gradient of that parameter.
+    """
+    config, rng = GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=2, n_embd=6), np.random.default_rng(seed)
+    model = GPT(config, seed=seed)
+    x, y = (Tensor(rng.integers(0, 11, (2, 5)).astype(np.int32)).realize() for _ in range(2))
+    theta = model.flat.numpy() + 0.1 * rng.standard_normal(model.flat.shape, np.float32)  # no bias is zero by accident
+    model.bind(Tensor(theta).realize())
+    gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
+    model.ops = Plain
+
+    @TinyJit
+    def loss_at(flat: Tensor) -> Tensor:
+        model.bind(flat)
+        return model.loss(x, y).realize()
+
+    differences, h = np.zeros(theta.shape), 1e-5
+    for i in range(len(theta)):
+        show(f"nudging parameter {i + 1} of {len(theta)}")
+        up, down = theta.astype(np.float64), theta.astype(np.float64)
+        up[i], down[i] = up[i] + h, down[i] - h
+        differences[i] = (loss_at(Tensor(up)).item() - loss_at(Tensor(down)).item()) / (2 * h)
+    say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
+    worst = 0.0
+    for name, difference in model.unpack(differences).items():
+        size, error = np.abs(difference).max(), np.abs(gradients[name] - difference).max()
+        worst = max(worst, error / size)
+        say(f"{name:<24}{str(difference.shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
+    say(f"largest relative error {worst:.1e}: {'all gradients are right' if worst < 1e-4 else 'SOMETHING IS WRONG'}")
+    return worst < 1e-4
+
+
+def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
+    """Floating-point operations of a training step: 2 for each weight and token forward, and 4 backward; attention's
+    two products of (T, T) are counted half, as causality leaves half of them out."""
+    c, tokens = config, train_config.grad_accum * train_config.batch_size * config.block_size
+    return 6 * tokens * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.block_size * c.n_embd)
+
+
+def blas_gflops() -> float:
+    """This machine's float32 matrix product rate in GFLOP/s: the best of five 1024-cubed products in numpy."""
+    a, seconds = np.ones((1024, 1024), np.float32), []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds) / 1e9
+
+
+def peak_mb() -> float | None:
+    """The most memory that this process has had, in MB (None on Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
+    """Time training steps, or sampling, on random data; the last line printed is JSON."""
+    model, rng, seconds = GPT(config), np.random.default_rng(0), []
+    result = {"bench": what, "parameters": math.prod(model.flat.shape)}
+    if what == "step":
+        data, optimizer = rng.integers(0, config.vocab_size, 200_000), AdamW(model, train_config)
+        for i in range(60):
+            start = time.perf_counter()
+            optimizer(data, i)
+            seconds.append(time.perf_counter() - start)
+        median = statistics.median(seconds[5:])  # the first ones compile and record
+        result |= {"ms_per_step": 1e3 * median, "gflops": step_flops(config, train_config) / median / 1e9}
+    else:
+        tokens = stream(model, np.zeros((1, 1), np.int32), 440, 0.8, None, 0)
+        for i, _ in enumerate(tokens):
+            if i == 39:
+                start = time.perf_counter()
+        rate = 400 / (time.perf_counter() - start)
+        flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
+        result |= {"tokens_per_s": rate, "gflops": rate * flops / 1e9}
+    print(json.dumps(result | {"peak_mb": peak_mb(), "blas_gflops": blas_gflops()}))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 10. The command line
+#
+# Every field of the two configs is a flag. Where a flag is not given, the command line has defaults of its own: they
+# make a first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
+# --------------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "learning_rate": 4e-3, "min_lr": 4e-4, "eval_interval": 200}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, and exit code 2: what argparse does, less its page of usage."""
+        raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="minimiggy.py", description="Train, sample and read a GPT in one file.", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+  python minimiggy.py --train                       learn from tiny Shakespeare
+  python minimiggy.py --train --data my.txt         learn from your own text
+  python minimiggy.py --resume --max-iters 4000     go on where the newest checkpoint left off
+  python minimiggy.py --sample "ROMEO:"             let the newest checkpoint write""")
+    what = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
+    what.add_argument("--train", action="store_true", help="train a model from the start")
+    what.add_argument("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
+    what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint")
+    what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
+    what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
+    group = parser.add_argument_group("text and files")
+    group.add_argument("--data", metavar="NAME|FILE", help="the text to learn from: shakespeare (the default), play, or "
+                       "a UTF-8 text file")
+    group.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], default="bpe", help="learn a vocabulary from "
+                       "the text (the default), use plain bytes, or GPT-2's 50257 tokens")
+    group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
+                       "(default: checkpoints)")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--checkpoint", metavar="FILE", help="sample from this checkpoint instead of the newest")
+    group.add_argument("--max-tokens", "--max_tokens", type=int, default=300, metavar="N", help="tokens to write "
+                       "(default: 300)")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token; 1: "
+                       "as the model thinks; more: bolder (default: 0.8)")
+    group.add_argument("--top-k", "--top_k", type=int, metavar="K", help="draw among the K likeliest tokens only")
+    for title, config in (("the model", GPTConfig), ("training", TrainConfig)):
+        group = parser.add_argument_group(title)
+        for f in dataclasses.fields(config):
+            names = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"])
+            kind = {"int": int, "float": float}[f.type]
+            group.add_argument(*names, dest=f.name, type=kind, metavar="N" if kind is int else "X",
+                               help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
+    return parser
+
+
+def given(args: argparse.Namespace, config: type) -> dict:
+    """The fields of a config class that the user set on the command line."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def chosen(args: argparse.Namespace, config: type):
+    """A config from the user's flags, else the command line's defaults, else the class's own."""
+    defaults = {f.name: DEFAULTS[f.name] for f in dataclasses.fields(config) if f.name in DEFAULTS}
+    return config(**defaults | given(args, config))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """--train and --resume."""
+    out_dir, start, optimizer = Path(args.out_dir), 0, None
+    text, name = load_text(args.data)
+    if not text:
+        raise UserError(f"{name} is empty: there is nothing to learn from")
+    train_text, val_text = split_text(text)
+    if args.resume:
+        path = newest_checkpoint(out_dir)
+        model, config, start = open_checkpoint(path)
+        config = dataclasses.replace(config, **given(args, TrainConfig))
+        optimizer = AdamW(model, config)
+        model.load_checkpoint(path, optimizer)
+        if start >= config.max_iters:
+            raise UserError(f"{path} has all its {config.max_iters} steps: give a higher --max-iters to go on")
+    else:
+        gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
+        tokenizer = (BPETokenizer("gpt2") if args.tokenizer == "gpt2" else
+                     BPETokenizer.train(train_text, 256 if args.tokenizer == "bytes" else gpt_config.vocab_size))
+        model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
+    c, tokenizer = model.config, model.tokenizer
+    train_data, val_data = tokenizer.encode_array(train_text), tokenizer.encode_array(val_text)
+    n_bytes, n_tokens = len(text.encode()), len(train_data) + len(val_data)
+    seconds = (config.max_iters - start) * step_flops(c, config) / (0.5e9 * blas_gflops())
+    say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
+    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {n_bytes / n_tokens:.2f} bytes each on average")
+    say(f"model      {math.prod(model.flat.shape) / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
+        f"{c.n_embd} channels, {c.block_size} tokens of context")
+    say(f"training   steps {start + 1} to {config.max_iters} of {config.grad_accum * config.batch_size} x {c.block_size} "
+        f"tokens on {Device.DEFAULT}; about {clock(seconds)} minutes, if all goes as fast as it should")
+    say()
+    train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir)
+    say(f"\nsaved {newest_checkpoint(out_dir)}; now try: python minimiggy.py --sample \"ROMEO:\""
+        + ("" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"))
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """--sample."""
+    if args.max_tokens < 0 or not args.temperature >= 0 or (args.top_k is not None and args.top_k < 1):
+        raise UserError("--max-tokens and --temperature must not be negative, and --top-k must be at least 1")
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(Path(args.out_dir))
+    model, _, _ = open_checkpoint(path)
+    sample(model, args.sample, args.max_tokens, args.temperature, args.top_k,
+           time.time_ns() if args.seed is None else args.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
+    try:
+        args = make_parser().parse_args(argv)
+        if MISSING_COMPILER:
+            raise UserError(MISSING_COMPILER)
+        if args.train or args.resume:
+            run_train(args)
+        elif args.sample is not None:
+            run_sample(args)
+        elif args.gradcheck:
+            return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
+        else:
+            bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
+    except UserError as e:
+        show("")
+        print(f"minimiggy: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
