@@ -249,6 +249,11 @@ def say(line: str = "") -> None:
     print(line, flush=True)
 
 
+def printable(text: str) -> str:
+    """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def show(line: str) -> None:
     """Show a line that the next one overwrites; where nobody watches (a file, a pipe) such lines are not written."""
     if sys.stdout.isatty():
@@ -762,7 +767,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
                 model.save_checkpoint(step, optimizer, out_dir)
             if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
                 ids = [int(t[0]) for t in stream(model, np.array([tokenizer.encode("\n")]), 50, 0.8, None, seed=step)]
-                say("    | " + tokenizer.decode(ids).strip().replace("\n", "\n    | "))
+                say("    | " + printable(tokenizer.decode(ids)).strip().replace("\n", "\n    | "))
             last_time = time.perf_counter()  # evaluating is not training: leave it out of tokens a second
         if log and (step % 10 == 0 or evaluating):
             row["tokens_per_s"] = round(rate)
@@ -976,7 +981,7 @@ def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(prompt, end="", flush=True)
     for token, in stream(model, np.array([ids]), max_tokens, temperature, top_k, seed):
-        print(decoder.decode(model.tokenizer.decode_bytes(int(token))), end="", flush=True)
+        print(printable(decoder.decode(model.tokenizer.decode_bytes(int(token)))), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 

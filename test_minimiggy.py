@@ -1,0 +1,404 @@
+"""What MiniMiggy promises, checked against something independent: numpy, finite differences, naive forms, the README."""
+import hashlib
+import json
+import math
+import re
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict, safe_load
+
+import minimiggy
+from minimiggy import GPT, AdamW, BPETokenizer, Fast, GPTConfig, Plain, TrainConfig, UserError, main, train
+
+HERE = Path(minimiggy.__file__).parent
+TINY = GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
+QUICK = TrainConfig(batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, warmup_steps=2, learning_rate=1e-2)
+TEXT = (HERE / "data" / "play.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return BPETokenizer.train(TEXT[:50_000], 300)
+
+
+@pytest.fixture(scope="session")
+def ids(tokenizer):
+    return tokenizer.encode_array(TEXT[:50_000])
+
+
+@pytest.fixture(scope="session")
+def run(tokenizer, ids, tmp_path_factory):
+    """A short finished run: the model, its optimizer and the folder with its checkpoints and log."""
+    folder = tmp_path_factory.mktemp("run")
+    model = GPT(TINY, tokenizer)
+    return model, train(model, QUICK, ids, ids[:500], out_dir=folder), folder
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve café", "日本語テキスト", "שלום עולם", "👩‍👩‍👧 🏳️‍🌈", "\0\x7f\ufeff",
+           "a" * 1000, "It's 3.14, isn't it?"]
+
+
+@pytest.mark.parametrize("size", [256, 300])
+def test_any_string_round_trips(size):
+    tokenizer = BPETokenizer.train("to be or not to be, that is the question " * 20, size)
+    for string in STRINGS + ["".join(map(chr, np.random.default_rng(i).integers(0, 0xD800, 50))) for i in range(20)]:
+        assert tokenizer.decode(tokenizer.encode(string)) == string
+    assert max(tokenizer.encode("any text")) < tokenizer.vocab_size <= size
+
+
+def naive_merges(text, n):
+    """Byte-pair encoding as it is defined: count all pairs, merge the most frequent, start over."""
+    import regex
+    words = [list(word.encode()) for word in regex.findall(minimiggy.SPLIT, text)]
+    merges = []
+    for new in range(256, 256 + n):
+        counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for word in words:
+            for j in range(len(word) - 1):
+                if tuple(word[j:j + 2]) == best:
+                    word[j:j + 2] = [new]
+    return merges
+
+
+def test_learned_merges_are_those_of_the_naive_algorithm():
+    assert BPETokenizer.train(TEXT[:20_000], 336).merges == naive_merges(TEXT[:20_000], 80)
+
+
+def test_encoding_in_pieces_equals_encoding_at_once(tokenizer):
+    text = TEXT * 16  # over two megabytes: more than two pieces
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+
+
+def test_a_tokenizer_survives_json(tokenizer):
+    again = BPETokenizer.from_json(tokenizer.to_json())
+    assert again.encode(TEXT[:5000]) == tokenizer.encode(TEXT[:5000])
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+def numpy_loss(p, idx, targets, n_layer, n_head):
+    """GPT-2 in float64 numpy: parameters by Hugging Face's names, ids (B, T) twice -> mean cross-entropy."""
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p[name + ".weight"] + p[name + ".bias"]
+
+    def linear(x, name):
+        return x @ p[name + ".weight"] + p[name + ".bias"]
+
+    B, T = idx.shape
+    x = p["wte.weight"][idx] + p["wpe.weight"][:T]
+    for i in range(n_layer):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").reshape(B, T, 3, n_head, -1)
+        y = np.zeros_like(qkv[:, :, 0])
+        for t in range(T):
+            score = np.einsum("bhd,bshd->bhs", qkv[:, t, 0], qkv[:, :t + 1, 1]) / math.sqrt(qkv.shape[-1])
+            weight = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+            y[:, t] = np.einsum("bhs,bshd->bhd", weight, qkv[:, :t + 1, 2])
+        x = x + linear(y.reshape(B, T, -1), f"h.{i}.attn.c_proj")
+        m = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        m = 0.5 * m * (1 + np.tanh(math.sqrt(2 / math.pi) * (m + 0.044715 * m**3)))
+        x = x + linear(m, f"h.{i}.mlp.c_proj")
+    logits = norm(x, "ln_f") @ p["wte.weight"].T
+    logits = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+
+
+@pytest.mark.parametrize("ops", [Plain, Fast])
+def test_loss_and_every_gradient_agree_with_numpy_and_finite_differences(ops):
+    config, rng = GPTConfig(block_size=5, vocab_size=13, n_layer=2, n_head=2, n_embd=6), np.random.default_rng(0)
+    model = GPT(config)
+    model.ops = ops
+    theta = (model.flat.numpy() + 0.2 * rng.standard_normal(model.flat.shape)).astype(np.float32)
+    model.bind(Tensor(theta).realize())
+    x, y = rng.integers(0, 13, (2, 3, 5)).astype(np.int32)
+    loss = model.loss(Tensor(x), Tensor(y))
+    gradient = minimiggy.flat_gradient(model, loss).numpy()
+    at = theta.astype(np.float64)
+
+    def reference():
+        return numpy_loss(model.unpack(at), x, y, config.n_layer, config.n_head)
+
+    assert loss.item() == pytest.approx(reference(), rel=1e-5)
+    difference = np.zeros(at.shape)
+    for i in range(len(at)):
+        keep = at[i]
+        at[i] = keep + 1e-5
+        up = reference()
+        at[i] = keep - 1e-5
+        difference[i] = (up - reference()) / 2e-5
+        at[i] = keep
+    for name, want in model.unpack(difference).items():
+        assert np.abs(model.unpack(gradient)[name] - want).max() < 1e-4 * np.abs(want).max(), name
+
+
+def test_names_and_shapes_are_hugging_face_gpt2s():
+    shapes = {name: tensor.shape for name, tensor in get_state_dict(GPT(TINY)).items()}
+    C = TINY.n_embd
+    want = {"wte.weight": (300, C), "wpe.weight": (8, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(2):
+        for name, n_in, n_out in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, 4 * C),
+                                  ("mlp.c_proj", 4 * C, C)):
+            want |= {f"h.{i}.{name}.weight": (n_in, n_out), f"h.{i}.{name}.bias": (n_out,)}
+        want |= {f"h.{i}.{name}.{kind}": (C,) for name in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+    assert shapes == want
+
+
+def test_initial_weights_are_gpt2s():
+    arrays = get_state_dict(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64)))
+    assert arrays["wte.weight"].numpy().std() == pytest.approx(0.02, rel=0.03)
+    assert arrays["h.1.mlp.c_proj.weight"].numpy().std() == pytest.approx(0.02 / 2, rel=0.03)
+    assert not arrays["h.0.attn.c_attn.bias"].numpy().any() and (arrays["ln_f.weight"].numpy() == 1).all()
+
+
+def test_dropout_zeroes_its_share_only_with_a_key_and_keeps_the_mean():
+    x, key = Tensor.ones(200, 50), Tensor(np.array([7], np.uint32))
+    drop = minimiggy.Dropout(0.3, key)
+    first, second = drop(x).numpy(), drop(x).numpy()
+    assert (first == 0).mean() == pytest.approx(0.3, abs=0.02) and first.mean() == pytest.approx(1, abs=0.03)
+    assert (first == second).mean() < 0.7  # two places in the network drop different units
+    assert (minimiggy.Dropout(0.3, None)(x).numpy() == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------------ the training
+
+def test_adamw_agrees_with_numpy(ids):
+    model = GPT(TINY)
+    config = TrainConfig(batch_size=4, warmup_steps=0, max_iters=10, grad_clip=0.5)
+    optimizer, theta = AdamW(model, config), model.flat.numpy().astype(np.float64)
+    m, v = np.zeros_like(theta), np.zeros_like(theta)
+    for i in range(4):
+        x, y = minimiggy.get_batch(ids, config, TINY.block_size, i)
+        gradient = minimiggy.flat_gradient(model, model.loss(Tensor(x[0]), Tensor(y[0]))).numpy().astype(np.float64)
+        _, norm = optimizer(ids, i)
+        assert norm == pytest.approx(np.linalg.norm(gradient), rel=1e-4)
+        gradient *= min(1, 0.5 / np.linalg.norm(gradient))
+        m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
+        rate = minimiggy.learning_rate(config, i)
+        decay = np.concatenate([np.full(math.prod(s), 0.1 * (len(s) == 2)) for s in model.shapes.values()])
+        theta -= rate * (m / (1 - 0.9**(i + 1)) / (np.sqrt(v / (1 - 0.99**(i + 1))) + 1e-8) + decay * theta)
+        assert np.abs(model.flat.numpy() - theta).max() < 2e-5
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    data, config = np.arange(1000), TrainConfig(batch_size=4)
+    x, y = minimiggy.get_batch(data, config, 8, 5)
+    assert x.shape == y.shape == (1, 4, 8) and (y == x + 1).all()
+    assert (minimiggy.get_batch(data, config, 8, 5)[0] == x).all()
+    assert (minimiggy.get_batch(data, config, 8, 6)[0] != x).any()
+
+
+def test_gradient_accumulation_equals_one_large_batch(ids):
+    small, large = TrainConfig(batch_size=2, grad_accum=2), TrainConfig(batch_size=4)
+    results = [AdamW(GPT(TINY), config)(ids, 0) for config in (small, large)]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_iters=110)
+    rates = [minimiggy.learning_rate(config, i) for i in range(111)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(run, tokenizer, ids, tmp_path):
+    model, optimizer, folder = run
+    again = GPT(TINY, tokenizer, seed=99)
+    fresh = AdamW(again, QUICK)
+    assert again.load_checkpoint(folder / "ckpt_3.safetensors", fresh) == 3
+    train(again, QUICK, ids, ids[:500], optimizer=fresh, start=3, out_dir=tmp_path)
+    assert (again.flat.numpy() == model.flat.numpy()).all()
+    assert (fresh.m.numpy() == optimizer.m.numpy()).all() and (fresh.v.numpy() == optimizer.v.numpy()).all()
+
+
+def test_log_has_a_row_a_report(run):
+    lines = (run[2] / "log.csv").read_text().splitlines()
+    assert lines[0] == "step,train_loss,val_loss,val_bpb,lr,grad_norm,tokens_per_s"
+    assert [line.split(",")[0] for line in lines[1:]] == ["3", "6"] and all(len(line.split(",")) == 7 for line in lines)
+
+
+# ------------------------------------------------------------------------------------- checkpoints and sampling
+
+def test_a_checkpoint_is_self_contained(run):
+    model, _, folder = run
+    again, config, step = minimiggy.open_checkpoint(minimiggy.newest_checkpoint(folder))
+    assert step == 6 and config == QUICK and again.config == TINY
+    assert (again.flat.numpy() == model.flat.numpy()).all() and again.tokenizer.merges == model.tokenizer.merges
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_tinygrad_reads_a_checkpoint(run):
+    arrays = safe_load(run[2] / "ckpt_6.safetensors")
+    assert (arrays["h.1.attn.c_attn.weight"].numpy() == run[0].h[1].attn.c_attn.weight.numpy()).all()
+    assert "optimizer.m.wte.weight" in arrays and "optimizer.v.ln_f.bias" in arrays
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
+    whole = (run[2] / "ckpt_6.safetensors").read_bytes()
+    for i, broken in enumerate([b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], b"PK" + whole]):
+        path = tmp_path / f"ckpt_{i}.safetensors"
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=path.name):
+            minimiggy.open_checkpoint(path)
+    with pytest.raises(UserError, match="does not fit"):
+        GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=32)).load_checkpoint(
+            run[2] / "ckpt_6.safetensors", None)
+
+
+def test_greedy_sampling_with_the_cache_equals_the_whole_model(run):
+    model, _, _ = run
+    text = [[1, 2, 3], [50, 51, 52]]
+    got = model.generate(Tensor(text, dtype="int32"), max_tokens=5, temperature=0)
+    assert got.shape == (2, 8) and got.dtype.name == "int"
+    for _ in range(5):  # up to block_size
+        logits = model(Tensor(text, dtype="int32")).numpy()[:, -1]
+        text = [row + [int(best)] for row, best in zip(text, logits.argmax(-1), strict=True)]
+    assert got.tolist() == text
+
+
+def test_sampling_goes_on_past_block_size_and_follows_the_seed(run):
+    model, _, _ = run
+    first, second, other = (model.generate(Tensor([[5] * 11], dtype="int32"), max_tokens=30, seed=seed).tolist()
+                            for seed in (1, 1, 2))
+    assert len(first[0]) == 41 and first == second != other
+
+
+def test_top_k_and_temperature():
+    logits, rng = np.log(np.array([[0.5, 0.3, 0.15, 0.05]])), np.random.default_rng(0)
+    draws = Counter(int(minimiggy.draw(logits, 1.0, None, rng)[0]) for _ in range(4000))
+    assert draws[0] / 4000 == pytest.approx(0.5, abs=0.03) and draws[3] / 4000 == pytest.approx(0.05, abs=0.02)
+    assert {int(minimiggy.draw(logits, 1.0, 2, rng)[0]) for _ in range(200)} == {0, 1}
+    assert {int(minimiggy.draw(logits, 0, None, rng)[0]) for _ in range(9)} == {0}
+
+
+# ----------------------------------------------------------------------------------------- the text and its download
+
+class Server(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b"<html>log in</html>" if self.path == "/login" else b"to be or not to be\n" * 1000
+        self.send_response(404 if self.path == "/gone" else 200)
+        self.send_header("Content-Length", str(len(body) * (2 if self.path == "/cut" else 1)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+SHA = hashlib.sha256(b"to be or not to be\n" * 1000).hexdigest()
+
+
+def test_a_download_arrives_whole_or_not_at_all(server, tmp_path):
+    minimiggy.download(server + "/text", tmp_path / "good.txt", SHA)
+    assert (tmp_path / "good.txt").stat().st_size == 19_000
+    for bad in ("/login", "/gone", "/cut"):
+        with pytest.raises(OSError):
+            minimiggy.download(server + bad, tmp_path / "bad.txt", SHA)
+    with pytest.raises(OSError):
+        minimiggy.download("http://127.0.0.1:1/", tmp_path / "bad.txt", SHA)
+    assert [p.name for p in tmp_path.iterdir()] == ["good.txt"]
+
+
+def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch, capsys):
+    (tmp_path / "play.txt").write_text(TEXT)
+    monkeypatch.setattr(minimiggy, "DATA", tmp_path)
+    monkeypatch.setitem(minimiggy.SHAKESPEARE, "url", "http://127.0.0.1:1/")
+    assert minimiggy.load_text(None) == (TEXT, "data/play.txt")
+    assert "could not download" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data play"):
+        minimiggy.load_text("shakespeare")
+
+
+def test_the_play_is_long_and_in_its_format():
+    assert len(TEXT) >= 100_000 and TEXT.isascii() and "ROMEO:\n" in TEXT and "JULIET:\n" in TEXT
+    for speech in TEXT.strip().split("\n\n"):
+        assert re.fullmatch(r"[A-Z][A-Za-z ]*:(\n[^\n]+)+", speech), speech
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+SMALL = ["--n-layer", "1", "--n_embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "2", "--vocab-size",
+         "270", "--max-iters", "4", "--eval-interval", "2", "--eval-iters", "1"]
+
+
+def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
+    text, out = tmp_path / "my.txt", str(tmp_path / "out")
+    text.write_text(TEXT[:5000])
+    assert main(["--train", "--data", str(text), "--out-dir", out, *SMALL]) == 0
+    output = capsys.readouterr().out
+    assert "bits/byte" in output and "\r" not in output and "\x1b" not in output
+    assert main(["--sample", "ROMEO: ü", "--out-dir", out, "--max-tokens", "20", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.startswith("ROMEO: ü")
+    assert main(["--resume", "--max-iters", "6", "--data", str(text), "--out-dir", out]) == 0
+    assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
+
+
+@pytest.mark.parametrize(("flags", "names"), [
+    (["--train", "--data", "no/such/file.txt"], "no/such/file.txt"),
+    (["--train", "--data", "EMPTY"], "empty"),
+    (["--train", "--data", "SHORT"], "--block-size"),
+    (["--train", "--data", "LATIN1"], "offset 3"),
+    (["--train", "--data", "."], "no such file"),
+    (["--train", "--n-head", "3"], "--n-head 3"),
+    (["--train", "--n-layer", "0"], "--n-layer"),
+    (["--train", "--n_embd", "-4"], "--n-embd"),
+    (["--train", "--batch-size", "many"], "batch"),
+    (["--train", "--learning-rate", "nan"], "--learning-rate"),
+    (["--train", "--dropout", "1.5"], "--dropout"),
+    (["--train", "--vocab-size", "100"], "256"),
+    (["--train", "--tokenizer", "words"], "words"),
+    (["--train", "--sample", "x"], "not allowed"),
+    (["--frobnicate"], "--help"),
+    (["--sample", "x", "--out-dir", "nowhere"], "--train"),
+    (["--sample", "x", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--sample", "x", "--temperature", "-1"], "--temperature"),
+    (["--resume", "--out-dir", "nowhere"], "--train"),
+    ([], "--help")])
+def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeypatch, capsys):
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "SHORT").write_text("To be")
+    (tmp_path / "LATIN1").write_bytes(b"caf\xe9")
+    monkeypatch.chdir(tmp_path)
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("minimiggy: ") and error.count("\n") == 1 and names in error
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_bench_prints_json_last(capsys):
+    for what, key in (("step", "ms_per_step"), ("sample", "tokens_per_s")):
+        assert main(["--bench", what, *SMALL]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert result[key] > 0 and result["gflops"] > 0 and result["blas_gflops"] > 0 and "peak_mb" in result
+
+
+def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
+    assert main(["--gradcheck"]) == 0 and "wpe.weight" in capsys.readouterr().out
+    right = minimiggy.flat_gradient
+    monkeypatch.setattr(minimiggy, "flat_gradient", lambda model, loss: right(model, loss) * 1.01)
+    assert main(["--gradcheck"]) == 1
+
+
+def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S).group(1)
+    (tmp_path / "my.txt").write_text(TEXT[:20_000])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
