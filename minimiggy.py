@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -43,6 +44,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,16 +95,20 @@ def find_compiler() -> str | None:
 def choose_device() -> None:
     """Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...)."""
     # By default clang uses only half the width of AVX-512 registers (107 instead of 166 GFLOP/s on a matrix product).
-    wide = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
-    os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if wide else "CPU")
+    os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
 
 
+WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
 choose_device()
 MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
 
 import numpy as np
-from tinygrad import Context, Device, Tensor, TinyJit, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad.codegen import to_program
+from tinygrad.dtype import AddrSpace
+from tinygrad.engine.realize import get_call_arg_uops, get_runtime
 from tinygrad.nn.state import get_state_dict
+from tinygrad.uop.ops import KernelInfo, Ops
 
 HERE = Path(__file__).resolve().parent
 
@@ -419,14 +426,17 @@ class Plain:
         return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
 
     @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(..., I) @ (I, O) + (O,) -> (..., O). GPT-2 stores weights as (in, out)."""
-        return x @ weight + bias
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., I) @ (I, O) + (O,) -> (..., O), plus a `residual` of that shape. GPT-2 stores weights as (in, out)."""
+        return x @ weight + bias + (0 if residual is None else residual)
 
     @staticmethod
-    def gelu(x: Tensor) -> Tensor:
-        """Nearly 0 below zero, nearly x above, smooth between; GPT-2's tanh form (arXiv:1606.08415)."""
-        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
+    def mlp(x: Tensor, w: Tensor, b: Tensor, w2: Tensor, b2: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Two linear layers, (..., C) -> (..., 4C) -> (..., C), with a GELU between: nearly 0 below zero, nearly x
+        above, smooth in the middle (arXiv:1606.08415, in GPT-2's tanh form)."""
+        u = Plain.linear(x, w, b)
+        u = 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)).tanh())
+        return Plain.linear(u, w2, b2, residual)
 
     @staticmethod
     def attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -469,6 +479,12 @@ class Dropout:
         h = h ^ (h >> 13)
         return (h >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
+    def add(self, x: Tensor, sublayer, *args: Tensor) -> Tensor:
+        """x + what dropout leaves of sublayer(*args)."""
+        if self.rate == 0 or self.key is None:
+            return sublayer(*args, residual=x)
+        return x + self(sublayer(*args))
+
 
 class Linear:
     def __init__(self, draw, n_in: int, n_out: int, std: float = 0.02):
@@ -510,10 +526,10 @@ class Block:
         """(B, T, C) -> (B, T, C)"""
         a = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias)
         a = ops.attention(ops.linear(a, self.attn.c_attn.weight, self.attn.c_attn.bias), self.n_head)
-        x = x + drop(ops.linear(a, self.attn.c_proj.weight, self.attn.c_proj.bias))
+        x = drop.add(x, ops.linear, a, self.attn.c_proj.weight, self.attn.c_proj.bias)
         m = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
-        m = ops.gelu(ops.linear(m, self.mlp.c_fc.weight, self.mlp.c_fc.bias))
-        return x + drop(ops.linear(m, self.mlp.c_proj.weight, self.mlp.c_proj.bias))
+        return drop.add(x, ops.mlp, m, self.mlp.c_fc.weight, self.mlp.c_fc.bias, self.mlp.c_proj.weight,
+                        self.mlp.c_proj.bias)
 
 
 class GPT:
@@ -523,12 +539,12 @@ class GPT:
     `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`, `h[i].attn.c_attn`,
     `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; and `flat`, one float32 vector of all.
     """
-    __slots__ = ("__dict__", "flat", "tokenizer")  # these two stand apart: get_state_dict takes all that __dict__ has
+    __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
 
     def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int = 1337):
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
-        self.config, self.tokenizer, self.ops = config, tokenizer, Fast
+        self.config, self.tokenizer, self.ops = config, tokenizer, default_ops()
         rng, C = np.random.default_rng(seed), config.n_embd
 
         def draw(std: float, *shape: int) -> Tensor:
@@ -537,24 +553,38 @@ class GPT:
         self.wte, self.wpe = Table(draw, config.vocab_size, C), Table(draw, config.block_size, C)
         self.h = [Block(draw, config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(C)
-        # All parameters live end to end in one vector, so that Adam, clipping and saving each handle one thing and not
-        # fifty. Matrices come first: weight decay is for them alone.
+        # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
+        # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
         named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
-        self.shapes = {name: tensor.shape for name, tensor in named}
-        self.n_decay = sum(tensor.numel() for _, tensor in named if tensor.ndim == 2)
-        self.bind(Tensor(np.concatenate([tensor.numpy().ravel() for _, tensor in named])).realize())
+        self.shapes, self.starts, end = {name: tensor.shape for name, tensor in named}, {}, 0
+        for name, tensor in named:
+            self.starts[name], end = end, end + -(-tensor.numel() // 16) * 16
+            if tensor.ndim == 2:
+                self.n_decay = end
+        flat = self.pack({name: tensor.numpy() for name, tensor in named}, -(-end // (BLOCK * CORES)) * BLOCK * CORES)
+        self.bind(Tensor(flat).realize(), Tensor(np.zeros_like(flat)).realize())
 
-    def bind(self, flat: Tensor) -> None:
-        """Make every parameter a window on its stretch of `flat`, (number of parameters,)."""
-        self.flat, start, parameters = flat, 0, get_state_dict(self)
+    def bind(self, flat: Tensor, grad: Tensor) -> None:
+        """Make every parameter a window on its stretch of `flat`, and its .grad one on `grad`; changing either changes
+        the other. (A slice would do for reading, but tinygrad copies slices before it hands them to a kernel.)"""
+        self.flat, self.grad, parameters = flat, grad, get_state_dict(self)
         for name, shape in self.shapes.items():
-            parameters[name].replace(flat[start:start + math.prod(shape)].reshape(shape))
-            start += math.prod(shape)
+            windows = [Tensor(UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, self.starts[name]
+                                              * vector.dtype.itemsize))).reshape(shape) for vector in (flat, grad)]
+            parameters[name].replace(windows[0])
+            parameters[name].grad = windows[1]
+
+    def pack(self, arrays: dict[str, np.ndarray], size: int | None = None) -> np.ndarray:
+        """One vector of arrays by name, in the order and with the gaps of `flat`."""
+        flat = np.zeros(size or self.flat.shape[0], np.float32)
+        for name, shape in self.shapes.items():
+            flat[self.starts[name]:self.starts[name] + math.prod(shape)] = arrays[name].ravel()
+        return flat
 
     def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut a vector of all parameters (or of their gradients, or of Adam's averages) into arrays by name."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self.shapes.items(), np.split(flat, ends[:-1]))}
+        """The opposite: cut a vector of parameters (or of gradients, or of Adam's averages) into arrays by name."""
+        return {name: flat[self.starts[name]:self.starts[name] + math.prod(shape)].reshape(shape)
+                for name, shape in self.shapes.items()}
 
     def hidden(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C)."""
@@ -589,7 +619,755 @@ class GPT:
         return Tensor(np.concatenate([ids, np.array(new, np.int32).reshape(-1, len(ids)).T], axis=1).astype(np.int32))
 
 
-Fast = Plain
+# --------------------------------------------------------------------------------------------------------------------
+# Chapter 5. The same model, fast
+#
+# Chapter 4 run as it stands trains 30 times slower than PyTorch on the same two cores. A processor core multiplies and
+# adds some 150 billion times a second, but only on numbers that are in its *registers*; fetching one from the cache
+# takes several times as long as using it, and from memory a hundred times. Three things go wrong in the plain form:
+#
+# - Matrix products. Every number of a product of N x N matrices is used N times. The C loops that tinygrad writes by
+#   itself fetch it nearly every time: 15 billion operations a second. Ours keep a tile of the result in registers and
+#   a panel of one matrix in the cache: 120.
+# - Fusion. tinygrad merges operations into one loop to save trips to memory, and so evaluates a GELU once for every
+#   *column* of the product that follows it. Here each kernel begins and ends where it should.
+# - Cores. tinygrad 0.14 uses one. Here every kernel shares its outermost loop among all of them.
+#
+# The kernels are written in UOps, the language that tinygrad itself compiles: loops, reads and writes become exactly
+# such loops in C. Each has its way back (the gradient) beside it, and the tests hold both against chapter 4's.
+# --------------------------------------------------------------------------------------------------------------------
+
+# 5.1 A kernel, statement by statement
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: 16 vector registers, half of what a core has
+LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; rows of a panel
+
+
+class Kernel:
+    """Writes one kernel down like a C function: each read and write comes after the last write, each loop is a C loop.
+
+    `array` makes a local array, in registers if it is small. `read` and `write` take indices; what no kernel writes is
+    read by `get`. Two rules: what is read goes into the very next write, and no bare write stands before a loop.
+    """
+
+    def __init__(self, name: str, *sizes: int):
+        self.name, self.ids, self.last, self.open = "_".join([name, *map(str, sizes)]), 0, (), []
+
+    def id(self) -> int:
+        self.ids += 1
+        return self.ids
+
+    def array(self, *shape: int, dtype=dtypes.float) -> UOp:
+        return UOp.placeholder(shape, dtype, 1000 + self.id(), addrspace=AddrSpace.REG)
+
+    @staticmethod
+    def at(a: UOp, index) -> tuple[UOp, UOp]:
+        """The flat array behind `a`, and the place of an element in it: rows one after the other."""
+        place = 0
+        for i, n in zip(index, a.shape, strict=True):
+            place = place * n + i
+        return (a.src[0] if a.op is Ops.RESHAPE else a), place
+
+    def read(self, a: UOp, *index) -> UOp:
+        flat, place = self.at(a, index)
+        return flat.after(*self.last)[place]
+
+    def write(self, a: UOp, index, value) -> None:
+        flat, place = self.at(a, index)
+        self.last = (flat.after(*self.last)[place].store(value),)
+
+    def add(self, a: UOp, index, value) -> None:
+        self.write(a, index, self.read(a, *index) + value)
+
+    @contextmanager
+    def loop(self, *ends):
+        """Nested loops from 0 to each of `ends`; an end that only the running kernel knows is at least 1."""
+        nest = []
+        for end in ends:
+            if isinstance(end, int):
+                loop, count = UOp.range(end, self.id()), None
+                i = loop
+            else:  # do { ... } while (++n[0] < n[1])
+                count = self.array(2, dtype=dtypes.int)
+                self.write(count, (0,), 0)
+                self.write(count, (1,), end.cast(dtypes.int))
+                loop = UOp.loop(self.id())
+                loop = loop.replace(src=loop.src + self.last)
+            self.last += (loop,)
+            self.open.append(loop)
+            nest.append((loop, count, i if count is None else self.read(count, 0).load()))
+        yield nest[0][2] if len(nest) == 1 else tuple(i for _, _, i in nest)
+        for loop, count, i in reversed(nest):
+            self.open.pop()
+            if count is not None:
+                self.write(count, (0,), i + 1)
+            again = () if count is None else (self.read(count, 0) < self.read(count, 1),)
+            self.last = (self.last[0].end(loop, *again), *self.open)
+
+    @contextmanager
+    def share(self, n: int):
+        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by."""
+        share = n // divisor(n, CORES)
+        with self.loop(share) as i:
+            yield self.core(n) * share + i
+
+    @staticmethod
+    def core(n: int) -> UOp:
+        """Which core this is, of those that share(n). tinygrad calls a kernel that asks for it once for each."""
+        return UOp.variable("core_id", 0, divisor(n, CORES) - 1, dtypes.int, param=True)
+
+    def fill(self, a: UOp, value) -> None:
+        """a[index] = value(index) for every index."""
+        with self.loop(*a.shape) as i:
+            index = i if isinstance(i, tuple) else (i,)
+            self.write(a, index, value(*index))
+
+    def product(self, rows: int, cols: int, depth, a, b, start=lambda r, j: 0.0) -> UOp:
+        """acc[r, j] = start(r, j) + the sum over k of a(r, k) * b(k, j): the one place where this file multiplies
+        matrices. Rows are unrolled here, columns are left to clang, which makes vectors of them: for each k, one vector
+        of b is read and used for all rows, and one number of each row of a for all columns."""
+        acc = self.array(rows, cols)
+        with self.loop(cols) as j:
+            for r in range(rows):
+                self.write(acc, (r, j), start(r, j))
+        with self.loop(depth, cols) as (k, j):
+            b_kj = b(k, j)
+            for r in range(rows):
+                self.add(acc, (r, j), a(r, k) * b_kj)
+        return acc
+
+    def done(self) -> UOp:
+        return self.last[0].sink(arg=KernelInfo(name=self.name, opts_to_apply=()), tag=1)  # tag: leave the loops alone
+
+
+def get(a: UOp, *index) -> UOp:
+    """An element of an argument that its kernel only reads."""
+    flat, place = Kernel.at(a, index)
+    return flat[place]
+
+
+def step_back(tile, size: int, n: int):
+    """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
+    return tile * size if n % size == 0 else (tile * size).minimum(n - size)
+
+
+def divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, most + 1) if n % d == 0)
+
+
+def exp(x: UOp) -> UOp:
+    """e^x for x <= 0 as 2^n * 2^f, f from -1/2 to 1/2: instructions that exist for vectors, unlike a call of expf."""
+    t = (x * (1 / math.log(2))).maximum(-126.0)
+    n = (t - 0.5).cast(dtypes.int)
+    f, power = t - n.cast(dtypes.float), t.const_like(math.log(2) ** 7 / math.factorial(7))
+    for k in range(6, -1, -1):  # the Taylor series of 2^f
+        power = power * f + math.log(2) ** k / math.factorial(k)
+    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n is the exponent's bits
+
+
+# 5.2 Matrix products
+
+def matmul(name: str, a_transposed=False, b_transposed=False, start=None, finish=None, column_sums=False):
+    """A kernel C = A @ B (+ start), (M, N) = (M, K) @ (K, N), either transposed in memory if so said.
+
+    A panel of B, DEPTH x COLS, is packed into a contiguous copy, which stays in the cache while A streams past: without
+    it, columns 4 KB apart fight for the same places there. Packing is also where B is transposed and, for the gradient
+    of a bias, where its columns are summed. `finish` says what to do with a result instead of writing it to C.
+    """
+    def kernel(C, A, B, *extra):
+        M, N, K = *C.shape, A.shape[0 if a_transposed else 1]
+        rows, cols, blocks = min(ROWS, M), min(COLS, N), -(-K // DEPTH)
+        if blocks > 1:  # sums go on in C, so no tile may overlap another
+            rows, cols = divisor(M, rows), divisor(N, cols)
+        deep, panels, tiles = -(-K // blocks), -(-N // cols), -(-M // rows)
+        k = Kernel(name, M, K, N)
+        panel, sums = k.array(deep, cols), k.array(cols)
+        by_panels = divisor(panels, CORES) >= divisor(tiles, CORES)
+        with (k.share(panels) if by_panels else k.loop(panels)) as jt:
+            j0 = step_back(jt, cols, N)
+            if column_sums:
+                k.fill(sums, lambda j: 0.0)
+            with k.loop(blocks) as kt:
+                k0, depth = kt * deep, deep if K % deep == 0 else (K - kt * deep).minimum(deep)
+                with k.loop(*((cols, depth) if b_transposed else (depth, cols))) as (x, y):
+                    kk, j = (y, x) if b_transposed else (x, y)
+                    k.write(panel, (kk, j), get(B, j0 + j, k0 + kk) if b_transposed else get(B, k0 + kk, j0 + j))
+                    if column_sums:
+                        k.add(sums, (j,), k.read(panel, kk, j))
+                with (k.loop(tiles) if by_panels else k.share(tiles)) as it:
+                    i0 = step_back(it, rows, M)
+                    def first(r, j):
+                        value = 0.0 if start is None else start(i0 + r, j0 + j, *extra)
+                        return value if blocks == 1 else (kt > 0).where(k.read(C, i0 + r, j0 + j), value)
+                    acc = k.product(rows, cols, depth,
+                                    lambda r, kk: get(A, k0 + kk, i0 + r) if a_transposed else get(A, i0 + r, k0 + kk),
+                                    lambda kk, j: k.read(panel, kk, j), first)
+                    with k.loop(cols) as j:
+                        for r in range(rows):
+                            if finish is None:
+                                k.write(C, (i0 + r, j0 + j), k.read(acc, r, j))
+                            else:
+                                finish(k, i0 + r, j0 + j, k.read(acc, r, j), kt > blocks - 2, C, *extra)
+            if column_sums:
+                with k.loop(cols) as j:
+                    k.write(extra[0], (j0 + j,), k.read(sums, j))
+        return k.done()
+    return kernel
+
+
+# 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
+#
+# The plain form writes a T x T matrix of scores, reads it for the softmax, writes that, and reads it again. Here a
+# block of queries meets one block of keys after the other and keeps three things: the largest score so far, the sum
+# of exponentials under it, and the weighted sum of values; when a larger score turns up, both sums fade by the factor
+# that they were too large. Memory grows with T, not with its square. On the way back the scores are computed again
+# from the saved logarithm of each sum, which is faster than reading them would be.
+#
+# All is transposed: the queries of a block lie across the lanes of the vector registers. So no softmax needs a sum
+# across lanes, and keys and values are used as they lie in memory, one number for all queries at a time.
+
+def flash_forward(B: int, T: int, H: int, D: int):
+    Q, R, RD, C = min(LANES, T), 8, divisor(D, 8), H * D
+
+    def kernel(y, lse, qkv):
+        """qkv (B*T, 3C) -> y (B*T, C), and lse (B*H*T), the logarithm of each query's sum of exponentials."""
+        k = Kernel("flash", B, T, H, D)
+        query, score, out = k.array(D, Q), k.array(KEYS, Q), k.array(D, Q)
+        top, new_top, total, fade = (k.array(Q) for _ in range(4))
+
+        def key(j):  # rows past the end are masked below, but must be readable
+            return j if T % R == 0 else j.minimum(T - 1)
+
+        with k.share(B * H) as bh, k.loop(-(-T // Q)) as qt:
+            b, h, i0 = bh // H, bh % H, step_back(qt, Q, T)
+
+            def x(part, t, d):
+                return get(qkv, b * T + t, part * C + h * D + d)
+
+            k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
+            with k.loop(Q) as i:
+                k.write(top, (i,), -1e30)
+                k.write(total, (i,), 0.0)
+            k.fill(out, lambda d, i: 0.0)
+            with k.loop((i0 + Q + KEYS - 1) // KEYS) as kb:  # only blocks of keys that some query here may see
+                k0 = kb * KEYS
+                tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
+                k.fill(new_top, lambda i: k.read(top, i))
+                with k.loop(tiles) as jt:
+                    acc = k.product(R, Q, D, lambda r, d: x(1, key(k0 + jt * R + r), d),
+                                    lambda d, i: k.read(query, d, i))
+                    with k.loop(Q) as i:
+                        for r in range(R):
+                            seen = k0 + jt * R + r <= i0 + i
+                            k.write(score, (jt * R + r, i), seen.where(k.read(acc, r, i), -1e30))
+                            k.write(new_top, (i,), k.read(new_top, i).maximum(k.read(score, jt * R + r, i)))
+                with k.loop(Q) as i:
+                    k.write(fade, (i,), exp(k.read(top, i) - k.read(new_top, i)))
+                    k.write(total, (i,), k.read(total, i) * k.read(fade, i))
+                    k.write(top, (i,), k.read(new_top, i))
+                with k.loop(D, Q) as (d, i):
+                    k.write(out, (d, i), k.read(out, d, i) * k.read(fade, i))
+                with k.loop(tiles * R, Q) as (j, i):
+                    k.write(score, (j, i), exp(k.read(score, j, i) - k.read(top, i)))
+                    k.add(total, (i,), k.read(score, j, i))
+                with k.loop(D // RD) as dt:
+                    acc = k.product(RD, Q, tiles * R, lambda r, j: x(2, key(k0 + j), dt * RD + r),
+                                    lambda j, i: k.read(score, j, i))
+                    with k.loop(Q) as i:
+                        for r in range(RD):
+                            k.add(out, (dt * RD + r, i), k.read(acc, r, i))
+            with k.loop(Q, D) as (i, d):
+                k.write(y, (b * T + i0 + i, h * D + d), k.read(out, d, i) / k.read(total, i))
+            with k.loop(Q) as i:
+                k.write(lse, (bh * T + i0 + i,), k.read(top, i) + k.read(total, i).log2() * math.log(2))
+        return k.done()
+    return kernel
+
+
+def flash_backward(B: int, T: int, H: int, D: int):
+    Q, R, RD, RK, C = min(LANES, T), 8, divisor(D, 8), 4, H * D
+
+    def kernel(dqkv, dy, y, lse, qkv):
+        """dqkv (B*T, 3C), from dy and y (B*T, C), lse and qkv."""
+        k = Kernel("flash_back", B, T, H, D)
+        query, grad, dquery = (k.array(D, Q) for _ in range(3))
+        prob, dscore, norm, dot = k.array(KEYS, Q), k.array(KEYS, Q), k.array(Q), k.array(Q)
+
+        def key(j):
+            return j if T % R == 0 else j.minimum(T - 1)
+
+        with k.share(B * H) as bh:
+            b, h = bh // H, bh % H
+
+            def x(part, t, d):
+                return get(qkv, b * T + t, part * C + h * D + d)
+
+            def g(t, d):
+                return get(dy, b * T + t, h * D + d)
+
+            with k.loop(T, D) as (t, d):
+                for part in range(3):
+                    k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
+            with k.loop(-(-T // Q)) as qt:
+                i0 = step_back(qt, Q, T)
+                k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
+                k.fill(grad, lambda d, i: g(i0 + i, d))
+                with k.loop(Q) as i:  # a query that the last block meets a second time must not count twice
+                    k.write(norm, (i,), (i0 + i < qt * Q).where(1e30, get(lse, bh * T + i0 + i)))
+                    k.write(dot, (i,), 0.0)
+                with k.loop(D, Q) as (d, i):
+                    k.write(dquery, (d, i), 0.0)
+                    k.add(dot, (i,), k.read(grad, d, i) * get(y, b * T + i0 + i, h * D + d))
+                with k.loop((i0 + Q + KEYS - 1) // KEYS) as kb:
+                    k0 = kb * KEYS
+                    tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
+                    with k.loop(tiles) as jt:
+                        def row(r):
+                            return key(k0 + jt * R + r)
+                        score = k.product(R, Q, D, lambda r, d: x(1, row(r), d), lambda d, i: k.read(query, d, i))
+                        dprob = k.product(R, Q, D, lambda r, d: x(2, row(r), d), lambda d, i: k.read(grad, d, i))
+                        with k.loop(Q) as i:
+                            for r in range(R):
+                                at, seen = (jt * R + r, i), k0 + jt * R + r <= i0 + i
+                                k.write(prob, at, seen.where(exp(k.read(score, r, i) - k.read(norm, i)), 0.0))
+                                k.write(dscore, at, k.read(prob, *at) * (k.read(dprob, r, i) - k.read(dot, i)))
+                    with k.loop(D // RD) as dt:
+                        acc = k.product(RD, Q, tiles * R, lambda r, j: x(1, key(k0 + j), dt * RD + r),
+                                        lambda j, i: k.read(dscore, j, i))
+                        with k.loop(Q) as i:
+                            for r in range(RD):
+                                k.add(dquery, (dt * RD + r, i), k.read(acc, r, i))
+                    with k.loop(tiles * (R // RK)) as jt:
+                        for part, left, right, scale in ((1, dscore, lambda i, d: x(0, i0 + i, d), D ** -0.5),
+                                                         (2, prob, lambda i, d: g(i0 + i, d), 1.0)):
+                            acc = k.product(RK, D, Q, lambda r, i: k.read(left, jt * RK + r, i), right)  # noqa: B023
+                            with k.loop(D) as d:
+                                for r in range(RK):
+                                    at = b * T + key(k0 + jt * RK + r), part * C + h * D + d
+                                    k.add(dqkv, at, k.read(acc, r, d) * scale)
+                with k.loop(Q, D) as (i, d):
+                    k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5)
+        return k.done()
+    return kernel
+
+
+# 5.4 Layer norm, GELU, embeddings, and the head with its cross-entropy
+
+class Row:
+    """Sums over a row of C numbers, in up to 16 lanes: a compiler may not reorder additions, so we do."""
+
+    def __init__(self, k: Kernel, C: int):
+        self.k, self.C, self.lanes = k, C, divisor(C, 16)
+        self.sums = k.array(2, self.lanes)
+
+    def sum(self, *terms) -> list[UOp]:
+        """For each of `terms`, the sum of term(c) over c."""
+        k, numbered = self.k, list(enumerate(terms))
+        with k.loop(self.lanes) as lane:
+            for n, _ in numbered:
+                k.write(self.sums, (n, lane), 0.0)
+        with k.loop(self.C // self.lanes, self.lanes) as (c, lane):
+            for n, term in numbered:
+                k.add(self.sums, (n, lane), term(c * self.lanes + lane))
+        return [sum(k.read(self.sums, n, lane) for lane in range(self.lanes)) for n, _ in numbered]
+
+    def moments(self, x, stats: UOp) -> None:
+        """stats = the mean of x(c), and one over its standard deviation."""
+        k = self.k
+        with k.loop(1):
+            k.write(stats, (0,), self.sum(x)[0] * (1 / self.C))
+        with k.loop(1):
+            variance = self.sum(lambda c: (x(c) - k.read(stats, 0)) * (x(c) - k.read(stats, 0)))[0] * (1 / self.C)
+            k.write(stats, (1,), (variance + 1e-5).sqrt().reciprocal())
+
+
+def norm_forward(y, x, w, b):
+    M, C = x.shape
+    k = Kernel("norm", M, C)
+    row, stats = Row(k, C), k.array(2)
+    with k.share(M) as i:
+        row.moments(lambda c: get(x, i, c), stats)
+        with k.loop(C) as c:
+            k.write(y, (i, c), (get(x, i, c) - k.read(stats, 0)) * k.read(stats, 1) * get(w, c) + get(b, c))
+    return k.done()
+
+
+def norm_backward(dx, parts, dy, x, w):
+    """dx (M, C); parts (cores, 2, C): each core's sums over its rows for the gradients of the scale and the shift."""
+    M, C = x.shape
+    k = Kernel("norm_back", M, C)
+    row, stats, means = Row(k, C), k.array(2), k.array(2)
+    core = k.core(M)
+    with k.loop(2, C) as (n, c):
+        k.write(parts, (core, n, c), 0.0)
+    with k.share(M) as i:
+        row.moments(lambda c: get(x, i, c), stats)
+
+        def hat(c):
+            return (get(x, i, c) - k.read(stats, 0)) * k.read(stats, 1)
+        with k.loop(1):
+            a, b = row.sum(lambda c: get(dy, i, c) * get(w, c), lambda c: get(dy, i, c) * get(w, c) * hat(c))
+            k.write(means, (0,), a * (1 / C))
+            k.write(means, (1,), b * (1 / C))
+        with k.loop(C) as c:
+            k.add(parts, (core, 0, c), get(dy, i, c) * hat(c))
+            k.add(parts, (core, 1, c), get(dy, i, c))
+            k.write(dx, (i, c), (get(dy, i, c) * get(w, c) - k.read(means, 0) - hat(c) * k.read(means, 1))
+                    * k.read(stats, 1))
+    return k.done()
+
+
+def norm_gather(dw, db, parts):
+    k = Kernel("norm_gather", *parts.shape)
+    with k.loop(parts.shape[2]) as c:
+        for n, out in enumerate((dw, db)):
+            k.write(out, (c,), sum(get(parts, core, n, c) for core in range(parts.shape[0])))
+    return k.done()
+
+
+def gelu_and_slope(u):
+    """GELU and its derivative: u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten."""
+    z = u * (u * u * 0.044715 + 1.0) * (2 * math.sqrt(2 / math.pi))
+    e = exp(-(z < 0).where(-z, z))
+    s = (z < 0).where(e, 1.0) / (e + 1.0)
+    return u * s, s + u * s * (1.0 - s) * (u * u * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
+
+
+def gelu_finish(k, i, j, value, last, u, g, b):
+    k.write(u, (i, j), value)
+    k.write(g, (i, j), gelu_and_slope(k.read(u, i, j))[0])
+
+
+def slope_finish(k, i, j, value, last, du, u):
+    k.write(du, (i, j), last.where(value * gelu_and_slope(get(u, i, j))[1], value))
+
+
+def embed_forward(T: int):
+    def kernel(x, wte, wpe, idx):
+        k = Kernel("embed", *x.shape)
+        with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
+            token = get(idx, b * T + t).load().cast(dtypes.weakint)
+            k.write(x, (b * T + t, c), get(wte, token, c) + get(wpe, t, c))
+        return k.done()
+    return kernel
+
+
+def embed_backward(T: int):
+    def kernel(dwte, dwpe, dx, idx):
+        """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so two
+        cores must not meet in a row: each takes columns of its own."""
+        (M, C), k = dx.shape, Kernel("embed_back", *dx.shape)
+        width = divisor(C, 16)
+        with k.share(C // width) as strip:
+            with k.loop(dwpe.shape[0], width) as (t, c):
+                k.write(dwpe, (t, strip * width + c), 0.0)
+            with k.loop(M // T, T, width) as (b, t, c):
+                token, column = get(idx, b * T + t).load().cast(dtypes.weakint), strip * width + c
+                k.add(dwte, (token, column), get(dx, b * T + t, column))
+                k.add(dwpe, (t, column), get(dx, b * T + t, column))
+        return k.done()
+    return kernel
+
+
+# The logits are kept transposed, (V, tokens): again the softmax needs no sum across lanes, and none of the three
+# products needs the large table transposed.
+
+def head_forward(loss, logits, lse, wte, x, target):
+    """x (M, C) -> the loss of each token (M,), its logits as a column (V, M), and lse (M,)."""
+    (V, C), M = wte.shape, x.shape[0]
+    R, Q, VB = min(ROWS, V), divisor(M, COLS), 64
+    k, n = Kernel("head", V, C, M), M // Q
+    panel, top, new_top, total = k.array(n, C, Q), k.array(n, Q), k.array(Q), k.array(n, Q)
+    with k.share(n) as jt:
+        with k.loop(Q, C) as (j, c):
+            k.write(panel, (jt, c, j), get(x, jt * Q + j, c))
+        with k.loop(Q) as j:
+            k.write(top, (jt, j), -1e30)
+            k.write(total, (jt, j), 0.0)
+    with k.loop(-(-V // VB)) as vb, k.share(n) as jt:
+        v0, count = vb * VB, VB if V % VB == 0 else (V - vb * VB).minimum(VB)
+
+        def row(r):
+            return v0 + (vt * R + r if V % R == 0 else (vt * R + r).minimum(count - 1))
+        k.fill(new_top, lambda j: k.read(top, jt, j))
+        with k.loop((count + R - 1) // R) as vt:
+            acc = k.product(R, Q, C, lambda r, c: get(wte, row(r), c), lambda c, j: k.read(panel, jt, c, j))
+            with k.loop(Q) as j:
+                for r in range(R):
+                    k.write(logits, (row(r), jt * Q + j), k.read(acc, r, j))
+                    k.write(new_top, (j,), k.read(new_top, j).maximum(k.read(acc, r, j)))
+        with k.loop(Q) as j:
+            k.write(total, (jt, j), k.read(total, jt, j) * exp(k.read(top, jt, j) - k.read(new_top, j)))
+            k.write(top, (jt, j), k.read(new_top, j))
+        with k.loop(count, Q) as (v, j):
+            k.add(total, (jt, j), exp(k.read(logits, v0 + v, jt * Q + j) - k.read(top, jt, j)))
+    with k.share(n) as jt:
+        with k.loop(Q) as j:
+            k.write(lse, (jt * Q + j,), k.read(top, jt, j) + k.read(total, jt, j).log2() * math.log(2))
+        with k.loop(Q) as j:
+            chosen = k.read(logits, get(target, jt * Q + j).load().cast(dtypes.weakint), jt * Q + j)
+            k.write(loss, (jt * Q + j,), k.read(lse, jt * Q + j) - chosen)
+    return k.done()
+
+
+def head_blocks(M: int, V: int) -> tuple[int, int]:
+    """Rows of the logits' gradient in a block that stays in the cache, and the number of blocks."""
+    rows = max(4, min(64, 32768 // M // 4 * 4))
+    blocks = -(-V // (rows * CORES)) * CORES  # a multiple of the number of cores, if V is large enough
+    rows = -(-V // blocks)
+    return rows, -(-V // rows)
+
+
+def head_backward(parts, dwte, dloss, logits, lse, wte, x, target):
+    """dwte (V, C), and of dx each core's part, parts (cores, M, C). A block of rows of the logits' gradient lives only
+    in the cache."""
+    (V, C), M = wte.shape, x.shape[0]
+    R, RM, CW, CX = min(ROWS, V), divisor(M, ROWS), min(COLS, C), divisor(C, COLS)
+    k, (VB, blocks) = Kernel("head_back", V, C, M), head_blocks(M, V)
+    d, core = k.array(VB, M), k.core(blocks)
+    with k.loop(M, C) as (j, c):
+        k.write(parts, (core, j, c), 0.0)
+    with k.share(blocks) as vb:
+        v0, count = vb * VB, VB if V % VB == 0 else (V - vb * VB).minimum(VB)
+        with k.loop(count, M) as (v, j):
+            hit = get(target, j).eq(v0 + v).where(1.0, 0.0)
+            k.write(d, (v, j), (exp(get(logits, v0 + v, j) - get(lse, j)) - hit) * get(dloss, j))
+        with k.loop((count + R - 1) // R, -(-C // CW)) as (vt, ct):
+            def row(r):
+                return vt * R + r if V % R == 0 else (vt * R + r).minimum(count - 1)
+            c0 = step_back(ct, CW, C)
+            acc = k.product(R, CW, M, lambda r, j: k.read(d, row(r), j), lambda j, c: get(x, j, c0 + c))
+            with k.loop(CW) as c:
+                for r in range(R):
+                    k.write(dwte, (v0 + row(r), c0 + c), k.read(acc, r, c))
+        with k.loop(C // CX, M // RM) as (ct, mt):
+            acc = k.product(RM, CX, count, lambda r, v: k.read(d, v, mt * RM + r),
+                            lambda v, c: get(wte, v0 + v, ct * CX + c))
+            with k.loop(CX) as c:
+                for r in range(RM):
+                    k.add(parts, (core, mt * RM + r, ct * CX + c), k.read(acc, r, c))
+    return k.done()
+
+
+# 5.5 Adam in one pass
+#
+# tinygrad would write three kernels for the three averages, each of which reads all the others' inputs again.
+
+BLOCK = 1024  # numbers; the flat vectors have a multiple of CORES such blocks, so that all cores get equal shares
+
+
+def square_sums(parts, grad):
+    """parts (cores,): each core's part of the gradient's squared length."""
+    k, blocks = Kernel("square_sums", *grad.shape), grad.shape[0] // BLOCK
+    sums, core = k.array(16), k.core(blocks)
+    k.fill(sums, lambda lane: 0.0)
+    with k.share(blocks) as block, k.loop(BLOCK // 16, 16) as (i, lane):
+        k.add(sums, (lane,), get(grad, block * BLOCK + i * 16 + lane) * get(grad, block * BLOCK + i * 16 + lane))
+    with k.loop(1):
+        k.write(parts, (core,), sum(k.read(sums, lane) for lane in range(16)))
+    return k.done()
+
+
+def adamw(c: TrainConfig, n_decay: int):
+    def kernel(theta, m, v, grad, parts, rates):
+        """One step of AdamW, in place (AdamW.step has the formulas). A gradient that is not finite changes nothing."""
+        k, h = Kernel("adamw", *theta.shape), None
+        h, blocks = k.array(2), theta.shape[0] // BLOCK
+        with k.loop(1):
+            norm = sum(get(parts, core) for core in range(parts.shape[0])).sqrt()
+            k.write(h, (0,), (norm < c.grad_clip).where(1.0, c.grad_clip / norm))
+            k.write(h, (1,), (norm < math.inf).where(1.0, 0.0))
+        with k.share(blocks) as block, k.loop(BLOCK) as lane:
+            i = block * BLOCK + lane
+            fine, g = k.read(h, 1) > 0, get(grad, i) * k.read(h, 0)
+            k.write(m, (i,), fine.where(k.read(m, i) * c.beta1 + g * (1 - c.beta1), k.read(m, i)))
+            k.write(v, (i,), fine.where(k.read(v, i) * c.beta2 + g * g * (1 - c.beta2), k.read(v, i)))
+            change = k.read(m, i) * get(rates, 1) / ((k.read(v, i) * get(rates, 2)).sqrt() + 1e-8)
+            change = change + (i < n_decay).where(c.weight_decay, 0.0) * k.read(theta, i)
+            k.write(theta, (i,), fine.where(k.read(theta, i) - get(rates, 0) * change, k.read(theta, i)))
+        return k.done()
+    return kernel
+
+
+# 5.6 The operations of chapter 4, made of these kernels
+
+def run(kernel, *args: Tensor, back=None) -> list[Tensor]:
+    """Run a kernel on tensors, outputs first; `back` is its gradient."""
+    return args[0].custom_kernel(*args[1:], fxn=kernel, grad_fxn=back)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, T, C) -> (B * T, C)"""
+    return x.reshape(-1, x.shape[-1])
+
+
+def gradient_of(w: Tensor) -> Tensor:
+    """Where the gradient of a parameter goes: its window on the model's vector of gradients, else memory of its own."""
+    return Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad
+
+
+class Fast:
+    """Plain's operations by the kernels of this chapter. Arguments and results are the same, to float32's rounding."""
+    written: list[UOp] = []  # the weight gradients of the backward pass in the making (flat_gradient collects them)
+
+    @staticmethod
+    def give(*gradients: Tensor) -> tuple[UOp, ...]:
+        Fast.written += [g.uop for g in gradients]
+        return tuple(g.uop for g in gradients)
+
+    @staticmethod
+    def embed(idx, wte, wpe):
+        (B, T), C, ids = idx.shape, wte.shape[1], idx.reshape(-1)
+
+        def back(dx, _):
+            dwte, dwpe = run(embed_backward(T), gradient_of(wte), gradient_of(wpe), Tensor(dx), ids)[:2]
+            return None, *Fast.give(dwte, dwpe), None
+        return run(embed_forward(T), Tensor.empty(B * T, C), wte, wpe, ids, back=back)[0].reshape(B, T, C)
+
+    @staticmethod
+    def layer_norm(x, weight, bias):
+        x2 = rows(x)
+
+        def back(dy, _):
+            parts = Tensor.empty(divisor(x2.shape[0], CORES), 2, x2.shape[1])
+            dx, parts = run(norm_backward, Tensor.empty(*x2.shape), parts, Tensor(dy), x2, weight)[:2]
+            dw, db = run(norm_gather, gradient_of(weight), gradient_of(bias), parts)[:2]
+            return None, dx.uop, *Fast.give(dw, db)
+        return run(norm_forward, Tensor.empty(*x2.shape), x2, weight, bias, back=back)[0].reshape(x.shape)
+
+    @staticmethod
+    def weight_gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[UOp, ...]:
+        """x^T @ dy and the column sums of dy: one kernel."""
+        dw, _, _, db = run(matmul("linear_dw", a_transposed=True, column_sums=True), gradient_of(weight), x, dy,
+                           gradient_of(bias))
+        return Fast.give(dw, db)
+
+    @staticmethod
+    def linear(x, weight, bias, residual=None):
+        x2, more = rows(x), () if residual is None else (rows(residual),)
+
+        def back(dy, _):
+            dy = Tensor(dy)
+            dx = run(matmul("linear_dx", b_transposed=True), Tensor.empty(*x2.shape), dy, weight)[0]
+            return None, dx.uop, *Fast.weight_gradients(dy, x2, weight, bias), *(dy.uop for _ in more)
+
+        def start(i, j, bias, *residual):
+            return get(bias, j) + get(residual[0], i, j) if residual else get(bias, j)
+        y = Tensor.empty(x2.shape[0], weight.shape[1])
+        y = run(matmul("linear_add" if more else "linear", start=start), y, x2, weight, bias, *more, back=back)[0]
+        return y.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def mlp(x, w, b, w2, b2, residual=None):
+        # GELU and its slope are applied while the products' tiles are in registers.
+        x2, more, M, H = rows(x), () if residual is None else (rows(residual),), math.prod(x.shape[:-1]), w.shape[1]
+        u, _, _, g, _ = run(matmul("mlp_up", start=lambda i, j, g, b: get(b, j), finish=gelu_finish),
+                            Tensor.empty(M, H), x2.detach(), w.detach(), Tensor.empty(M, H), b.detach())
+
+        def back(dy, _):
+            dy = Tensor(dy)
+            du = run(matmul("mlp_du", b_transposed=True, finish=slope_finish), Tensor.empty(M, H), dy, w2, u)[0]
+            dx = run(matmul("linear_dx", b_transposed=True), Tensor.empty(*x2.shape), du, w)[0]
+            dw2, db2 = Fast.weight_gradients(dy, g, w2, b2)
+            return None, None, dw2, db2, *(dy.uop for _ in more), dx.uop, *Fast.weight_gradients(du, x2, w, b)
+
+        def start(i, j, b2, residual, *_):
+            return get(b2, j) + get(residual, i, j) if more else get(b2, j)
+        # x, w and b are handed over so that autograd finds its way to them; the kernel does not read them.
+        y = run(matmul("mlp_down", start=start), Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back)[0]
+        return y.reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def attention(qkv, n_head):
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        x, sizes = rows(qkv), (B, T, n_head, C // n_head)
+
+        def back(dy, call):
+            y, lse = (Tensor(out.after(call)) for out in call.src[1:3])
+            return None, None, run(flash_backward(*sizes), Tensor.empty(*x.shape), Tensor(dy), y, lse, x)[0].uop
+        return run(flash_forward(*sizes), Tensor.empty(B * T, C), Tensor.empty(B * n_head * T), x,
+                   back=back)[0].reshape(B, T, C)
+
+    @staticmethod
+    def loss(x, wte, targets):
+        x2, ids, (V, C) = rows(x), targets.reshape(-1), wte.shape
+        M = x2.shape[0]
+
+        def back(dloss, call):
+            dloss, (logits, lse) = Tensor(dloss).contiguous(), (Tensor(out.after(call)) for out in call.src[2:4])
+            parts = Tensor.empty(divisor(head_blocks(M, V)[1], CORES), M, C)
+            parts, dwte = run(head_backward, parts, gradient_of(wte), dloss, logits, lse, wte, x2, ids)[:2]
+            return None, None, None, *Fast.give(dwte), parts.sum(0).uop, None
+        return run(head_forward, Tensor.empty(M), Tensor.empty(V, M), Tensor.empty(M), wte, x2, ids,
+                   back=back)[0].mean()
+
+
+# 5.7 All cores at once
+#
+# A TinyJit's recording is a list of kernels and the memory that each works on. tinygrad goes down that list in Python,
+# at 40 microseconds a kernel, and calls a kernel that is to run on two cores twice, one after the other. Instead, each
+# core gets a thread that goes down a list of its own in compiled code, and before each next kernel waits until all
+# cores have finished the last: 1.4 microseconds a kernel.
+
+def default_ops():
+    """Fast where its kernels have been tried: tinygrad's CPU device with clang. Elsewhere, Plain."""
+    return Fast if Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer" else Plain
+
+
+class Crew:
+    """Replays what a TinyJit has recorded, on all cores."""
+    WORDS = 24  # of 8 bytes, in an entry of the list: a kernel's address and its arguments
+
+    def __init__(self, jit: TinyJit):
+        calls = jit.captured.linear.src
+        self.lists = np.zeros((CORES, len(calls), self.WORDS), np.uint64)
+        idle = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # "let others run", of the C library
+        self.lists[:, :, 0] = idle
+        for n, call in enumerate(calls):
+            program = get_runtime("CPU", call.src[0])
+            buffers = [get_call_arg_uops(call)[i].buffer.ensure_allocated() for i in call.src[0].arg.globals]
+            args = [buffer.get_buf("CPU").va_addr for buffer in buffers]
+            cores = call.src[0].arg.global_size[0] if "core_id" in program.runtimevars else 1
+            for core in range(cores):  # a kernel for fewer cores leaves the others idle
+                own = args[:]
+                if cores > 1 or "core_id" in program.runtimevars:
+                    own.insert(program.runtimevars["core_id"], core)
+                self.lists[core, n, :1 + len(own)] = [program.addr, *own]
+        self.program = Device["CPU"].runtime(to_program(self.replay(len(calls)), Device["CPU"].renderer).to_elf())
+        self.arrived, self.runs = np.zeros(CORES * 8, np.uint64), 0  # a cache line for each core's count of kernels
+        self.idle = np.array([idle], np.uint64)
+        self.pool = ThreadPoolExecutor(CORES)
+        self.jit, self.length = jit, len(calls)
+
+    def replay(self, length: int) -> UOp:
+        """The loop that a core runs: call a kernel, say so, wait for the others."""
+        calls = UOp.param(0, dtypes.uint64, (length * self.WORDS,))
+        arrived = UOp.param(1, dtypes.uint64, (CORES * 8,), volatile=True)
+        mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
+        before, idle = UOp.param(3, dtypes.uint64, (1,))[0].load(), UOp.param(4, dtypes.uint64, (1,), volatile=True)
+        n = UOp.range(length, 0)
+        entry = [calls.after(n)[n * self.WORDS + word].load() for word in range(self.WORDS)]
+        ran = entry[0].call(*entry[1:], ret_dtype=dtypes.void)
+        count = before + n.cast(dtypes.uint64) + 1
+        last = mine.after(UOp(Ops.BARRIER, src=(ran,)))[0].store(count)
+        for core in range(CORES):
+            wait = UOp.loop(1 + core)
+            nap = idle.after(last, wait)[0].load().call(ret_dtype=dtypes.void)
+            seen = arrived.after(last, nap)[core * 8].load()
+            last = seen.end(wait, seen < count)
+        return UOp(Ops.BARRIER, src=(last,)).end(n).sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
+
+    def __call__(self):
+        before = np.array([self.runs * self.length], np.uint64)
+
+        def work(core: int):
+            arrays = self.lists[core], self.arrived, self.arrived[8 * core:], before, self.idle
+            self.program.fxn(*[ctypes.c_uint64(array.ctypes.data) for array in arrays])
+        list(self.pool.map(work, range(CORES)))
+        self.runs += 1
+        return self.jit.captured.ret
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -621,50 +1399,94 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def put(tensor: Tensor, array: np.ndarray) -> None:
+    """Copy an array into a tensor's own memory, where recorded kernels will look for it."""
+    Device[tensor.device].synchronize()
+    tensor.uop.buffer.copy_from(Tensor(array).realize().uop.buffer)
+
+
+def recorded(ops, function):
+    """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
+    jit, replay = TinyJit(function), None
+
+    def call():
+        nonlocal replay
+        if replay is None:
+            result = jit()
+            if jit.captured is not None:
+                replay = Crew(jit) if ops is Fast else jit
+            return result
+        return replay()
+    return call
+
+
+def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
+    """The gradient of `loss` for all parameters, in the layout of model.flat. float32."""
+    if model.ops is Fast:
+        # The kernels write into model.grad themselves. Asking for one gradient at the bottom of the model builds the
+        # whole way back; the result is model.grad *after* all kernels that write to it.
+        Fast.written.clear()
+        loss.gradient(model.wpe.weight)
+        return Tensor(model.grad.uop.after(*Fast.written))
+    parameters = get_state_dict(model)
+    gradients = loss.gradient(*[parameters[name] for name in model.shapes])
+    return Tensor.usum(*[g.flatten().pad(((start, model.flat.shape[0] - start - g.numel()),))
+                         for g, start in zip(gradients, model.starts.values(), strict=True)])
+
+
 class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
 
     def __init__(self, model: GPT, config: TrainConfig):
         self.model, self.config = model, config
         self.m, self.v = (Tensor(np.zeros(model.flat.shape, np.float32)).realize() for _ in range(2))
-        self.jit = TinyJit(self.step)
+        shape = (config.grad_accum, config.batch_size, model.config.block_size)
+        self.x, self.y = (Tensor(np.zeros(shape, np.int32)).realize() for _ in range(2))
+        self.rates, self.key = Tensor(np.zeros(3, np.float32)).realize(), Tensor(np.zeros(1, np.uint32)).realize()
+        self.run = recorded(model.ops, self.step)
 
-    def step(self, x: Tensor, y: Tensor, rates: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """One training step: ids (grad_accum, B, T) twice -> the loss (nats) and the gradient's norm before clipping.
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One training step with the batch in `x` and `y`, ids (grad_accum, B, T); returns the loss (nats) and the
+        gradient's norm before clipping, both scalars.
 
-        `rates` is float32 (3,): the learning rate, and the two bias corrections 1 / (1 - beta ** t), which make up for
-        the averages having started at zero.
+        `rates` (3,) holds the learning rate and the two bias corrections 1 / (1 - beta ** t), which make up for the
+        averages having started at zero.
         """
-        c, model, losses, grads = self.config, self.model, [], []
+        c, model, losses, total = self.config, self.model, [], None
         for i in range(c.grad_accum):
-            loss = model.loss(x[i], y[i], key + i)
-            losses.append(loss)
-            grads.append(flat_gradient(model, loss))
-        grad = (sum(grads[1:], grads[0]) / c.grad_accum).contiguous()
-        norm = grad.square().sum().sqrt()
-        grad = grad * (c.grad_clip / norm).minimum(1)
+            losses.append(model.loss(self.x[i], self.y[i], self.key + i))
+            grad = flat_gradient(model, losses[-1])
+            if c.grad_accum > 1:
+                total = (grad if total is None else total + grad).contiguous().realize()
+        grad = grad if total is None else (total / c.grad_accum).contiguous()
+        loss = sum(losses) / c.grad_accum
+        if model.ops is Fast:
+            parts = run(square_sums, Tensor.empty(divisor(grad.shape[0] // BLOCK, CORES)), grad)[0]
+            done = run(adamw(c, model.n_decay), model.flat, self.m, self.v, grad, parts, self.rates)
+            norm = parts.sum().sqrt()
+            Tensor.realize(loss, norm, *done[:3])
+            return loss, norm
+        norm = grad.square().sum().sqrt().contiguous()
+        fine, grad = norm < math.inf, grad * (c.grad_clip / norm).minimum(1)
         m = c.beta1 * self.m + (1 - c.beta1) * grad
         v = c.beta2 * self.v + (1 - c.beta2) * grad.square()
         decay = (Tensor.arange(grad.shape[0]) < model.n_decay).where(c.weight_decay, 0.0)
-        change = rates[0] * (m * rates[1] / ((v * rates[2]).sqrt() + 1e-8) + decay * model.flat)
-        Tensor.realize(self.m.assign(m), self.v.assign(v), model.flat.assign(model.flat - change))
-        return sum(losses[1:], losses[0]) / c.grad_accum, norm
+        change = self.rates[0] * (m * self.rates[1] / ((v * self.rates[2]).sqrt() + 1e-8) + decay * model.flat)
+        pairs = (self.m, m), (self.v, v), (model.flat, model.flat - change)
+        Tensor.realize(loss, norm, *[old.assign(fine.where(new, old)) for old, new in pairs])
+        return loss, norm
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         """Take step number `i`; return its loss and gradient norm as numbers."""
         c = self.config
         x, y = get_batch(data, c, self.model.config.block_size, i)
         rates = [learning_rate(c, i), 1 / (1 - c.beta1 ** (i + 1)), 1 / (1 - c.beta2 ** (i + 1))]
-        key = int(np.random.default_rng((c.seed, i, 1)).integers(2**32))
-        with Context(TRAINING=1):
-            loss, norm = self.jit(Tensor(x), Tensor(y), Tensor(np.array(rates, np.float32)),
-                                  Tensor(np.array([key], np.uint32)))
+        key = np.random.default_rng((c.seed, i, 1)).integers(2**32, size=1)
+        for tensor, array in ((self.x, x), (self.y, y), (self.rates, np.array(rates, np.float32)),
+                              (self.key, key.astype(np.uint32))):
+            put(tensor, array)
+        loss, norm = self.run()
         return loss.item(), norm.item()
-
-def flat_gradient(model, loss):
-    params = get_state_dict(model)
-    gs = loss.gradient(*[params[n] for n in model.shapes])
-    return Tensor.cat(*[g.contiguous().flatten() for g in gs])
 
 
 def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None = None) -> float:
@@ -675,17 +1497,21 @@ def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None 
     T = model.config.block_size
     batches = batches or math.ceil(len(data) / (batch_size * T))
     starts = np.linspace(0, len(data) - T - 1, batches * batch_size).astype(np.int64).reshape(batches, batch_size, 1)
-    loss, total = eval_loss(model), 0.0
+    x, y, loss = eval_loss(model, batch_size)
+    total = 0.0
     for start in starts:
         windows = data[start + np.arange(T + 1)].astype(np.int32)                          # (B, T + 1)
-        total += loss(Tensor(windows[:, :-1].copy()), Tensor(windows[:, 1:].copy())).item()
+        put(x, windows[:, :-1])
+        put(y, windows[:, 1:])
+        total += loss().item()
     return total / batches
 
 
 @functools.lru_cache(maxsize=1)
-def eval_loss(model: GPT):
-    """The model's loss as a compiled function, kept for the next evaluation."""
-    return TinyJit(lambda x, y: model.loss(x, y).realize())
+def eval_loss(model: GPT, batch_size: int):
+    """Two tensors for a batch, and the model's loss on them as a recorded function, kept for the next evaluation."""
+    x, y = (Tensor(np.zeros((batch_size, model.config.block_size), np.int32)).realize() for _ in range(2))
+    return x, y, recorded(model.ops, lambda: model.loss(x, y).realize())
 
 
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
@@ -867,13 +1693,13 @@ def load_checkpoint(model: GPT, path: Path, optimizer: AdamW | None) -> int:
             found = arrays[prefix + name].shape if prefix + name in arrays else "missing"
             if found != shape:
                 raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not {shape}")
-        return np.concatenate([arrays[prefix + name].ravel() for name in model.shapes])
+        return model.pack({name: arrays[prefix + name] for name in model.shapes})
 
     pairs = [(model.flat, gather(""))]
     if optimizer:
         pairs += [(optimizer.m, gather("optimizer.m.")), (optimizer.v, gather("optimizer.v."))]
     for tensor, array in pairs:
-        tensor.assign(Tensor(array)).realize()
+        put(tensor, array)
     return int(metadata.get("iter_num", 0))
 
 
@@ -933,8 +1759,7 @@ def decoder(model: GPT, batch_size: int):
             a = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch_size, 1, c.n_embd)
             x = x + ops.linear(a, block.attn.c_proj.weight, block.attn.c_proj.bias)
             m = ops.layer_norm(x, block.ln_2.weight, block.ln_2.bias)
-            m = ops.gelu(ops.linear(m, block.mlp.c_fc.weight, block.mlp.c_fc.bias))
-            x = x + ops.linear(m, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+            x = ops.mlp(m, block.mlp.c_fc.weight, block.mlp.c_fc.bias, block.mlp.c_proj.weight, block.mlp.c_proj.bias, x)
         x = ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
         logits = (x @ model.wte.weight.transpose(0, 1)).reshape(batch_size, c.vocab_size)
         Tensor.realize(logits, cache.assign(Tensor.stack(*keep)))
@@ -1004,21 +1829,23 @@ def gradcheck(seed: int) -> bool:
     model = GPT(config, seed=seed)
     x, y = (Tensor(rng.integers(0, 11, (2, 5)).astype(np.int32)).realize() for _ in range(2))
     theta = model.flat.numpy() + 0.1 * rng.standard_normal(model.flat.shape, np.float32)  # no bias is zero by accident
-    model.bind(Tensor(theta).realize())
+    put(model.flat, theta)
     gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
-    model.ops = Plain
+    model.ops, theta = Plain, theta.astype(np.float64)
+    model.bind(Tensor(theta).realize(), Tensor(theta).realize())
+    loss = recorded(Plain, lambda: model.loss(x, y).realize())
 
-    @TinyJit
-    def loss_at(flat: Tensor) -> Tensor:
-        model.bind(flat)
-        return model.loss(x, y).realize()
+    def loss_at(i: int, value: float) -> float:
+        theta[i], keep = value, theta[i]
+        put(model.flat, theta)
+        theta[i] = keep
+        return loss().item()
 
     differences, h = np.zeros(theta.shape), 1e-5
-    for i in range(len(theta)):
-        show(f"nudging parameter {i + 1} of {len(theta)}")
-        up, down = theta.astype(np.float64), theta.astype(np.float64)
-        up[i], down[i] = up[i] + h, down[i] - h
-        differences[i] = (loss_at(Tensor(up)).item() - loss_at(Tensor(down)).item()) / (2 * h)
+    for name, start in model.starts.items():
+        show(f"nudging {name}")
+        for i in range(start, start + math.prod(model.shapes[name])):
+            differences[i] = (loss_at(i, theta[i] + h) - loss_at(i, theta[i] - h)) / (2 * h)
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
     for name, difference in model.unpack(differences).items():
@@ -1058,7 +1885,7 @@ def peak_mb() -> float | None:
 def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
     """Time training steps, or sampling, on random data; the last line printed is JSON."""
     model, rng, seconds = GPT(config), np.random.default_rng(0), []
-    result = {"bench": what, "parameters": math.prod(model.flat.shape)}
+    result = {"bench": what, "parameters": sum(map(math.prod, model.shapes.values()))}
     if what == "step":
         data, optimizer = rng.integers(0, config.vocab_size, 200_000), AdamW(model, train_config)
         for i in range(60):
@@ -1169,7 +1996,7 @@ def run_train(args: argparse.Namespace) -> None:
     seconds = (config.max_iters - start) * step_flops(c, config) / (0.5e9 * blas_gflops())
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {n_bytes / n_tokens:.2f} bytes each on average")
-    say(f"model      {math.prod(model.flat.shape) / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
+    say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} channels, {c.block_size} tokens of context")
     say(f"training   steps {start + 1} to {config.max_iters} of {config.grad_accum * config.batch_size} x {c.block_size} "
         f"tokens on {Device.DEFAULT}; about {clock(seconds)} minutes, if all goes as fast as it should")
