@@ -103,10 +103,12 @@ choose_device()
 MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace
+from tinygrad.engine import realize
 from tinygrad.engine.realize import get_call_arg_uops, get_runtime
+from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.nn.state import get_state_dict
 from tinygrad.uop.ops import KernelInfo, Ops
 
@@ -622,48 +624,51 @@ class GPT:
 # --------------------------------------------------------------------------------------------------------------------
 # Chapter 5. The same model, fast
 #
-# Chapter 4 run as it stands trains 30 times slower than PyTorch on the same two cores. A processor core multiplies and
-# adds some 150 billion times a second, but only on numbers that are in its *registers*; fetching one from the cache
-# takes several times as long as using it, and from memory a hundred times. Three things go wrong in the plain form:
+# Chapter 4 run as it stands trains 30 times slower than PyTorch on the same two cores. A core multiplies and adds some
+# 150 billion times a second, but only numbers that are in its *registers*; fetching one from the cache takes several
+# times as long as using it, and from memory a hundred times. Three things go wrong in the plain form:
 #
-# - Matrix products. Every number of a product of N x N matrices is used N times. The C loops that tinygrad writes by
-#   itself fetch it nearly every time: 15 billion operations a second. Ours keep a tile of the result in registers and
-#   a panel of one matrix in the cache: 120.
-# - Fusion. tinygrad merges operations into one loop to save trips to memory, and so evaluates a GELU once for every
-#   *column* of the product that follows it. Here each kernel begins and ends where it should.
-# - Cores. tinygrad 0.14 uses one. Here every kernel shares its outermost loop among all of them.
+# - Products. In a product of N x N matrices each number is used N times. The C loops that tinygrad writes by itself
+#   fetch it nearly every time: 15 billion operations a second. Ours keep a tile of the result in registers and a panel
+#   of one matrix in the cache: 120 billion.
+# - Fusion. tinygrad merges operations into one loop to save trips to memory, and so computes a GELU anew for every
+#   *column* of the product that follows it. Our kernels begin and end where they should.
+# - Cores. tinygrad 0.14 uses one. Our kernels share their outermost loop among all.
 #
-# The kernels are written in UOps, the language that tinygrad itself compiles: loops, reads and writes become exactly
-# such loops in C. Each has its way back (the gradient) beside it, and the tests hold both against chapter 4's.
+# The kernels are written in UOps, the language that tinygrad itself compiles to C. Each has its way back (the gradient)
+# beside it, and the tests hold both against chapter 4's. Values lie in memory as (B * T, C), a row for each token.
 # --------------------------------------------------------------------------------------------------------------------
 
 # 5.1 A kernel, statement by statement
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: 16 vector registers, half of what a core has
-LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; rows of a panel
+ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: 16 (or 8) vector registers of the 32 (or 16) there are
+LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; height of a panel
+
+
+def get(a: UOp, *index) -> UOp:
+    """An element of an argument that the kernel only reads."""
+    flat, place = Kernel.at(a, index)
+    return flat[place]
 
 
 class Kernel:
-    """Writes one kernel down like a C function: each read and write comes after the last write, each loop is a C loop.
+    """Writes a kernel down like a C function: each read and write comes after the last write, each loop is a C loop.
 
-    `array` makes a local array, in registers if it is small. `read` and `write` take indices; what no kernel writes is
-    read by `get`. Two rules: what is read goes into the very next write, and no bare write stands before a loop.
+    Two rules: what is read goes into the very next write, and no bare write stands before a loop.
     """
 
     def __init__(self, name: str, *sizes: int):
         self.name, self.ids, self.last, self.open = "_".join([name, *map(str, sizes)]), 0, (), []
 
-    def id(self) -> int:
-        self.ids += 1
-        return self.ids
-
     def array(self, *shape: int, dtype=dtypes.float) -> UOp:
-        return UOp.placeholder(shape, dtype, 1000 + self.id(), addrspace=AddrSpace.REG)
+        """A local array: in registers if it is small, else on the stack."""
+        self.ids += 1
+        return UOp.placeholder(shape, dtype, 1000 + self.ids, addrspace=AddrSpace.REG)
 
     @staticmethod
     def at(a: UOp, index) -> tuple[UOp, UOp]:
-        """The flat array behind `a`, and the place of an element in it: rows one after the other."""
+        """The flat memory behind `a`, and an element's place in it: rows one after the other."""
         place = 0
         for i, n in zip(index, a.shape, strict=True):
             place = place * n + i
@@ -682,21 +687,19 @@ class Kernel:
 
     @contextmanager
     def loop(self, *ends):
-        """Nested loops from 0 to each of `ends`; an end that only the running kernel knows is at least 1."""
+        """Nested loops from 0 to each of `ends`; an end that only the running kernel knows must be at least 1."""
         nest = []
         for end in ends:
-            if isinstance(end, int):
-                loop, count = UOp.range(end, self.id()), None
-                i = loop
-            else:  # do { ... } while (++n[0] < n[1])
+            self.ids += 1
+            loop, count = UOp.range(end, self.ids) if isinstance(end, int) else UOp.loop(self.ids), None
+            if not isinstance(end, int):  # do { ... } while (++count[0] < count[1])
                 count = self.array(2, dtype=dtypes.int)
                 self.write(count, (0,), 0)
                 self.write(count, (1,), end.cast(dtypes.int))
-                loop = UOp.loop(self.id())
                 loop = loop.replace(src=loop.src + self.last)
             self.last += (loop,)
             self.open.append(loop)
-            nest.append((loop, count, i if count is None else self.read(count, 0).load()))
+            nest.append((loop, count, loop if count is None else self.read(count, 0).load()))
         yield nest[0][2] if len(nest) == 1 else tuple(i for _, _, i in nest)
         for loop, count, i in reversed(nest):
             self.open.pop()
@@ -705,28 +708,30 @@ class Kernel:
             again = () if count is None else (self.read(count, 0) < self.read(count, 1),)
             self.last = (self.last[0].end(loop, *again), *self.open)
 
-    @contextmanager
-    def share(self, n: int):
-        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by."""
-        share = n // divisor(n, CORES)
-        with self.loop(share) as i:
-            yield self.core(n) * share + i
-
-    @staticmethod
-    def core(n: int) -> UOp:
-        """Which core this is, of those that share(n). tinygrad calls a kernel that asks for it once for each."""
-        return UOp.variable("core_id", 0, divisor(n, CORES) - 1, dtypes.int, param=True)
+    def each(self, *ends, do) -> None:
+        """Loops around one statement."""
+        with self.loop(*ends) as i:
+            do(*(i if isinstance(i, tuple) else (i,)))
 
     def fill(self, a: UOp, value) -> None:
         """a[index] = value(index) for every index."""
-        with self.loop(*a.shape) as i:
-            index = i if isinstance(i, tuple) else (i,)
-            self.write(a, index, value(*index))
+        self.each(*a.shape, do=lambda *index: self.write(a, index, value(*index)))
+
+    @staticmethod
+    def core(n: int) -> UOp:
+        """Which core this is, of those that share(n). tinygrad calls a kernel that asks for it once for each core."""
+        return UOp.variable("core_id", 0, divisor(n, CORES) - 1, dtypes.int, param=True)
+
+    @contextmanager
+    def share(self, n: int):
+        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by."""
+        with self.loop(n // divisor(n, CORES)) as i:
+            yield self.core(n) * (n // divisor(n, CORES)) + i
 
     def product(self, rows: int, cols: int, depth, a, b, start=lambda r, j: 0.0) -> UOp:
-        """acc[r, j] = start(r, j) + the sum over k of a(r, k) * b(k, j): the one place where this file multiplies
-        matrices. Rows are unrolled here, columns are left to clang, which makes vectors of them: for each k, one vector
-        of b is read and used for all rows, and one number of each row of a for all columns."""
+        """acc[r, j] = start(r, j) + the sum over k of a(r, k) * b(k, j): the one place in this file where matrices are
+        multiplied. Rows are unrolled here; columns are left to clang, which makes vectors of them. For each k, a vector
+        of b is fetched once for all rows, and a number of a once for all columns."""
         acc = self.array(rows, cols)
         with self.loop(cols) as j:
             for r in range(rows):
@@ -737,19 +742,18 @@ class Kernel:
                 self.add(acc, (r, j), a(r, k) * b_kj)
         return acc
 
+    def sums(self, n: int, *terms) -> list[UOp]:
+        """For each of `terms`, the sum of term(i) over i < n, in up to 16 lanes: a compiler may not reorder additions."""
+        lanes, numbered = divisor(n, 16), list(enumerate(terms))
+        acc = self.array(len(terms), lanes)
+        self.fill(acc, lambda t, lane: 0.0)
+        with self.loop(n // lanes, lanes) as (i, lane):
+            for t, term in numbered:
+                self.add(acc, (t, lane), term(i * lanes + lane))
+        return [sum(self.read(acc, t, lane) for lane in range(lanes)) for t, _ in numbered]
+
     def done(self) -> UOp:
         return self.last[0].sink(arg=KernelInfo(name=self.name, opts_to_apply=()), tag=1)  # tag: leave the loops alone
-
-
-def get(a: UOp, *index) -> UOp:
-    """An element of an argument that its kernel only reads."""
-    flat, place = Kernel.at(a, index)
-    return flat[place]
-
-
-def step_back(tile, size: int, n: int):
-    """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
-    return tile * size if n % size == 0 else (tile * size).minimum(n - size)
 
 
 def divisor(n: int, most: int) -> int:
@@ -757,277 +761,76 @@ def divisor(n: int, most: int) -> int:
     return max(d for d in range(1, most + 1) if n % d == 0)
 
 
+def step_back(tile, size: int, n: int):
+    """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
+    return tile * size if n % size == 0 else (tile * size).minimum(n - size)
+
+
 def exp(x: UOp) -> UOp:
-    """e^x for x <= 0 as 2^n * 2^f, f from -1/2 to 1/2: instructions that exist for vectors, unlike a call of expf."""
+    """e^x for x <= 0 as 2^n * 2^f, f between -1/2 and 1/2: unlike a call of expf, this becomes vector instructions."""
     t = (x * (1 / math.log(2))).maximum(-126.0)
     n = (t - 0.5).cast(dtypes.int)
     f, power = t - n.cast(dtypes.float), t.const_like(math.log(2) ** 7 / math.factorial(7))
     for k in range(6, -1, -1):  # the Taylor series of 2^f
         power = power * f + math.log(2) ** k / math.factorial(k)
-    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n is the exponent's bits
+    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n goes into the bits of the exponent
+
+
+def token(ids: UOp, i) -> UOp:
+    """An element of an integer array, as an index."""
+    return get(ids, i).load().cast(dtypes.weakint)
 
 
 # 5.2 Matrix products
 
-def matmul(name: str, a_transposed=False, b_transposed=False, start=None, finish=None, column_sums=False):
-    """A kernel C = A @ B (+ start), (M, N) = (M, K) @ (K, N), either transposed in memory if so said.
+@functools.cache
+def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, b_transposed=False, column_sums=False):
+    """C = A @ B, (M, N) = (M, K) @ (K, N), either one transposed in memory if so said. The first `adds` of `extra` are
+    added: a vector to every row, or a matrix. `finish` does something else with a result than writing it to C.
 
-    A panel of B, DEPTH x COLS, is packed into a contiguous copy, which stays in the cache while A streams past: without
-    it, columns 4 KB apart fight for the same places there. Packing is also where B is transposed and, for the gradient
-    of a bias, where its columns are summed. `finish` says what to do with a result instead of writing it to C.
+    A panel of B, DEPTH x COLS, is packed into a copy without gaps, which stays in the cache while A streams past;
+    without it, numbers 4 KB apart compete for the same places in the cache (60 instead of 120 GFLOP/s). Packing also
+    transposes B and, for the gradient of a bias, sums its columns.
     """
-    def kernel(C, A, B, *extra):
-        M, N, K = *C.shape, A.shape[0 if a_transposed else 1]
-        rows, cols, blocks = min(ROWS, M), min(COLS, N), -(-K // DEPTH)
-        if blocks > 1:  # sums go on in C, so no tile may overlap another
-            rows, cols = divisor(M, rows), divisor(N, cols)
-        deep, panels, tiles = -(-K // blocks), -(-N // cols), -(-M // rows)
-        k = Kernel(name, M, K, N)
-        panel, sums = k.array(deep, cols), k.array(cols)
-        by_panels = divisor(panels, CORES) >= divisor(tiles, CORES)
-        with (k.share(panels) if by_panels else k.loop(panels)) as jt:
-            j0 = step_back(jt, cols, N)
-            if column_sums:
-                k.fill(sums, lambda j: 0.0)
-            with k.loop(blocks) as kt:
-                k0, depth = kt * deep, deep if K % deep == 0 else (K - kt * deep).minimum(deep)
-                with k.loop(*((cols, depth) if b_transposed else (depth, cols))) as (x, y):
-                    kk, j = (y, x) if b_transposed else (x, y)
-                    k.write(panel, (kk, j), get(B, j0 + j, k0 + kk) if b_transposed else get(B, k0 + kk, j0 + j))
-                    if column_sums:
-                        k.add(sums, (j,), k.read(panel, kk, j))
-                with (k.loop(tiles) if by_panels else k.share(tiles)) as it:
-                    i0 = step_back(it, rows, M)
-                    def first(r, j):
-                        value = 0.0 if start is None else start(i0 + r, j0 + j, *extra)
-                        return value if blocks == 1 else (kt > 0).where(k.read(C, i0 + r, j0 + j), value)
-                    acc = k.product(rows, cols, depth,
-                                    lambda r, kk: get(A, k0 + kk, i0 + r) if a_transposed else get(A, i0 + r, k0 + kk),
-                                    lambda kk, j: k.read(panel, kk, j), first)
-                    with k.loop(cols) as j:
-                        for r in range(rows):
-                            if finish is None:
-                                k.write(C, (i0 + r, j0 + j), k.read(acc, r, j))
-                            else:
-                                finish(k, i0 + r, j0 + j, k.read(acc, r, j), kt > blocks - 2, C, *extra)
-            if column_sums:
+    (M, N), K = C.shape, A.shape[0 if a_transposed else 1]
+    rows, cols, blocks = min(ROWS, M), min(COLS, N), -(-K // DEPTH)
+    if blocks > 1:  # then sums go on in C, and no tile may overlap another
+        rows, cols = divisor(M, rows), divisor(N, cols)
+    deep, panels, tiles = -(-K // blocks), -(-N // cols), -(-M // rows)
+    k, by_panels = Kernel(name, M, K, N), divisor(panels, CORES) >= divisor(tiles, CORES)
+    panel, sums = k.array(deep, cols), k.array(cols)
+    with (k.share(panels) if by_panels else k.loop(panels)) as panel_number:
+        j0 = step_back(panel_number, cols, N)
+        if column_sums:
+            k.fill(sums, lambda j: 0.0)
+        with k.loop(blocks) as block:
+            k0, depth = block * deep, deep if K % deep == 0 else (K - block * deep).minimum(deep)
+            with k.loop(*((cols, depth) if b_transposed else (depth, cols))) as (outer, inner):
+                kk, j = (inner, outer) if b_transposed else (outer, inner)
+                k.write(panel, (kk, j), get(B, j0 + j, k0 + kk) if b_transposed else get(B, k0 + kk, j0 + j))
+                if column_sums:
+                    k.add(sums, (j,), k.read(panel, kk, j))
+            with (k.loop(tiles) if by_panels else k.share(tiles)) as tile:
+                i0 = step_back(tile, rows, M)
+
+                def start(r, j):
+                    value = sum((get(e, j0 + j) if e.ndim == 1 else get(e, i0 + r, j0 + j) for e in extra[:adds]), 0.0)
+                    return value if blocks == 1 else (block > 0).where(k.read(C, i0 + r, j0 + j), value)
+                acc = k.product(rows, cols, depth, lambda r, kk: get(A, k0 + kk, i0 + r) if a_transposed else
+                                get(A, i0 + r, k0 + kk), lambda kk, j: k.read(panel, kk, j), start)
                 with k.loop(cols) as j:
-                    k.write(extra[0], (j0 + j,), k.read(sums, j))
-        return k.done()
-    return kernel
-
-
-# 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
-#
-# The plain form writes a T x T matrix of scores, reads it for the softmax, writes that, and reads it again. Here a
-# block of queries meets one block of keys after the other and keeps three things: the largest score so far, the sum
-# of exponentials under it, and the weighted sum of values; when a larger score turns up, both sums fade by the factor
-# that they were too large. Memory grows with T, not with its square. On the way back the scores are computed again
-# from the saved logarithm of each sum, which is faster than reading them would be.
-#
-# All is transposed: the queries of a block lie across the lanes of the vector registers. So no softmax needs a sum
-# across lanes, and keys and values are used as they lie in memory, one number for all queries at a time.
-
-def flash_forward(B: int, T: int, H: int, D: int):
-    Q, R, RD, C = min(LANES, T), 8, divisor(D, 8), H * D
-
-    def kernel(y, lse, qkv):
-        """qkv (B*T, 3C) -> y (B*T, C), and lse (B*H*T), the logarithm of each query's sum of exponentials."""
-        k = Kernel("flash", B, T, H, D)
-        query, score, out = k.array(D, Q), k.array(KEYS, Q), k.array(D, Q)
-        top, new_top, total, fade = (k.array(Q) for _ in range(4))
-
-        def key(j):  # rows past the end are masked below, but must be readable
-            return j if T % R == 0 else j.minimum(T - 1)
-
-        with k.share(B * H) as bh, k.loop(-(-T // Q)) as qt:
-            b, h, i0 = bh // H, bh % H, step_back(qt, Q, T)
-
-            def x(part, t, d):
-                return get(qkv, b * T + t, part * C + h * D + d)
-
-            k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
-            with k.loop(Q) as i:
-                k.write(top, (i,), -1e30)
-                k.write(total, (i,), 0.0)
-            k.fill(out, lambda d, i: 0.0)
-            with k.loop((i0 + Q + KEYS - 1) // KEYS) as kb:  # only blocks of keys that some query here may see
-                k0 = kb * KEYS
-                tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
-                k.fill(new_top, lambda i: k.read(top, i))
-                with k.loop(tiles) as jt:
-                    acc = k.product(R, Q, D, lambda r, d: x(1, key(k0 + jt * R + r), d),
-                                    lambda d, i: k.read(query, d, i))
-                    with k.loop(Q) as i:
-                        for r in range(R):
-                            seen = k0 + jt * R + r <= i0 + i
-                            k.write(score, (jt * R + r, i), seen.where(k.read(acc, r, i), -1e30))
-                            k.write(new_top, (i,), k.read(new_top, i).maximum(k.read(score, jt * R + r, i)))
-                with k.loop(Q) as i:
-                    k.write(fade, (i,), exp(k.read(top, i) - k.read(new_top, i)))
-                    k.write(total, (i,), k.read(total, i) * k.read(fade, i))
-                    k.write(top, (i,), k.read(new_top, i))
-                with k.loop(D, Q) as (d, i):
-                    k.write(out, (d, i), k.read(out, d, i) * k.read(fade, i))
-                with k.loop(tiles * R, Q) as (j, i):
-                    k.write(score, (j, i), exp(k.read(score, j, i) - k.read(top, i)))
-                    k.add(total, (i,), k.read(score, j, i))
-                with k.loop(D // RD) as dt:
-                    acc = k.product(RD, Q, tiles * R, lambda r, j: x(2, key(k0 + j), dt * RD + r),
-                                    lambda j, i: k.read(score, j, i))
-                    with k.loop(Q) as i:
-                        for r in range(RD):
-                            k.add(out, (dt * RD + r, i), k.read(acc, r, i))
-            with k.loop(Q, D) as (i, d):
-                k.write(y, (b * T + i0 + i, h * D + d), k.read(out, d, i) / k.read(total, i))
-            with k.loop(Q) as i:
-                k.write(lse, (bh * T + i0 + i,), k.read(top, i) + k.read(total, i).log2() * math.log(2))
-        return k.done()
-    return kernel
-
-
-def flash_backward(B: int, T: int, H: int, D: int):
-    Q, R, RD, RK, C = min(LANES, T), 8, divisor(D, 8), 4, H * D
-
-    def kernel(dqkv, dy, y, lse, qkv):
-        """dqkv (B*T, 3C), from dy and y (B*T, C), lse and qkv."""
-        k = Kernel("flash_back", B, T, H, D)
-        query, grad, dquery = (k.array(D, Q) for _ in range(3))
-        prob, dscore, norm, dot = k.array(KEYS, Q), k.array(KEYS, Q), k.array(Q), k.array(Q)
-
-        def key(j):
-            return j if T % R == 0 else j.minimum(T - 1)
-
-        with k.share(B * H) as bh:
-            b, h = bh // H, bh % H
-
-            def x(part, t, d):
-                return get(qkv, b * T + t, part * C + h * D + d)
-
-            def g(t, d):
-                return get(dy, b * T + t, h * D + d)
-
-            with k.loop(T, D) as (t, d):
-                for part in range(3):
-                    k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
-            with k.loop(-(-T // Q)) as qt:
-                i0 = step_back(qt, Q, T)
-                k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
-                k.fill(grad, lambda d, i: g(i0 + i, d))
-                with k.loop(Q) as i:  # a query that the last block meets a second time must not count twice
-                    k.write(norm, (i,), (i0 + i < qt * Q).where(1e30, get(lse, bh * T + i0 + i)))
-                    k.write(dot, (i,), 0.0)
-                with k.loop(D, Q) as (d, i):
-                    k.write(dquery, (d, i), 0.0)
-                    k.add(dot, (i,), k.read(grad, d, i) * get(y, b * T + i0 + i, h * D + d))
-                with k.loop((i0 + Q + KEYS - 1) // KEYS) as kb:
-                    k0 = kb * KEYS
-                    tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
-                    with k.loop(tiles) as jt:
-                        def row(r):
-                            return key(k0 + jt * R + r)
-                        score = k.product(R, Q, D, lambda r, d: x(1, row(r), d), lambda d, i: k.read(query, d, i))
-                        dprob = k.product(R, Q, D, lambda r, d: x(2, row(r), d), lambda d, i: k.read(grad, d, i))
-                        with k.loop(Q) as i:
-                            for r in range(R):
-                                at, seen = (jt * R + r, i), k0 + jt * R + r <= i0 + i
-                                k.write(prob, at, seen.where(exp(k.read(score, r, i) - k.read(norm, i)), 0.0))
-                                k.write(dscore, at, k.read(prob, *at) * (k.read(dprob, r, i) - k.read(dot, i)))
-                    with k.loop(D // RD) as dt:
-                        acc = k.product(RD, Q, tiles * R, lambda r, j: x(1, key(k0 + j), dt * RD + r),
-                                        lambda j, i: k.read(dscore, j, i))
-                        with k.loop(Q) as i:
-                            for r in range(RD):
-                                k.add(dquery, (dt * RD + r, i), k.read(acc, r, i))
-                    with k.loop(tiles * (R // RK)) as jt:
-                        for part, left, right, scale in ((1, dscore, lambda i, d: x(0, i0 + i, d), D ** -0.5),
-                                                         (2, prob, lambda i, d: g(i0 + i, d), 1.0)):
-                            acc = k.product(RK, D, Q, lambda r, i: k.read(left, jt * RK + r, i), right)  # noqa: B023
-                            with k.loop(D) as d:
-                                for r in range(RK):
-                                    at = b * T + key(k0 + jt * RK + r), part * C + h * D + d
-                                    k.add(dqkv, at, k.read(acc, r, d) * scale)
-                with k.loop(Q, D) as (i, d):
-                    k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5)
-        return k.done()
-    return kernel
-
-
-# 5.4 Layer norm, GELU, embeddings, and the head with its cross-entropy
-
-class Row:
-    """Sums over a row of C numbers, in up to 16 lanes: a compiler may not reorder additions, so we do."""
-
-    def __init__(self, k: Kernel, C: int):
-        self.k, self.C, self.lanes = k, C, divisor(C, 16)
-        self.sums = k.array(2, self.lanes)
-
-    def sum(self, *terms) -> list[UOp]:
-        """For each of `terms`, the sum of term(c) over c."""
-        k, numbered = self.k, list(enumerate(terms))
-        with k.loop(self.lanes) as lane:
-            for n, _ in numbered:
-                k.write(self.sums, (n, lane), 0.0)
-        with k.loop(self.C // self.lanes, self.lanes) as (c, lane):
-            for n, term in numbered:
-                k.add(self.sums, (n, lane), term(c * self.lanes + lane))
-        return [sum(k.read(self.sums, n, lane) for lane in range(self.lanes)) for n, _ in numbered]
-
-    def moments(self, x, stats: UOp) -> None:
-        """stats = the mean of x(c), and one over its standard deviation."""
-        k = self.k
-        with k.loop(1):
-            k.write(stats, (0,), self.sum(x)[0] * (1 / self.C))
-        with k.loop(1):
-            variance = self.sum(lambda c: (x(c) - k.read(stats, 0)) * (x(c) - k.read(stats, 0)))[0] * (1 / self.C)
-            k.write(stats, (1,), (variance + 1e-5).sqrt().reciprocal())
-
-
-def norm_forward(y, x, w, b):
-    M, C = x.shape
-    k = Kernel("norm", M, C)
-    row, stats = Row(k, C), k.array(2)
-    with k.share(M) as i:
-        row.moments(lambda c: get(x, i, c), stats)
-        with k.loop(C) as c:
-            k.write(y, (i, c), (get(x, i, c) - k.read(stats, 0)) * k.read(stats, 1) * get(w, c) + get(b, c))
+                    for r in range(rows):
+                        result = k.read(acc, r, j)
+                        if finish is None:
+                            k.write(C, (i0 + r, j0 + j), result)
+                        else:
+                            finish(k, i0 + r, j0 + j, result, block > blocks - 2, C, *extra[adds:])
+        if column_sums:
+            k.each(cols, do=lambda j: k.write(extra[0], (j0 + j,), k.read(sums, j)))
     return k.done()
 
 
-def norm_backward(dx, parts, dy, x, w):
-    """dx (M, C); parts (cores, 2, C): each core's sums over its rows for the gradients of the scale and the shift."""
-    M, C = x.shape
-    k = Kernel("norm_back", M, C)
-    row, stats, means = Row(k, C), k.array(2), k.array(2)
-    core = k.core(M)
-    with k.loop(2, C) as (n, c):
-        k.write(parts, (core, n, c), 0.0)
-    with k.share(M) as i:
-        row.moments(lambda c: get(x, i, c), stats)
-
-        def hat(c):
-            return (get(x, i, c) - k.read(stats, 0)) * k.read(stats, 1)
-        with k.loop(1):
-            a, b = row.sum(lambda c: get(dy, i, c) * get(w, c), lambda c: get(dy, i, c) * get(w, c) * hat(c))
-            k.write(means, (0,), a * (1 / C))
-            k.write(means, (1,), b * (1 / C))
-        with k.loop(C) as c:
-            k.add(parts, (core, 0, c), get(dy, i, c) * hat(c))
-            k.add(parts, (core, 1, c), get(dy, i, c))
-            k.write(dx, (i, c), (get(dy, i, c) * get(w, c) - k.read(means, 0) - hat(c) * k.read(means, 1))
-                    * k.read(stats, 1))
-    return k.done()
-
-
-def norm_gather(dw, db, parts):
-    k = Kernel("norm_gather", *parts.shape)
-    with k.loop(parts.shape[2]) as c:
-        for n, out in enumerate((dw, db)):
-            k.write(out, (c,), sum(get(parts, core, n, c) for core in range(parts.shape[0])))
-    return k.done()
-
-
-def gelu_and_slope(u):
+def gelu(u):
     """GELU and its derivative: u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten."""
     z = u * (u * u * 0.044715 + 1.0) * (2 * math.sqrt(2 / math.pi))
     e = exp(-(z < 0).where(-z, z))
@@ -1035,182 +838,285 @@ def gelu_and_slope(u):
     return u * s, s + u * s * (1.0 - s) * (u * u * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
 
 
-def gelu_finish(k, i, j, value, last, u, g, b):
-    k.write(u, (i, j), value)
-    k.write(g, (i, j), gelu_and_slope(k.read(u, i, j))[0])
+def gelu_finish(k, i, j, result, last, u, g):
+    k.write(u, (i, j), result)
+    k.write(g, (i, j), gelu(k.read(u, i, j))[0])
 
 
-def slope_finish(k, i, j, value, last, du, u):
-    k.write(du, (i, j), last.where(value * gelu_and_slope(get(u, i, j))[1], value))
+def slope_finish(k, i, j, result, last, du, u):
+    k.write(du, (i, j), last.where(result * gelu(get(u, i, j))[1], result))
 
 
-def embed_forward(T: int):
-    def kernel(x, wte, wpe, idx):
-        k = Kernel("embed", *x.shape)
-        with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
-            token = get(idx, b * T + t).load().cast(dtypes.weakint)
-            k.write(x, (b * T + t, c), get(wte, token, c) + get(wpe, t, c))
-        return k.done()
-    return kernel
-
-
-def embed_backward(T: int):
-    def kernel(dwte, dwpe, dx, idx):
-        """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so two
-        cores must not meet in a row: each takes columns of its own."""
-        (M, C), k = dx.shape, Kernel("embed_back", *dx.shape)
-        width = divisor(C, 16)
-        with k.share(C // width) as strip:
-            with k.loop(dwpe.shape[0], width) as (t, c):
-                k.write(dwpe, (t, strip * width + c), 0.0)
-            with k.loop(M // T, T, width) as (b, t, c):
-                token, column = get(idx, b * T + t).load().cast(dtypes.weakint), strip * width + c
-                k.add(dwte, (token, column), get(dx, b * T + t, column))
-                k.add(dwpe, (t, column), get(dx, b * T + t, column))
-        return k.done()
-    return kernel
-
-
-# The logits are kept transposed, (V, tokens): again the softmax needs no sum across lanes, and none of the three
-# products needs the large table transposed.
-
-def head_forward(loss, logits, lse, wte, x, target):
-    """x (M, C) -> the loss of each token (M,), its logits as a column (V, M), and lse (M,)."""
-    (V, C), M = wte.shape, x.shape[0]
-    R, Q, VB = min(ROWS, V), divisor(M, COLS), 64
-    k, n = Kernel("head", V, C, M), M // Q
-    panel, top, new_top, total = k.array(n, C, Q), k.array(n, Q), k.array(Q), k.array(n, Q)
-    with k.share(n) as jt:
-        with k.loop(Q, C) as (j, c):
-            k.write(panel, (jt, c, j), get(x, jt * Q + j, c))
-        with k.loop(Q) as j:
-            k.write(top, (jt, j), -1e30)
-            k.write(total, (jt, j), 0.0)
-    with k.loop(-(-V // VB)) as vb, k.share(n) as jt:
-        v0, count = vb * VB, VB if V % VB == 0 else (V - vb * VB).minimum(VB)
-
-        def row(r):
-            return v0 + (vt * R + r if V % R == 0 else (vt * R + r).minimum(count - 1))
-        k.fill(new_top, lambda j: k.read(top, jt, j))
-        with k.loop((count + R - 1) // R) as vt:
-            acc = k.product(R, Q, C, lambda r, c: get(wte, row(r), c), lambda c, j: k.read(panel, jt, c, j))
-            with k.loop(Q) as j:
-                for r in range(R):
-                    k.write(logits, (row(r), jt * Q + j), k.read(acc, r, j))
-                    k.write(new_top, (j,), k.read(new_top, j).maximum(k.read(acc, r, j)))
-        with k.loop(Q) as j:
-            k.write(total, (jt, j), k.read(total, jt, j) * exp(k.read(top, jt, j) - k.read(new_top, j)))
-            k.write(top, (jt, j), k.read(new_top, j))
-        with k.loop(count, Q) as (v, j):
-            k.add(total, (jt, j), exp(k.read(logits, v0 + v, jt * Q + j) - k.read(top, jt, j)))
-    with k.share(n) as jt:
-        with k.loop(Q) as j:
-            k.write(lse, (jt * Q + j,), k.read(top, jt, j) + k.read(total, jt, j).log2() * math.log(2))
-        with k.loop(Q) as j:
-            chosen = k.read(logits, get(target, jt * Q + j).load().cast(dtypes.weakint), jt * Q + j)
-            k.write(loss, (jt * Q + j,), k.read(lse, jt * Q + j) - chosen)
-    return k.done()
-
-
-def head_blocks(M: int, V: int) -> tuple[int, int]:
-    """Rows of the logits' gradient in a block that stays in the cache, and the number of blocks."""
-    rows = max(4, min(64, 32768 // M // 4 * 4))
-    blocks = -(-V // (rows * CORES)) * CORES  # a multiple of the number of cores, if V is large enough
-    rows = -(-V // blocks)
-    return rows, -(-V // rows)
-
-
-def head_backward(parts, dwte, dloss, logits, lse, wte, x, target):
-    """dwte (V, C), and of dx each core's part, parts (cores, M, C). A block of rows of the logits' gradient lives only
-    in the cache."""
-    (V, C), M = wte.shape, x.shape[0]
-    R, RM, CW, CX = min(ROWS, V), divisor(M, ROWS), min(COLS, C), divisor(C, COLS)
-    k, (VB, blocks) = Kernel("head_back", V, C, M), head_blocks(M, V)
-    d, core = k.array(VB, M), k.core(blocks)
-    with k.loop(M, C) as (j, c):
-        k.write(parts, (core, j, c), 0.0)
-    with k.share(blocks) as vb:
-        v0, count = vb * VB, VB if V % VB == 0 else (V - vb * VB).minimum(VB)
-        with k.loop(count, M) as (v, j):
-            hit = get(target, j).eq(v0 + v).where(1.0, 0.0)
-            k.write(d, (v, j), (exp(get(logits, v0 + v, j) - get(lse, j)) - hit) * get(dloss, j))
-        with k.loop((count + R - 1) // R, -(-C // CW)) as (vt, ct):
-            def row(r):
-                return vt * R + r if V % R == 0 else (vt * R + r).minimum(count - 1)
-            c0 = step_back(ct, CW, C)
-            acc = k.product(R, CW, M, lambda r, j: k.read(d, row(r), j), lambda j, c: get(x, j, c0 + c))
-            with k.loop(CW) as c:
-                for r in range(R):
-                    k.write(dwte, (v0 + row(r), c0 + c), k.read(acc, r, c))
-        with k.loop(C // CX, M // RM) as (ct, mt):
-            acc = k.product(RM, CX, count, lambda r, v: k.read(d, v, mt * RM + r),
-                            lambda v, c: get(wte, v0 + v, ct * CX + c))
-            with k.loop(CX) as c:
-                for r in range(RM):
-                    k.add(parts, (core, mt * RM + r, ct * CX + c), k.read(acc, r, c))
-    return k.done()
-
-
-# 5.5 Adam in one pass
+# 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
 #
-# tinygrad would write three kernels for the three averages, each of which reads all the others' inputs again.
+# The plain form writes a T x T matrix of scores, reads it for the softmax, writes that and reads it again. Here a block
+# of queries meets one block of keys after the other and keeps three things: the largest score so far, the sum of
+# exponentials relative to it, and the sum of values weighted by them. When a larger score turns up, both sums fade by
+# the factor that they were too large. Memory grows with T, not with its square. On the way back the scores are
+# computed again from the saved logarithm of each sum: that is quicker than reading them would be.
+#
+# All is transposed, so that the queries of a block lie across the lanes of the vector registers: no softmax needs a sum
+# across lanes, and keys and values are used as they lie in memory, one number at a time for all queries.
+
+@functools.cache
+def flash(y, lse, qkv, B: int, T: int, H: int):
+    """qkv (B*T, 3C) -> y (B*T, C), and lse (B*H*T), the logarithm of each query's sum of exponentials."""
+    C, k = y.shape[1], Kernel("flash", B, T, H, y.shape[1])
+    D, Q, R = C // H, min(LANES, T), 8
+    RD = divisor(D, 8)
+    query, score, out = k.array(D, Q), k.array(KEYS, Q), k.array(D, Q)
+    top, new_top, total, fade = (k.array(Q) for _ in range(4))
+
+    def row(j):  # rows past the end are masked below, but must be readable
+        return j if T % R == 0 else j.minimum(T - 1)
+    with k.share(B * H) as bh, k.loop(-(-T // Q)) as qt:
+        b, h, i0 = bh // H, bh % H, step_back(qt, Q, T)
+
+        def x(part, t, d):
+            return get(qkv, b * T + t, part * C + h * D + d)
+        k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
+        k.fill(top, lambda i: -1e30)
+        k.fill(total, lambda i: 0.0)
+        k.fill(out, lambda d, i: 0.0)
+        with k.loop((i0 + Q + KEYS - 1) // KEYS) as key_block:  # only those that some query here may see
+            k0 = key_block * KEYS
+            tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
+            k.fill(new_top, lambda i: k.read(top, i))
+            with k.loop(tiles) as jt:
+                acc = k.product(R, Q, D, lambda r, d: x(1, row(k0 + jt * R + r), d), lambda d, i: k.read(query, d, i))
+                with k.loop(Q) as i:
+                    for r in range(R):
+                        seen = k0 + jt * R + r <= i0 + i
+                        k.write(score, (jt * R + r, i), seen.where(k.read(acc, r, i), -1e30))
+                        k.write(new_top, (i,), k.read(new_top, i).maximum(k.read(score, jt * R + r, i)))
+            k.fill(fade, lambda i: exp(k.read(top, i) - k.read(new_top, i)))
+            k.fill(total, lambda i: k.read(total, i) * k.read(fade, i))
+            k.fill(top, lambda i: k.read(new_top, i))
+            k.fill(out, lambda d, i: k.read(out, d, i) * k.read(fade, i))
+            with k.loop(tiles * R, Q) as (j, i):
+                k.write(score, (j, i), exp(k.read(score, j, i) - k.read(top, i)))
+                k.add(total, (i,), k.read(score, j, i))
+            with k.loop(D // RD) as dt:
+                acc = k.product(RD, Q, tiles * R, lambda r, j: x(2, row(k0 + j), dt * RD + r),
+                                lambda j, i: k.read(score, j, i))
+                k.each(RD, Q, do=lambda r, i: k.add(out, (dt * RD + r, i), k.read(acc, r, i)))
+        k.each(Q, D, do=lambda i, d: k.write(y, (b * T + i0 + i, h * D + d), k.read(out, d, i) / k.read(total, i)))
+        k.each(Q, do=lambda i: k.write(lse, (bh * T + i0 + i,), k.read(top, i) + k.read(total, i).log2() * math.log(2)))
+    return k.done()
+
+
+@functools.cache
+def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
+    """dqkv (B*T, 3C), from dy and y (B*T, C), lse and qkv. With p the softmax: dv = p^T dy, ds = p * (dy v^T - dy . y),
+    dq = ds k, dk = ds^T q."""
+    C, k = y.shape[1], Kernel("flash_back", B, T, H, y.shape[1])
+    D, Q, R, RK = C // H, min(LANES, T), 8, 4
+    RD = divisor(D, 8)
+    query, grad, dquery = (k.array(D, Q) for _ in range(3))
+    prob, dscore, norm, dot = k.array(KEYS, Q), k.array(KEYS, Q), k.array(Q), k.array(Q)
+
+    def row(j):
+        return j if T % R == 0 else j.minimum(T - 1)
+    with k.share(B * H) as bh:
+        b, h = bh // H, bh % H
+
+        def x(part, t, d):
+            return get(qkv, b * T + t, part * C + h * D + d)
+
+        def g(t, d):
+            return get(dy, b * T + t, h * D + d)
+        with k.loop(T, D) as (t, d):
+            for part in range(3):
+                k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
+        with k.loop(-(-T // Q)) as qt:
+            i0 = step_back(qt, Q, T)
+            k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
+            k.fill(grad, lambda d, i: g(i0 + i, d))
+            # A query that the last block meets a second time must not count twice: its probabilities become 0.
+            k.fill(norm, lambda i: (i0 + i < qt * Q).where(1e30, get(lse, bh * T + i0 + i)))
+            k.fill(dot, lambda i: 0.0)
+            k.fill(dquery, lambda d, i: 0.0)
+            k.each(D, Q, do=lambda d, i: k.add(dot, (i,), k.read(grad, d, i) * get(y, b * T + i0 + i, h * D + d)))
+            with k.loop((i0 + Q + KEYS - 1) // KEYS) as key_block:
+                k0 = key_block * KEYS
+                tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
+                with k.loop(tiles) as jt:
+                    j0 = k0 + jt * R
+                    score = k.product(R, Q, D, lambda r, d: x(1, row(j0 + r), d), lambda d, i: k.read(query, d, i))
+                    dprob = k.product(R, Q, D, lambda r, d: x(2, row(j0 + r), d), lambda d, i: k.read(grad, d, i))
+                    with k.loop(Q) as i:
+                        for r in range(R):
+                            at, p = (jt * R + r, i), exp(k.read(score, r, i) - k.read(norm, i))
+                            k.write(prob, at, (j0 + r <= i0 + i).where(p, 0.0))
+                            k.write(dscore, at, k.read(prob, *at) * (k.read(dprob, r, i) - k.read(dot, i)))
+                with k.loop(D // RD) as dt:
+                    acc = k.product(RD, Q, tiles * R, lambda r, j: x(1, row(k0 + j), dt * RD + r),
+                                    lambda j, i: k.read(dscore, j, i))
+                    k.each(RD, Q, do=lambda r, i: k.add(dquery, (dt * RD + r, i), k.read(acc, r, i)))
+                with k.loop(tiles * (R // RK)) as jt:
+                    dkey = k.product(RK, D, Q, lambda r, i: k.read(dscore, jt * RK + r, i), lambda i, d: x(0, i0 + i, d))
+                    dvalue = k.product(RK, D, Q, lambda r, i: k.read(prob, jt * RK + r, i), lambda i, d: g(i0 + i, d))
+                    with k.loop(D) as d:
+                        for r in range(RK):
+                            place = b * T + row(k0 + jt * RK + r)
+                            k.add(dqkv, (place, C + h * D + d), k.read(dkey, r, d) * D ** -0.5)
+                            k.add(dqkv, (place, 2 * C + h * D + d), k.read(dvalue, r, d))
+            k.each(Q, D, do=lambda i, d: k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5))
+    return k.done()
+
+
+# 5.4 Layer norm, embeddings, cross-entropy
+
+@functools.cache
+def norm(y, stats, x, w, b):
+    """y (M, C), and stats (M, 2): the mean of each row of x (M, C), and one over its standard deviation."""
+    (M, C), k = x.shape, Kernel("norm", *x.shape)
+    with k.share(M) as i:
+        k.each(1, do=lambda _: k.write(stats, (i, 0), k.sums(C, lambda c: get(x, i, c))[0] * (1 / C)))
+
+        def centred(c):
+            return get(x, i, c) - k.read(stats, i, 0)
+        k.each(1, do=lambda _: k.write(stats, (i, 1), (k.sums(C, lambda c: centred(c) * centred(c))[0] * (1 / C)
+                                                       + 1e-5).sqrt().reciprocal()))
+        k.each(C, do=lambda c: k.write(y, (i, c), centred(c) * k.read(stats, i, 1) * get(w, c) + get(b, c)))
+    return k.done()
+
+
+@functools.cache
+def norm_back(dx, parts, dy, x, w, stats):
+    """dx (M, C); parts (cores, 2, C): each core's share of the gradients of scale and shift."""
+    (M, C), k = x.shape, Kernel("norm_back", *x.shape)
+    means, core = k.array(2), k.core(M)
+    k.each(2, C, do=lambda n, c: k.write(parts, (core, n, c), 0.0))
+    with k.share(M) as i:
+        def hat(c):
+            return (get(x, i, c) - get(stats, i, 0)) * get(stats, i, 1)
+
+        def g(c):
+            return get(dy, i, c) * get(w, c)
+        with k.loop(1):
+            for n, total in enumerate(k.sums(C, g, lambda c: g(c) * hat(c))):
+                k.write(means, (n,), total * (1 / C))
+        with k.loop(C) as c:
+            k.add(parts, (core, 0, c), get(dy, i, c) * hat(c))
+            k.add(parts, (core, 1, c), get(dy, i, c))
+            k.write(dx, (i, c), (g(c) - k.read(means, 0) - hat(c) * k.read(means, 1)) * get(stats, i, 1))
+    return k.done()
+
+
+@functools.cache
+def norm_gather(dw, db, parts):
+    """The sum of all cores' shares."""
+    k = Kernel("norm_gather", *parts.shape)
+    with k.loop(parts.shape[2]) as c:
+        for n, out in enumerate((dw, db)):
+            k.write(out, (c,), sum(get(parts, core, n, c) for core in range(parts.shape[0])))
+    return k.done()
+
+
+@functools.cache
+def embed(x, wte, wpe, idx, T: int):
+    k = Kernel("embed", *x.shape)
+    with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
+        k.write(x, (b * T + t, c), get(wte, token(idx, b * T + t), c) + get(wpe, t, c))
+    return k.done()
+
+
+@functools.cache
+def embed_back(dwte, dwpe, dx, idx, T: int):
+    """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so two
+    cores must not meet in a row: each takes columns of its own."""
+    (M, C), k = dx.shape, Kernel("embed_back", *dx.shape)
+    width = divisor(C, 16)
+    with k.share(C // width) as strip:
+        k.each(dwpe.shape[0], width, do=lambda t, c: k.write(dwpe, (t, strip * width + c), 0.0))
+        with k.loop(M // T, T, width) as (b, t, lane):
+            c = strip * width + lane
+            k.add(dwte, (token(idx, b * T + t), c), get(dx, b * T + t, c))
+            k.add(dwpe, (t, c), get(dx, b * T + t, c))
+    return k.done()
+
+
+@functools.cache
+def cross_entropy(logits, loss, targets, *_):
+    """Logits as columns, (V, M), and targets (M,) -> the loss of each token (M,). The logits are overwritten with the
+    gradient of that loss, softmax - 1 at the target: they are the largest array there is, so there is only one."""
+    (V, M), k = logits.shape, Kernel("cross_entropy", *logits.shape)
+    Q, VB = divisor(M, COLS), 64
+    top, new_top, total = (k.array(Q) for _ in range(3))
+    with k.share(M // Q) as strip:
+        j0 = strip * Q
+        k.fill(top, lambda j: -1e30)
+        k.fill(total, lambda j: 0.0)
+        with k.loop(-(-V // VB)) as block:  # as in 5.3: one pass, and the sum fades when a larger logit turns up
+            count = VB if V % VB == 0 else (V - block * VB).minimum(VB)
+            k.fill(new_top, lambda j: k.read(top, j))
+            k.each(count, Q, do=lambda v, j: k.write(new_top, (j,), k.read(new_top, j).maximum(
+                k.read(logits, block * VB + v, j0 + j))))
+            k.fill(total, lambda j: k.read(total, j) * exp(k.read(top, j) - k.read(new_top, j)))
+            k.fill(top, lambda j: k.read(new_top, j))
+            k.each(count, Q, do=lambda v, j: k.add(total, (j,), exp(k.read(logits, block * VB + v, j0 + j)
+                                                                    - k.read(top, j))))
+        k.each(Q, do=lambda j: k.write(loss, (j0 + j,), k.read(top, j) + k.read(total, j).log2() * math.log(2)
+                                       - k.read(logits, token(targets, j0 + j), j0 + j)))
+        k.each(V, Q, do=lambda v, j: k.write(logits, (v, j0 + j), exp(k.read(logits, v, j0 + j) - k.read(top, j))
+                                             / k.read(total, j) - get(targets, j0 + j).eq(v).where(1.0, 0.0)))
+    return k.done()
+
+
+# 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
 
 BLOCK = 1024  # numbers; the flat vectors have a multiple of CORES such blocks, so that all cores get equal shares
 
 
+@functools.cache
 def square_sums(parts, grad):
-    """parts (cores,): each core's part of the gradient's squared length."""
+    """parts (cores,): each core's share of the gradient's squared length."""
     k, blocks = Kernel("square_sums", *grad.shape), grad.shape[0] // BLOCK
     sums, core = k.array(16), k.core(blocks)
     k.fill(sums, lambda lane: 0.0)
     with k.share(blocks) as block, k.loop(BLOCK // 16, 16) as (i, lane):
-        k.add(sums, (lane,), get(grad, block * BLOCK + i * 16 + lane) * get(grad, block * BLOCK + i * 16 + lane))
-    with k.loop(1):
-        k.write(parts, (core,), sum(k.read(sums, lane) for lane in range(16)))
+        g = get(grad, block * BLOCK + i * 16 + lane)
+        k.add(sums, (lane,), g * g)
+    k.each(1, do=lambda _: k.write(parts, (core,), sum(k.read(sums, lane) for lane in range(16))))
     return k.done()
 
 
-def adamw(c: TrainConfig, n_decay: int):
-    def kernel(theta, m, v, grad, parts, rates):
-        """One step of AdamW, in place (AdamW.step has the formulas). A gradient that is not finite changes nothing."""
-        k, h = Kernel("adamw", *theta.shape), None
-        h, blocks = k.array(2), theta.shape[0] // BLOCK
-        with k.loop(1):
-            norm = sum(get(parts, core) for core in range(parts.shape[0])).sqrt()
-            k.write(h, (0,), (norm < c.grad_clip).where(1.0, c.grad_clip / norm))
-            k.write(h, (1,), (norm < math.inf).where(1.0, 0.0))
-        with k.share(blocks) as block, k.loop(BLOCK) as lane:
-            i = block * BLOCK + lane
-            fine, g = k.read(h, 1) > 0, get(grad, i) * k.read(h, 0)
-            k.write(m, (i,), fine.where(k.read(m, i) * c.beta1 + g * (1 - c.beta1), k.read(m, i)))
-            k.write(v, (i,), fine.where(k.read(v, i) * c.beta2 + g * g * (1 - c.beta2), k.read(v, i)))
-            change = k.read(m, i) * get(rates, 1) / ((k.read(v, i) * get(rates, 2)).sqrt() + 1e-8)
-            change = change + (i < n_decay).where(c.weight_decay, 0.0) * k.read(theta, i)
-            k.write(theta, (i,), fine.where(k.read(theta, i) - get(rates, 0) * change, k.read(theta, i)))
-        return k.done()
-    return kernel
+@functools.cache
+def adamw(theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: float, grad_clip: float, decay: float):
+    """One step of AdamW in place (AdamW.step has the formulas). A gradient that is not finite changes nothing."""
+    k, blocks = Kernel("adamw", *theta.shape), theta.shape[0] // BLOCK
+    scale = k.array(2)
+    with k.loop(1):
+        norm = sum(get(parts, core) for core in range(parts.shape[0])).sqrt()
+        k.write(scale, (0,), (norm < grad_clip).where(1.0, grad_clip / norm))
+        k.write(scale, (1,), (norm < math.inf).where(1.0, 0.0))
+    with k.share(blocks) as block, k.loop(BLOCK) as lane:
+        i = block * BLOCK + lane
+        fine, g = k.read(scale, 1) > 0, get(grad, i) * k.read(scale, 0)
+        k.write(m, (i,), fine.where(k.read(m, i) * beta1 + g * (1 - beta1), k.read(m, i)))
+        k.write(v, (i,), fine.where(k.read(v, i) * beta2 + g * g * (1 - beta2), k.read(v, i)))
+        change = k.read(m, i) * get(rates, 1) / ((k.read(v, i) * get(rates, 2)).sqrt() + 1e-8)
+        change = change + (i < n_decay).where(decay, 0.0) * k.read(theta, i)
+        k.write(theta, (i,), fine.where(k.read(theta, i) - get(rates, 0) * change, k.read(theta, i)))
+    return k.done()
 
 
 # 5.6 The operations of chapter 4, made of these kernels
 
-def run(kernel, *args: Tensor, back=None) -> list[Tensor]:
+def run(kernel, *args: Tensor, back=None, **options) -> list[Tensor]:
     """Run a kernel on tensors, outputs first; `back` is its gradient."""
-    return args[0].custom_kernel(*args[1:], fxn=kernel, grad_fxn=back)
-
-
-def rows(x: Tensor) -> Tensor:
-    """(B, T, C) -> (B * T, C)"""
-    return x.reshape(-1, x.shape[-1])
+    return args[0].custom_kernel(*args[1:], fxn=functools.partial(kernel, **options), grad_fxn=back)
 
 
 def gradient_of(w: Tensor) -> Tensor:
-    """Where the gradient of a parameter goes: its window on the model's vector of gradients, else memory of its own."""
+    """Where a parameter's gradient goes: its window on the model's vector of gradients, else memory of its own."""
     return Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad
 
 
 class Fast:
-    """Plain's operations by the kernels of this chapter. Arguments and results are the same, to float32's rounding."""
-    written: list[UOp] = []  # the weight gradients of the backward pass in the making (flat_gradient collects them)
+    """Plain's operations by the kernels of this chapter: the same arguments and results, to float32's rounding."""
+    written: list[UOp] = []  # noqa: RUF012  the parameters' gradients in the making, for flat_gradient to collect
 
     @staticmethod
     def give(*gradients: Tensor) -> tuple[UOp, ...]:
@@ -1219,154 +1125,173 @@ class Fast:
 
     @staticmethod
     def embed(idx, wte, wpe):
-        (B, T), C, ids = idx.shape, wte.shape[1], idx.reshape(-1)
+        (B, T), C, ids = idx.shape, wte.shape[1], idx.flatten()
 
         def back(dx, _):
-            dwte, dwpe = run(embed_backward(T), gradient_of(wte), gradient_of(wpe), Tensor(dx), ids)[:2]
-            return None, *Fast.give(dwte, dwpe), None
-        return run(embed_forward(T), Tensor.empty(B * T, C), wte, wpe, ids, back=back)[0].reshape(B, T, C)
+            return None, *Fast.give(*run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), ids, T=T)[:2]), None
+        return run(embed, Tensor.empty(B * T, C), wte, wpe, ids, back=back, T=T)[0].reshape(B, T, C)
 
     @staticmethod
     def layer_norm(x, weight, bias):
-        x2 = rows(x)
+        M, C = math.prod(x.shape[:-1]), x.shape[-1]
+        x2 = x.reshape(M, C)
 
-        def back(dy, _):
-            parts = Tensor.empty(divisor(x2.shape[0], CORES), 2, x2.shape[1])
-            dx, parts = run(norm_backward, Tensor.empty(*x2.shape), parts, Tensor(dy), x2, weight)[:2]
-            dw, db = run(norm_gather, gradient_of(weight), gradient_of(bias), parts)[:2]
-            return None, dx.uop, *Fast.give(dw, db)
-        return run(norm_forward, Tensor.empty(*x2.shape), x2, weight, bias, back=back)[0].reshape(x.shape)
+        def back(dy, call):
+            stats, parts = Tensor(call.src[2].after(call)), Tensor.empty(divisor(M, CORES), 2, C)
+            dx, parts = run(norm_back, Tensor.empty(M, C), parts, Tensor(dy), x2, weight, stats)[:2]
+            return None, None, dx.uop, *Fast.give(*run(norm_gather, gradient_of(weight), gradient_of(bias), parts)[:2])
+        return run(norm, Tensor.empty(M, C), Tensor.empty(M, 2), x2, weight, bias, back=back)[0].reshape(x.shape)
 
     @staticmethod
-    def weight_gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[UOp, ...]:
-        """x^T @ dy and the column sums of dy: one kernel."""
-        dw, _, _, db = run(matmul("linear_dw", a_transposed=True, column_sums=True), gradient_of(weight), x, dy,
-                           gradient_of(bias))
-        return Fast.give(dw, db)
+    def linear_back(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[UOp, UOp, UOp]:
+        """dx = dy @ weight^T, and in one kernel dw = x^T @ dy and db, the column sums of dy."""
+        dx = run(matmul, Tensor.empty(*x.shape), dy, weight, name="linear_dx", b_transposed=True)[0]
+        dw, _, _, db = run(matmul, gradient_of(weight), x, dy, gradient_of(bias), name="linear_dw", a_transposed=True,
+                           column_sums=True)
+        return dx.uop, *Fast.give(dw, db)
 
     @staticmethod
     def linear(x, weight, bias, residual=None):
-        x2, more = rows(x), () if residual is None else (rows(residual),)
+        x2, y = x.reshape(-1, x.shape[-1]), Tensor.empty(math.prod(x.shape[:-1]), weight.shape[1])
+        more = [] if residual is None else [residual.reshape(y.shape)]
 
         def back(dy, _):
-            dy = Tensor(dy)
-            dx = run(matmul("linear_dx", b_transposed=True), Tensor.empty(*x2.shape), dy, weight)[0]
-            return None, dx.uop, *Fast.weight_gradients(dy, x2, weight, bias), *(dy.uop for _ in more)
-
-        def start(i, j, bias, *residual):
-            return get(bias, j) + get(residual[0], i, j) if residual else get(bias, j)
-        y = Tensor.empty(x2.shape[0], weight.shape[1])
-        y = run(matmul("linear_add" if more else "linear", start=start), y, x2, weight, bias, *more, back=back)[0]
+            return None, *Fast.linear_back(Tensor(dy), x2, weight, bias), *(dy for _ in more)
+        y = run(matmul, y, x2, weight, bias, *more, back=back, name="linear", adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def mlp(x, w, b, w2, b2, residual=None):
-        # GELU and its slope are applied while the products' tiles are in registers.
-        x2, more, M, H = rows(x), () if residual is None else (rows(residual),), math.prod(x.shape[:-1]), w.shape[1]
-        u, _, _, g, _ = run(matmul("mlp_up", start=lambda i, j, g, b: get(b, j), finish=gelu_finish),
-                            Tensor.empty(M, H), x2.detach(), w.detach(), Tensor.empty(M, H), b.detach())
+        # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
+        M, H, x2 = math.prod(x.shape[:-1]), w.shape[1], x.reshape(-1, x.shape[-1])
+        more = [] if residual is None else [residual.reshape(M, w2.shape[1])]
+        u, _, _, _, g = run(matmul, Tensor.empty(M, H), x2.detach(), w.detach(), b.detach(), Tensor.empty(M, H),
+                            name="mlp_up", adds=1, finish=gelu_finish)
 
         def back(dy, _):
-            dy = Tensor(dy)
-            du = run(matmul("mlp_du", b_transposed=True, finish=slope_finish), Tensor.empty(M, H), dy, w2, u)[0]
-            dx = run(matmul("linear_dx", b_transposed=True), Tensor.empty(*x2.shape), du, w)[0]
-            dw2, db2 = Fast.weight_gradients(dy, g, w2, b2)
-            return None, None, dw2, db2, *(dy.uop for _ in more), dx.uop, *Fast.weight_gradients(du, x2, w, b)
-
-        def start(i, j, b2, residual, *_):
-            return get(b2, j) + get(residual, i, j) if more else get(b2, j)
+            du = run(matmul, Tensor.empty(M, H), Tensor(dy), w2, u, name="mlp_du", b_transposed=True,
+                     finish=slope_finish)[0]
+            dw2, db2 = run(matmul, gradient_of(w2), g, Tensor(dy), gradient_of(b2), name="linear_dw", a_transposed=True,
+                           column_sums=True)[::3]
+            return None, None, *Fast.give(dw2, db2), *(dy for _ in more), *Fast.linear_back(du, x2, w, b)
         # x, w and b are handed over so that autograd finds its way to them; the kernel does not read them.
-        y = run(matmul("mlp_down", start=start), Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back)[0]
+        y = run(matmul, Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back, name="mlp_down",
+                adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def attention(qkv, n_head):
         B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        x, sizes = rows(qkv), (B, T, n_head, C // n_head)
+        x, sizes = qkv.reshape(B * T, 3 * C), {"B": B, "T": T, "H": n_head}
 
         def back(dy, call):
             y, lse = (Tensor(out.after(call)) for out in call.src[1:3])
-            return None, None, run(flash_backward(*sizes), Tensor.empty(*x.shape), Tensor(dy), y, lse, x)[0].uop
-        return run(flash_forward(*sizes), Tensor.empty(B * T, C), Tensor.empty(B * n_head * T), x,
-                   back=back)[0].reshape(B, T, C)
+            return None, None, run(flash_back, Tensor.empty(*x.shape), Tensor(dy), y, lse, x, **sizes)[0].uop
+        outputs = Tensor.empty(B * T, C), Tensor.empty(B * n_head * T)
+        return run(flash, *outputs, x, back=back, **sizes)[0].reshape(B, T, C)
 
     @staticmethod
     def loss(x, wte, targets):
-        x2, ids, (V, C) = rows(x), targets.reshape(-1), wte.shape
-        M = x2.shape[0]
+        M, (V, C) = math.prod(x.shape[:-1]), wte.shape
+        x2 = x.reshape(M, C)
+        logits = run(matmul, Tensor.empty(V, M), wte.detach(), x2.detach(), name="logits", b_transposed=True)[0]
 
         def back(dloss, call):
-            dloss, (logits, lse) = Tensor(dloss).contiguous(), (Tensor(out.after(call)) for out in call.src[2:4])
-            parts = Tensor.empty(divisor(head_blocks(M, V)[1], CORES), M, C)
-            parts, dwte = run(head_backward, parts, gradient_of(wte), dloss, logits, lse, wte, x2, ids)[:2]
-            return None, None, None, *Fast.give(dwte), parts.sum(0).uop, None
-        return run(head_forward, Tensor.empty(M), Tensor.empty(V, M), Tensor.empty(M), wte, x2, ids,
-                   back=back)[0].mean()
+            # The kernel has left the gradient of each token's loss in the logits; `dloss` (M,) scales it.
+            scale, dlogits = Tensor(dloss).reshape(M, 1), Tensor(call.src[1].after(call))
+            dwte = run(matmul, gradient_of(wte), dlogits, (x2 * scale).contiguous(), name="head_dw")[0]
+            dlogits = Tensor(dlogits.uop.after(dwte.uop))  # so dwte is written before embed_back, far below, adds to it
+            dx = run(matmul, Tensor.empty(M, C), dlogits, wte, name="head_dx", a_transposed=True)[0]
+            return None, None, None, (dx * scale).uop, *Fast.give(dwte)
+        return run(cross_entropy, logits, Tensor.empty(M), targets.flatten(), x2, wte, back=back)[1].mean()
 
-
-# 5.7 All cores at once
-#
-# A TinyJit's recording is a list of kernels and the memory that each works on. tinygrad goes down that list in Python,
-# at 40 microseconds a kernel, and calls a kernel that is to run on two cores twice, one after the other. Instead, each
-# core gets a thread that goes down a list of its own in compiled code, and before each next kernel waits until all
-# cores have finished the last: 1.4 microseconds a kernel.
 
 def default_ops():
-    """Fast where its kernels have been tried: tinygrad's CPU device with clang. Elsewhere, Plain."""
+    """Fast where its kernels have been tried, on tinygrad's CPU device with clang; elsewhere Plain."""
     return Fast if Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer" else Plain
 
 
+# 5.7 Compiled once
+#
+# tinygrad keeps clang's results on disk, but not those of its own Python, a tenth of a second a kernel. With both kept,
+# the second run on a machine starts in two seconds instead of eight.
+
+class Programs(dict):
+    """tinygrad's table of compiled kernels, with a copy in tinygrad's cache on disk."""
+
+    @staticmethod
+    def name(key: tuple) -> str:
+        return hashlib.sha256(repr((key[0], str(key[2]), key[3:])).encode()).hexdigest()
+
+    def __contains__(self, key) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key, default=None):
+        if not super().__contains__(key) and (found := diskcache_get("minimiggy", self.name(key))) is not None:
+            super().__setitem__(key, found)
+        return super().get(key, default)
+
+    def __setitem__(self, key, program) -> None:
+        super().__setitem__(key, program)
+        sink, linear, source, binary = program.src  # of the first two, running it takes only the names and the arguments
+        arguments = tuple(u for u in linear.src if u.op is Ops.PARAM)
+        diskcache_put("minimiggy", self.name(key), program.replace(
+            src=(UOp.sink(arg=sink.arg), linear.replace(src=arguments), source, binary)))
+
+
+codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
+
+
+# 5.8 All cores at once
+#
+# A TinyJit's recording is a list of kernels and of the memory that each works on. tinygrad goes down that list in
+# Python, 40 microseconds a kernel, and where a kernel asks for several cores it calls it for one after the other.
+# Instead, each core gets a thread that goes down a list of its own in compiled code, and after each kernel waits until
+# the other cores have come as far: 1.4 microseconds a kernel.
+
 class Crew:
     """Replays what a TinyJit has recorded, on all cores."""
-    WORDS = 24  # of 8 bytes, in an entry of the list: a kernel's address and its arguments
+    WORDS = 24  # of 8 bytes in a line of the list: a kernel's address and its arguments
 
     def __init__(self, jit: TinyJit):
-        calls = jit.captured.linear.src
+        self.jit, calls = jit, jit.captured.linear.src
+        nothing = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # the C library's "let others run"
         self.lists = np.zeros((CORES, len(calls), self.WORDS), np.uint64)
-        idle = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # "let others run", of the C library
-        self.lists[:, :, 0] = idle
+        self.lists[:, :, 0] = nothing  # what a core does while a kernel has no share for it
         for n, call in enumerate(calls):
-            program = get_runtime("CPU", call.src[0])
-            buffers = [get_call_arg_uops(call)[i].buffer.ensure_allocated() for i in call.src[0].arg.globals]
-            args = [buffer.get_buf("CPU").va_addr for buffer in buffers]
-            cores = call.src[0].arg.global_size[0] if "core_id" in program.runtimevars else 1
-            for core in range(cores):  # a kernel for fewer cores leaves the others idle
-                own = args[:]
-                if cores > 1 or "core_id" in program.runtimevars:
-                    own.insert(program.runtimevars["core_id"], core)
-                self.lists[core, n, :1 + len(own)] = [program.addr, *own]
+            program, info = get_runtime("CPU", call.src[0]), call.src[0].arg
+            buffers = [get_call_arg_uops(call)[i].buffer.ensure_allocated() for i in info.globals]
+            words = [program.addr] + [buffer.get_buf("CPU").va_addr for buffer in buffers]
+            shared = "core_id" in program.runtimevars  # the last argument
+            for core in range(info.global_size[0] if shared else 1):
+                self.lists[core, n, :len(words) + shared] = words + [core] * shared
         self.program = Device["CPU"].runtime(to_program(self.replay(len(calls)), Device["CPU"].renderer).to_elf())
-        self.arrived, self.runs = np.zeros(CORES * 8, np.uint64), 0  # a cache line for each core's count of kernels
-        self.idle = np.array([idle], np.uint64)
-        self.pool = ThreadPoolExecutor(CORES)
-        self.jit, self.length = jit, len(calls)
+        self.arrived, self.nothing = np.zeros((CORES, 8), np.uint64), np.array([nothing], np.uint64)
+        self.before, self.pool = np.zeros(1, np.uint64), ThreadPoolExecutor(CORES)
 
     def replay(self, length: int) -> UOp:
-        """The loop that a core runs: call a kernel, say so, wait for the others."""
-        calls = UOp.param(0, dtypes.uint64, (length * self.WORDS,))
-        arrived = UOp.param(1, dtypes.uint64, (CORES * 8,), volatile=True)
-        mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
-        before, idle = UOp.param(3, dtypes.uint64, (1,))[0].load(), UOp.param(4, dtypes.uint64, (1,), volatile=True)
+        """The loop that each core runs: call a kernel, tell that it is done, wait for the others."""
+        calls, before, nothing = (UOp.param(slot, dtypes.uint64, (size,), volatile=volatile) for slot, size, volatile in
+                                  ((0, length * self.WORDS, False), (1, 1, False), (2, 1, True)))
+        arrived, mine = (UOp.param(slot, dtypes.uint64, (8 * CORES,), volatile=True) for slot in (3, 4))
         n = UOp.range(length, 0)
-        entry = [calls.after(n)[n * self.WORDS + word].load() for word in range(self.WORDS)]
-        ran = entry[0].call(*entry[1:], ret_dtype=dtypes.void)
-        count = before + n.cast(dtypes.uint64) + 1
-        last = mine.after(UOp(Ops.BARRIER, src=(ran,)))[0].store(count)
+        line = [calls.after(n)[n * self.WORDS + word].load() for word in range(self.WORDS)]
+        count = before[0].load() + n.cast(dtypes.uint64) + 1
+        last = UOp(Ops.BARRIER, src=(line[0].call(*line[1:], ret_dtype=dtypes.void),))
+        last = mine.after(last)[0].store(count)
         for core in range(CORES):
-            wait = UOp.loop(1 + core)
-            nap = idle.after(last, wait)[0].load().call(ret_dtype=dtypes.void)
+            loop = UOp.loop(1 + core)
+            nap = nothing.after(last, loop)[0].load().call(ret_dtype=dtypes.void)
             seen = arrived.after(last, nap)[core * 8].load()
-            last = seen.end(wait, seen < count)
+            last = seen.end(loop, seen < count)
         return UOp(Ops.BARRIER, src=(last,)).end(n).sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
 
     def __call__(self):
-        before = np.array([self.runs * self.length], np.uint64)
-
         def work(core: int):
-            arrays = self.lists[core], self.arrived, self.arrived[8 * core:], before, self.idle
+            arrays = self.lists[core], self.before, self.nothing, self.arrived, self.arrived[core]
             self.program.fxn(*[ctypes.c_uint64(array.ctypes.data) for array in arrays])
         list(self.pool.map(work, range(CORES)))
-        self.runs += 1
+        self.before += np.uint64(self.lists.shape[1])
         return self.jit.captured.ret
 
 
@@ -1408,6 +1333,7 @@ def put(tensor: Tensor, array: np.ndarray) -> None:
 def recorded(ops, function):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
     jit, replay = TinyJit(function), None
+    jit.cnt = 1  # TinyJit counts its calls and runs the first one unrecorded; we need no trial run
 
     def call():
         nonlocal replay
@@ -1421,17 +1347,19 @@ def recorded(ops, function):
 
 
 def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
-    """The gradient of `loss` for all parameters, in the layout of model.flat. float32."""
+    """Compute `loss` and its gradient for all parameters; return the latter, float32 in the layout of model.flat."""
     if model.ops is Fast:
         # The kernels write into model.grad themselves. Asking for one gradient at the bottom of the model builds the
         # whole way back; the result is model.grad *after* all kernels that write to it.
         Fast.written.clear()
         loss.gradient(model.wpe.weight)
-        return Tensor(model.grad.uop.after(*Fast.written))
-    parameters = get_state_dict(model)
-    gradients = loss.gradient(*[parameters[name] for name in model.shapes])
-    return Tensor.usum(*[g.flatten().pad(((start, model.flat.shape[0] - start - g.numel()),))
-                         for g, start in zip(gradients, model.starts.values(), strict=True)])
+        gradient = Tensor(model.grad.uop.after(*Fast.written))
+    else:
+        parameters, size = get_state_dict(model), model.flat.shape[0]
+        gradients = zip(loss.gradient(*[parameters[name] for name in model.shapes]), model.starts.values(), strict=True)
+        gradient = Tensor.usum(*[g.flatten().pad(((at, size - at - g.numel()),)) for g, at in gradients]).contiguous()
+    Tensor.realize(loss, gradient)
+    return gradient
 
 
 class AdamW:
@@ -1452,17 +1380,17 @@ class AdamW:
         `rates` (3,) holds the learning rate and the two bias corrections 1 / (1 - beta ** t), which make up for the
         averages having started at zero.
         """
-        c, model, losses, total = self.config, self.model, [], None
+        c, model, losses, grad = self.config, self.model, [], None
         for i in range(c.grad_accum):
             losses.append(model.loss(self.x[i], self.y[i], self.key + i))
-            grad = flat_gradient(model, losses[-1])
-            if c.grad_accum > 1:
-                total = (grad if total is None else total + grad).contiguous().realize()
-        grad = grad if total is None else (total / c.grad_accum).contiguous()
+            part = flat_gradient(model, losses[-1])
+            grad = part if c.grad_accum == 1 else (part / c.grad_accum + (0 if grad is None else grad)).contiguous()
+            grad.realize()
         loss = sum(losses) / c.grad_accum
         if model.ops is Fast:
             parts = run(square_sums, Tensor.empty(divisor(grad.shape[0] // BLOCK, CORES)), grad)[0]
-            done = run(adamw(c, model.n_decay), model.flat, self.m, self.v, grad, parts, self.rates)
+            done = run(adamw, model.flat, self.m, self.v, grad, parts, self.rates, n_decay=model.n_decay, beta1=c.beta1,
+                       beta2=c.beta2, grad_clip=c.grad_clip, decay=c.weight_decay)
             norm = parts.sum().sqrt()
             Tensor.realize(loss, norm, *done[:3])
             return loss, norm
