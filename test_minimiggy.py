@@ -120,26 +120,108 @@ def test_loss_and_every_gradient_agree_with_numpy_and_finite_differences(ops):
     model = GPT(config)
     model.ops = ops
     theta = (model.flat.numpy() + 0.2 * rng.standard_normal(model.flat.shape)).astype(np.float32)
-    model.bind(Tensor(theta).realize())
+    minimiggy.put(model.flat, theta)
     x, y = rng.integers(0, 13, (2, 3, 5)).astype(np.int32)
     loss = model.loss(Tensor(x), Tensor(y))
     gradient = minimiggy.flat_gradient(model, loss).numpy()
-    at = theta.astype(np.float64)
+    p = {name: array.astype(np.float64) for name, array in model.unpack(theta).items()}
 
     def reference():
-        return numpy_loss(model.unpack(at), x, y, config.n_layer, config.n_head)
+        return numpy_loss(p, x, y, config.n_layer, config.n_head)
 
     assert loss.item() == pytest.approx(reference(), rel=1e-5)
-    difference = np.zeros(at.shape)
-    for i in range(len(at)):
-        keep = at[i]
-        at[i] = keep + 1e-5
-        up = reference()
-        at[i] = keep - 1e-5
-        difference[i] = (up - reference()) / 2e-5
-        at[i] = keep
-    for name, want in model.unpack(difference).items():
-        assert np.abs(model.unpack(gradient)[name] - want).max() < 1e-4 * np.abs(want).max(), name
+    for name, got in model.unpack(gradient).items():
+        want, flat = np.zeros(got.size), p[name].ravel()  # ravel: a view, so that a nudge is seen by the reference
+        for i in range(got.size):
+            keep = flat[i]
+            flat[i] = keep + 1e-5
+            up = reference()
+            flat[i] = keep - 1e-5
+            want[i] = (up - reference()) / 2e-5
+            flat[i] = keep
+        assert np.abs(got.ravel() - want).max() < 1e-4 * np.abs(want).max(), name
+
+
+def both_ways(name, *inputs, **options):
+    """An operation by Plain and by Fast: for each, the result and the gradients of a weighted sum of it."""
+    weights, results = None, []
+    for ops in (Plain, Fast):
+        args = [Tensor(array).realize() for array in inputs]
+        out = getattr(ops, name)(*args, **options)
+        weights = np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)
+        floats = [arg for arg, array in zip(args, inputs, strict=True) if array.dtype == np.float32]
+        gradients = (out * Tensor(weights)).sum().gradient(*floats)
+        Tensor.realize(out, *gradients)
+        results.append([out.numpy(), *(g.numpy() for g in gradients)])
+    return zip(*results, strict=True)
+
+
+def random(*shape):
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def some_ids(n, *shape):
+    return np.random.default_rng(n).integers(0, n, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize(("name", "inputs", "options"), [
+    ("linear", (random(3, 37, 70), random(70, 131), random(131)), {}),
+    ("linear", (random(1, 3, 5), random(5, 7), random(7), random(1, 3, 7)), {}),
+    ("linear", (random(2, 5, 1100), random(1100, 65), random(65)), {}),  # a panel in two pieces
+    ("mlp", (random(2, 5, 20), random(20, 70), random(70), random(70, 20), random(20), random(2, 5, 20)), {}),
+    ("layer_norm", (random(2, 5, 97), random(97), random(97)), {}),
+    ("attention", (random(2, 37, 180),), {"n_head": 3}),
+    ("attention", (random(1, 130, 78),), {"n_head": 2}),  # three blocks of keys, the last one short
+    ("attention", (random(1, 1, 6),), {"n_head": 2}),
+    ("embed", (some_ids(5, 3, 7), random(5, 13), random(9, 13)), {}),
+    ("loss", (random(2, 32, 70), random(131, 70), some_ids(131, 2, 32)), {}),
+    ("loss", (random(3, 7, 13), random(5, 13), some_ids(5, 3, 7)), {})])
+def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs, options):
+    for plain, fast in both_ways(name, *inputs, **options):
+        assert np.abs(plain - fast).max() < 1e-5 * np.abs(plain).max()
+
+
+def test_attention_is_right_for_scores_far_too_large_to_exponentiate():
+    for plain, fast in both_ways("attention", 30 * random(1, 40, 24), n_head=2):
+        assert np.isfinite(fast).all() and np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
+
+
+def test_the_crew_replays_the_recording_to_the_last_bit(ids):
+    def losses_and_weights(crew):
+        optimizer = AdamW(GPT(TINY), QUICK)
+        if not crew:
+            optimizer.run = optimizer.step
+        losses = [optimizer(ids, i) for i in range(4)]
+        return losses, optimizer.model.flat.numpy()
+
+    (losses, weights), (again, same) = losses_and_weights(True), losses_and_weights(False)
+    assert losses == again and (weights == same).all()
+
+
+def test_fast_and_plain_training_agree(ids):
+    runs = []
+    for ops in (Fast, Plain):
+        model = GPT(TINY)
+        model.ops = ops
+        optimizer = AdamW(model, QUICK)
+        runs.append([optimizer(ids, i) for i in range(6)])
+    assert runs[0] == [pytest.approx(pair, rel=1e-4) for pair in runs[1]]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(ids):
+    for ops in (Fast, Plain):
+        model = GPT(TINY)
+        model.ops = ops
+        optimizer = AdamW(model, QUICK)
+        optimizer(ids, 0)
+        before = [tensor.numpy() for tensor in (optimizer.m, optimizer.v, model.flat)]
+        weights = model.flat.numpy()
+        weights[0] = math.inf
+        minimiggy.put(model.flat, weights)
+        assert not math.isfinite(optimizer(ids, 1)[1])
+        after = [tensor.numpy() for tensor in (optimizer.m, optimizer.v, model.flat)]
+        after[2][0] = before[2][0]
+        assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
 def test_names_and_shapes_are_hugging_face_gpt2s():
@@ -185,7 +267,7 @@ def test_adamw_agrees_with_numpy(ids):
         gradient *= min(1, 0.5 / np.linalg.norm(gradient))
         m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
         rate = minimiggy.learning_rate(config, i)
-        decay = np.concatenate([np.full(math.prod(s), 0.1 * (len(s) == 2)) for s in model.shapes.values()])
+        decay = model.pack({name: np.full(shape, 0.1 * (len(shape) == 2)) for name, shape in model.shapes.items()})
         theta -= rate * (m / (1 - 0.9**(i + 1)) / (np.sqrt(v / (1 - 0.99**(i + 1))) + 1e-8) + decay * theta)
         assert np.abs(model.flat.numpy() - theta).max() < 2e-5
 
