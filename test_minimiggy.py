@@ -337,15 +337,25 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
             run[2] / "ckpt_6.safetensors", None)
 
 
-def test_greedy_sampling_with_the_cache_equals_the_whole_model(run):
+@pytest.mark.parametrize("text", [[[1, 2, 3], [50, 51, 52]], [[7, 8, 9]]])  # two sequences: plain; one: fast
+def test_greedy_sampling_with_the_cache_equals_the_whole_model(run, text):
     model, _, _ = run
-    text = [[1, 2, 3], [50, 51, 52]]
     got = model.generate(Tensor(text, dtype="int32"), max_tokens=5, temperature=0)
-    assert got.shape == (2, 8) and got.dtype.name == "int"
+    assert got.shape == (len(text), 8) and got.dtype.name == "int"
     for _ in range(5):  # up to block_size
         logits = model(Tensor(text, dtype="int32")).numpy()[:, -1]
         text = [row + [int(best)] for row, best in zip(text, logits.argmax(-1), strict=True)]
     assert got.tolist() == text
+
+
+@pytest.mark.parametrize(("n_head", "n_embd", "vocab_size", "block_size"), [(3, 21, 101, 19), (2, 16, 50, 40)])
+def test_the_fast_decoder_gives_the_whole_models_logits(n_head, n_embd, vocab_size, block_size):
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=n_head, n_embd=n_embd))
+    minimiggy.put(model.flat, model.flat.numpy() + 0.1 * random(*model.flat.shape))
+    step, ids = minimiggy.fast_decoder(model), some_ids(vocab_size, 1, block_size)
+    want = model(Tensor(ids)).numpy()[0]
+    got = np.stack([step(ids[:, i], i)[0] for i in range(block_size)])
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
 def test_sampling_goes_on_past_block_size_and_follows_the_seed(run):
