@@ -49,7 +49,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 0. Before tinygrad is imported
 #
 # A tensor library such as tinygrad does not come with a thousand compiled operations. It *writes a small C program*
@@ -57,11 +57,9 @@ from pathlib import Path
 # Python package `ziglang` contains a whole one, so `pip install` is all that is needed. tinygrad reads the
 # environment variables CC (which compiler?) and DEV (which device?) when it is imported, so we settle both first,
 # and leave alone whatever the user has set.
-# --------------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """A mistake that its reader can mend: the command line prints the text as one line and exits with code 2."""
-
 
 def find_compiler() -> str | None:
     """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
@@ -91,12 +89,10 @@ def find_compiler() -> str | None:
             continue
     return f"no C compiler: set CC to a script that runs `{zig} clang`"
 
-
 def choose_device() -> None:
     """Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...)."""
     # By default clang uses only half the width of AVX-512 registers (107 instead of 166 GFLOP/s on a matrix product).
     os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
-
 
 WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
 choose_device()
@@ -114,19 +110,16 @@ from tinygrad.uop.ops import KernelInfo, Ops
 
 HERE = Path(__file__).resolve().parent
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 1. The two configs
 #
 # Everything that can be chosen stands here once: what the model is (GPTConfig) and how it learns (TrainConfig). Each
 # field carries its help text and the range of values that make sense, and the command line of chapter 10 is made
 # from these classes, so the flags, their help and the checks cannot drift apart.
-# --------------------------------------------------------------------------------------------------------------------
 
 def knob(default, low, high, help):
     """A config field: its default, its smallest and largest sensible value, and a help text that names the unit."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
-
 
 def check_ranges(config) -> None:
     """Raise UserError for the first field outside its range (a NaN is outside every range)."""
@@ -134,7 +127,6 @@ def check_ranges(config) -> None:
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if not low <= value <= high:
             raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
-
 
 @dataclass
 class GPTConfig:
@@ -151,7 +143,6 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}: each head takes an equal "
                             "share of the channels")
-
 
 @dataclass
 class TrainConfig:
@@ -173,8 +164,7 @@ class TrainConfig:
     def __post_init__(self):
         check_ranges(self)
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 2. The text
 #
 # A GPT learns from nothing but text. The default is "tiny Shakespeare", 1.1 MB of plays, fetched once. A download can
@@ -185,12 +175,10 @@ class TrainConfig:
 # The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the
 # model has learned the language or merely the lines. We cut by position and not at random: neighbouring passages
 # resemble each other, and a random cut would let the model peek.
-# --------------------------------------------------------------------------------------------------------------------
 
 DATA = HERE / "data"
 SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                    "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-
 
 def download(url: str, path: Path, sha256: str) -> None:
     """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors)."""
@@ -213,7 +201,6 @@ def download(url: str, path: Path, sha256: str) -> None:
         show("")
         unfinished.unlink(missing_ok=True)
 
-
 def read_text(path: Path) -> str:
     """A UTF-8 file as a string, without a byte-order mark; UserError where that cannot be."""
     try:
@@ -223,7 +210,6 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: byte {raw[e.start]:#04x} at offset {e.start}") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-
 
 def load_text(data: str | None) -> tuple[str, str]:
     """The text that `--data` asks for, and its name: "shakespeare", "play", a file, or None for the default."""
@@ -245,31 +231,26 @@ def load_text(data: str | None) -> tuple[str, str]:
             return read_text(play), "data/play.txt"
     return read_text(local), "tiny Shakespeare"
 
-
 def split_text(text: str) -> tuple[str, str]:
     """The first 90 % to train on, the last 10 % to validate on."""
     cut = int(0.9 * len(text))
     return text[:cut], text[cut:]
-
 
 def say(line: str = "") -> None:
     """Print a line that stays."""
     show("")
     print(line, flush=True)
 
-
 def printable(text: str) -> str:
     """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
 
 def show(line: str) -> None:
     """Show a line that the next one overwrites; where nobody watches (a file, a pipe) such lines are not written."""
     if sys.stdout.isatty():
         print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 3. The tokenizer
 #
 # A network computes with numbers, so text is cut into *tokens* and each gets a number. Letters as tokens make long
@@ -280,12 +261,10 @@ def show(line: str) -> None:
 # Nothing can be out of vocabulary.
 #
 # We learn the merges ourselves, in half a second. Applying them is a solved problem: tiktoken does it, in Rust.
-# --------------------------------------------------------------------------------------------------------------------
 
 # Merges never cross the borders that this pattern (GPT-2's) draws: it cuts before a space, and keeps letters, digits
 # and punctuation apart, so that "dog", "dog." and "dog!" share a token instead of each learning its own.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
 
 class BPETokenizer:
     """Text to token ids and back: `BPETokenizer("gpt2")` is GPT-2's vocabulary, `BPETokenizer.train` learns one.
@@ -395,8 +374,7 @@ class BPETokenizer:
         saved = json.loads(text)
         return cls(saved["name"], saved["merges"] and [tuple(pair) for pair in saved["merges"]])
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 4. The model, the plain way
 #
 # A GPT reads T tokens and says, at each place, how likely every token of the vocabulary is to come next. Inside, each
@@ -411,7 +389,6 @@ class BPETokenizer:
 #
 # Two layers to the code. `Plain` has the six operations that a GPT consists of, each in a few lines of ordinary tensor
 # algebra: they are the definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
-# --------------------------------------------------------------------------------------------------------------------
 
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32."""
@@ -459,7 +436,6 @@ class Plain:
         logits = x @ wte.transpose(0, 1)                                                  # (B, T, V)
         return -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
 
-
 class Dropout:
     """Zeroes a share `rate` of its input and scales the rest up, so that no unit can rely on a single other one.
 
@@ -487,21 +463,17 @@ class Dropout:
             return sublayer(*args, residual=x)
         return x + self(sublayer(*args))
 
-
 class Linear:
     def __init__(self, draw, n_in: int, n_out: int, std: float = 0.02):
         self.weight, self.bias = draw(std, n_in, n_out), draw(0, n_out)
-
 
 class LayerNorm:
     def __init__(self, n_embd: int):
         self.weight, self.bias = Tensor(np.ones(n_embd, np.float32)), Tensor(np.zeros(n_embd, np.float32))
 
-
 class Table:
     def __init__(self, draw, rows: int, n_embd: int):
         self.weight = draw(0.02, rows, n_embd)
-
 
 class Attention:
     def __init__(self, draw, config: GPTConfig):
@@ -510,13 +482,11 @@ class Attention:
         # What 2 * n_layer sublayers add to the stream would grow with the depth; a smaller start keeps it level.
         self.c_proj = Linear(draw, C, C, std=0.02 / math.sqrt(2 * config.n_layer))
 
-
 class MLP:
     def __init__(self, draw, config: GPTConfig):
         C = config.n_embd
         self.c_fc = Linear(draw, C, 4 * C)
         self.c_proj = Linear(draw, 4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
-
 
 class Block:
     def __init__(self, draw, config: GPTConfig):
@@ -532,7 +502,6 @@ class Block:
         m = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
         return drop.add(x, ops.mlp, m, self.mlp.c_fc.weight, self.mlp.c_fc.bias, self.mlp.c_proj.weight,
                         self.mlp.c_proj.bias)
-
 
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
@@ -620,8 +589,7 @@ class GPT:
         new = list(stream(self, ids, max_tokens, temperature, top_k, seed))  # max_tokens times (B,)
         return Tensor(np.concatenate([ids, np.array(new, np.int32).reshape(-1, len(ids)).T], axis=1).astype(np.int32))
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 5. The same model, fast
 #
 # Chapter 4 run as it stands trains 30 times slower than PyTorch on the same two cores. A core multiplies and adds some
@@ -637,7 +605,6 @@ class GPT:
 #
 # The kernels are written in UOps, the language that tinygrad itself compiles to C. Each has its way back (the gradient)
 # beside it, and the tests hold both against chapter 4's. Values lie in memory as (B * T, C), a row for each token.
-# --------------------------------------------------------------------------------------------------------------------
 
 # 5.1 A kernel, statement by statement
 
@@ -645,12 +612,10 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: 16 (or 8) vector registers of the 32 (or 16) there are
 LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; height of a panel
 
-
 def get(a: UOp, *index) -> UOp:
     """An element of an argument that the kernel only reads."""
     flat, place = Kernel.at(a, index)
     return flat[place]
-
 
 class Kernel:
     """Writes a kernel down like a C function: each read and write comes after the last write, each loop is a C loop.
@@ -670,8 +635,7 @@ class Kernel:
     def at(a: UOp, index) -> tuple[UOp, UOp]:
         """The flat memory behind `a`, and an element's place in it: rows one after the other."""
         place = 0
-        for i, n in zip(index, a.shape, strict=True):
-            place = place * n + i
+        for i, n in zip(index, a.shape, strict=True): place = place * n + i
         return (a.src[0] if a.op is Ops.RESHAPE else a), place
 
     def read(self, a: UOp, *index) -> UOp:
@@ -703,15 +667,13 @@ class Kernel:
         yield nest[0][2] if len(nest) == 1 else tuple(i for _, _, i in nest)
         for loop, count, i in reversed(nest):
             self.open.pop()
-            if count is not None:
-                self.write(count, (0,), i + 1)
+            if count is not None: self.write(count, (0,), i + 1)
             again = () if count is None else (self.read(count, 0) < self.read(count, 1),)
             self.last = (self.last[0].end(loop, *again), *self.open)
 
     def each(self, *ends, do) -> None:
         """Loops around one statement."""
-        with self.loop(*ends) as i:
-            do(*(i if isinstance(i, tuple) else (i,)))
+        with self.loop(*ends) as i: do(*(i if isinstance(i, tuple) else (i,)))
 
     def fill(self, a: UOp, value) -> None:
         """a[index] = value(index) for every index."""
@@ -725,8 +687,7 @@ class Kernel:
     @contextmanager
     def share(self, n: int):
         """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by."""
-        with self.loop(n // divisor(n, CORES)) as i:
-            yield self.core(n) * (n // divisor(n, CORES)) + i
+        with self.loop(n // divisor(n, CORES)) as i: yield self.core(n) * (n // divisor(n, CORES)) + i
 
     def product(self, rows: int, cols: int, depth, a, b, start=lambda r, j: 0.0) -> UOp:
         """acc[r, j] = start(r, j) + the sum over k of a(r, k) * b(k, j): the one place in this file where matrices are
@@ -734,12 +695,10 @@ class Kernel:
         of b is fetched once for all rows, and a number of a once for all columns."""
         acc = self.array(rows, cols)
         with self.loop(cols) as j:
-            for r in range(rows):
-                self.write(acc, (r, j), start(r, j))
+            for r in range(rows): self.write(acc, (r, j), start(r, j))
         with self.loop(depth, cols) as (k, j):
             b_kj = b(k, j)
-            for r in range(rows):
-                self.add(acc, (r, j), a(r, k) * b_kj)
+            for r in range(rows): self.add(acc, (r, j), a(r, k) * b_kj)
         return acc
 
     def sums(self, n: int, *terms) -> list[UOp]:
@@ -748,23 +707,19 @@ class Kernel:
         acc = self.array(len(terms), lanes)
         self.fill(acc, lambda t, lane: 0.0)
         with self.loop(n // lanes, lanes) as (i, lane):
-            for t, term in numbered:
-                self.add(acc, (t, lane), term(i * lanes + lane))
+            for t, term in numbered: self.add(acc, (t, lane), term(i * lanes + lane))
         return [sum(self.read(acc, t, lane) for lane in range(lanes)) for t, _ in numbered]
 
     def done(self) -> UOp:
         return self.last[0].sink(arg=KernelInfo(name=self.name, opts_to_apply=()), tag=1)  # tag: leave the loops alone
 
-
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
     return max(d for d in range(1, most + 1) if n % d == 0)
 
-
 def step_back(tile, size: int, n: int):
     """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
     return tile * size if n % size == 0 else (tile * size).minimum(n - size)
-
 
 def exp(x: UOp) -> UOp:
     """e^x for x <= 0 as 2^n * 2^f, f between -1/2 and 1/2: unlike a call of expf, this becomes vector instructions."""
@@ -775,11 +730,9 @@ def exp(x: UOp) -> UOp:
         power = power * f + math.log(2) ** k / math.factorial(k)
     return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n goes into the bits of the exponent
 
-
 def token(ids: UOp, i) -> UOp:
     """An element of an integer array, as an index."""
     return get(ids, i).load().cast(dtypes.weakint)
-
 
 # 5.2 Matrix products
 
@@ -801,15 +754,13 @@ def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, 
     panel, sums = k.array(deep, cols), k.array(cols)
     with (k.share(panels) if by_panels else k.loop(panels)) as panel_number:
         j0 = step_back(panel_number, cols, N)
-        if column_sums:
-            k.fill(sums, lambda j: 0.0)
+        if column_sums: k.fill(sums, lambda j: 0.0)
         with k.loop(blocks) as block:
             k0, depth = block * deep, deep if K % deep == 0 else (K - block * deep).minimum(deep)
             with k.loop(*((cols, depth) if b_transposed else (depth, cols))) as (outer, inner):
                 kk, j = (inner, outer) if b_transposed else (outer, inner)
                 k.write(panel, (kk, j), get(B, j0 + j, k0 + kk) if b_transposed else get(B, k0 + kk, j0 + j))
-                if column_sums:
-                    k.add(sums, (j,), k.read(panel, kk, j))
+                if column_sums: k.add(sums, (j,), k.read(panel, kk, j))
             with (k.loop(tiles) if by_panels else k.share(tiles)) as tile:
                 i0 = step_back(tile, rows, M)
 
@@ -825,10 +776,8 @@ def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, 
                             k.write(C, (i0 + r, j0 + j), result)
                         else:
                             finish(k, i0 + r, j0 + j, result, block > blocks - 2, C, *extra[adds:])
-        if column_sums:
-            k.each(cols, do=lambda j: k.write(extra[0], (j0 + j,), k.read(sums, j)))
+        if column_sums: k.each(cols, do=lambda j: k.write(extra[0], (j0 + j,), k.read(sums, j)))
     return k.done()
-
 
 def gelu(u):
     """GELU and its derivative: u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten."""
@@ -837,15 +786,12 @@ def gelu(u):
     s = (z < 0).where(e, 1.0) / (e + 1.0)
     return u * s, s + u * s * (1.0 - s) * (u * u * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
 
-
 def gelu_finish(k, i, j, result, last, u, g):
     k.write(u, (i, j), result)
     k.write(g, (i, j), gelu(k.read(u, i, j))[0])
 
-
 def slope_finish(k, i, j, result, last, du, u):
     k.write(du, (i, j), last.where(result * gelu(get(u, i, j))[1], result))
-
 
 # 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
 #
@@ -904,7 +850,6 @@ def flash(y, lse, qkv, B: int, T: int, H: int):
         k.each(Q, do=lambda i: k.write(lse, (bh * T + i0 + i,), k.read(top, i) + k.read(total, i).log2() * math.log(2)))
     return k.done()
 
-
 @functools.cache
 def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
     """dqkv (B*T, 3C), from dy and y (B*T, C), lse and qkv. With p the softmax: dv = p^T dy, ds = p * (dy v^T - dy . y),
@@ -926,8 +871,7 @@ def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
         def g(t, d):
             return get(dy, b * T + t, h * D + d)
         with k.loop(T, D) as (t, d):
-            for part in range(3):
-                k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
+            for part in range(3): k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
         with k.loop(-(-T // Q)) as qt:
             i0 = step_back(qt, Q, T)
             k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
@@ -964,7 +908,6 @@ def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
             k.each(Q, D, do=lambda i, d: k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5))
     return k.done()
 
-
 # 5.4 Layer norm, embeddings, cross-entropy
 
 @functools.cache
@@ -981,7 +924,6 @@ def norm(y, stats, x, w, b):
         k.each(C, do=lambda c: k.write(y, (i, c), centred(c) * k.read(stats, i, 1) * get(w, c) + get(b, c)))
     return k.done()
 
-
 @functools.cache
 def norm_back(dx, parts, dy, x, w, stats):
     """dx (M, C); parts (cores, 2, C): each core's share of the gradients of scale and shift."""
@@ -995,14 +937,12 @@ def norm_back(dx, parts, dy, x, w, stats):
         def g(c):
             return get(dy, i, c) * get(w, c)
         with k.loop(1):
-            for n, total in enumerate(k.sums(C, g, lambda c: g(c) * hat(c))):
-                k.write(means, (n,), total * (1 / C))
+            for n, total in enumerate(k.sums(C, g, lambda c: g(c) * hat(c))): k.write(means, (n,), total * (1 / C))
         with k.loop(C) as c:
             k.add(parts, (core, 0, c), get(dy, i, c) * hat(c))
             k.add(parts, (core, 1, c), get(dy, i, c))
             k.write(dx, (i, c), (g(c) - k.read(means, 0) - hat(c) * k.read(means, 1)) * get(stats, i, 1))
     return k.done()
-
 
 @functools.cache
 def norm_gather(dw, db, parts):
@@ -1013,14 +953,12 @@ def norm_gather(dw, db, parts):
             k.write(out, (c,), sum(get(parts, core, n, c) for core in range(parts.shape[0])))
     return k.done()
 
-
 @functools.cache
 def embed(x, wte, wpe, idx, T: int):
     k = Kernel("embed", *x.shape)
     with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
         k.write(x, (b * T + t, c), get(wte, token(idx, b * T + t), c) + get(wpe, t, c))
     return k.done()
-
 
 @functools.cache
 def embed_back(dwte, dwpe, dx, idx, T: int):
@@ -1035,7 +973,6 @@ def embed_back(dwte, dwpe, dx, idx, T: int):
             k.add(dwte, (token(idx, b * T + t), c), get(dx, b * T + t, c))
             k.add(dwpe, (t, c), get(dx, b * T + t, c))
     return k.done()
-
 
 @functools.cache
 def cross_entropy(logits, loss, targets, *_):
@@ -1063,11 +1000,9 @@ def cross_entropy(logits, loss, targets, *_):
                                              / k.read(total, j) - get(targets, j0 + j).eq(v).where(1.0, 0.0)))
     return k.done()
 
-
 # 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
 
 BLOCK = 1024  # numbers; the flat vectors have a multiple of CORES such blocks, so that all cores get equal shares
-
 
 @functools.cache
 def square_sums(parts, grad):
@@ -1080,7 +1015,6 @@ def square_sums(parts, grad):
         k.add(sums, (lane,), g * g)
     k.each(1, do=lambda _: k.write(parts, (core,), sum(k.read(sums, lane) for lane in range(16))))
     return k.done()
-
 
 @functools.cache
 def adamw(theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: float, grad_clip: float, decay: float):
@@ -1101,18 +1035,15 @@ def adamw(theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: fl
         k.write(theta, (i,), fine.where(k.read(theta, i) - get(rates, 0) * change, k.read(theta, i)))
     return k.done()
 
-
 # 5.6 The operations of chapter 4, made of these kernels
 
 def run(kernel, *args: Tensor, back=None, **options) -> list[Tensor]:
     """Run a kernel on tensors, outputs first; `back` is its gradient."""
     return args[0].custom_kernel(*args[1:], fxn=functools.partial(kernel, **options), grad_fxn=back)
 
-
 def gradient_of(w: Tensor) -> Tensor:
     """Where a parameter's gradient goes: its window on the model's vector of gradients, else memory of its own."""
     return Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad
-
 
 class Fast:
     """Plain's operations by the kernels of this chapter: the same arguments and results, to float32's rounding."""
@@ -1205,11 +1136,9 @@ class Fast:
             return None, None, None, (dx * scale).uop, *Fast.give(dwte)
         return run(cross_entropy, logits, Tensor.empty(M), targets.flatten(), x2, wte, back=back)[1].mean()
 
-
 def default_ops():
     """Fast where its kernels have been tried, on tinygrad's CPU device with clang; elsewhere Plain."""
     return Fast if Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer" else Plain
-
 
 # 5.7 Compiled once
 #
@@ -1238,9 +1167,7 @@ class Programs(dict):
         diskcache_put("minimiggy", self.name(key), program.replace(
             src=(UOp.sink(arg=sink.arg), linear.replace(src=arguments), source, binary)))
 
-
 codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
-
 
 # 5.8 All cores at once
 #
@@ -1292,13 +1219,11 @@ class Crew:
     def __call__(self):
         others = [self.pool.submit(self.program.fxn, *args) for args in self.args[1:]]
         self.program.fxn(*self.args[0])
-        for other in others:
-            other.result()
+        for other in others: other.result()
         self.before += np.uint64(self.lists.shape[1])
         return self.jit.captured.ret
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 6. Adam and the training step
 #
 # Training is one step over and over. Take a batch of random passages; predict every next token in them; measure the
@@ -1309,7 +1234,6 @@ class Crew:
 #
 # TinyJit records the kernels that the step runs and from then on replays the recording: Python's own time, tens of
 # milliseconds of building and scheduling the graph, is paid once.
-# --------------------------------------------------------------------------------------------------------------------
 
 def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The batch of a step, (grad_accum, B, T) int32 twice, the second one place on: a function of seed and step only."""
@@ -1318,7 +1242,6 @@ def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int)
     windows = data[starts + np.arange(block_size + 1)]                        # (grad_accum, B, T + 1)
     return windows[..., :-1].astype(np.int32), windows[..., 1:].astype(np.int32)
 
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rise over the warm-up (Adam's averages are poor at first), then fall along half a cosine to min_lr."""
     if step < config.warmup_steps:
@@ -1326,17 +1249,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 def put(tensor: Tensor, array: np.ndarray) -> None:
     """Copy an array of the tensor's dtype into its own memory, where recorded kernels will look for it."""
     buffer = tensor.uop.buffer
     buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
 
-
 def fetch(tensor: Tensor) -> np.ndarray:
     """A copy of a computed float32 tensor; quicker than tensor.numpy(), which first looks for work to do."""
     return np.frombuffer(tensor.uop.base.buffer.as_memoryview(), np.float32).reshape(tensor.shape)
-
 
 def recorded(ops, function, cores: int = CORES):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
@@ -1353,7 +1273,6 @@ def recorded(ops, function, cores: int = CORES):
         return replay()
     return call
 
-
 def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
     """Compute `loss` and its gradient for all parameters; return the latter, float32 in the layout of model.flat."""
     if model.ops is Fast:
@@ -1368,7 +1287,6 @@ def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
         gradient = Tensor.usum(*[g.flatten().pad(((at, size - at - g.numel()),)) for g, at in gradients]).contiguous()
     Tensor.realize(loss, gradient)
     return gradient
-
 
 class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
@@ -1424,7 +1342,6 @@ class AdamW:
         loss, norm = self.run()
         return float(fetch(loss)), float(fetch(norm))
 
-
 def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None = None) -> float:
     """Mean loss in nats a token over `batches` batches spread evenly over `data`; None: enough to cover all of it.
 
@@ -1442,22 +1359,18 @@ def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None 
         total += float(fetch(loss()))
     return total / batches
 
-
 @functools.lru_cache(maxsize=1)
 def eval_loss(model: GPT, batch_size: int):
     """Two tensors for a batch, and the model's loss on them as a recorded function, kept for the next evaluation."""
     x, y = (Tensor(np.zeros((batch_size, model.config.block_size), np.int32)).realize() for _ in range(2))
     return x, y, recorded(model.ops, lambda: model.loss(x, y).realize())
 
-
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
     """What a loss in nats a token must be multiplied with to be in bits a byte of text: comparable between tokenizers."""
     lengths = np.array([len(tokenizer.decode_bytes(i)) for i in range(tokenizer.vocab_size)])
     return len(data) / math.log(2) / lengths[data].sum()
 
-
 COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s"]
-
 
 def open_log(out_dir: Path, start: int):
     """The file log.csv, ready for the rows after step `start`; those of a longer earlier run are dropped."""
@@ -1469,12 +1382,10 @@ def open_log(out_dir: Path, start: int):
     csv.writer(file).writerows([COLUMNS] + kept)
     return file
 
-
 def clock(seconds: float) -> str:
     """75.3 -> "1:15"."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
 
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
           out_dir: str | Path | None = None) -> AdamW:
@@ -1540,8 +1451,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         log.close()
     return optimizer
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 7. Checkpoints
 #
 # A checkpoint is everything that a run is: the weights, Adam's two averages, the step, and as text the configs and
@@ -1551,7 +1461,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
 #
 # A laptop's lid closes in the middle of a save. So the file is written under another name, flushed to the disk, and
 # then renamed: a rename happens or does not, and under the final name there is never half a file.
-# --------------------------------------------------------------------------------------------------------------------
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write float32 arrays and string metadata; OSError if that fails, with whatever `path` was before intact."""
@@ -1577,7 +1486,6 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[
         os.fsync(folder)
         os.close(folder)
 
-
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The float32 arrays of a file and its metadata; UserError if the file is not what it should be."""
     try:
@@ -1602,7 +1510,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is damaged: {e}") from e
 
-
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: Path) -> Path:
     """See GPT.save_checkpoint. Adam's averages are saved as optimizer.m.<name> and optimizer.v.<name>."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -1618,7 +1525,6 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     path = out_dir / f"ckpt_{iter_num}.safetensors"
     write_safetensors(path, arrays, metadata)
     return path
-
 
 def load_checkpoint(model: GPT, path: Path, optimizer: AdamW | None) -> int:
     """See GPT.load_checkpoint. Nothing changes unless everything fits."""
@@ -1638,7 +1544,6 @@ def load_checkpoint(model: GPT, path: Path, optimizer: AdamW | None) -> int:
         put(tensor, array)
     return int(metadata.get("iter_num", 0))
 
-
 def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
     """The model of a checkpoint with its tokenizer, the config that it was trained with, and the iteration."""
     _, metadata = read_safetensors(path)
@@ -1651,7 +1556,6 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
     model = GPT(config, tokenizer)
     return model, train_config, model.load_checkpoint(path)
 
-
 def newest_checkpoint(out_dir: Path) -> Path:
     """The checkpoint of the highest iteration in a folder; UserError, with what to type, if there is none."""
     found = [p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdigit()]
@@ -1659,8 +1563,7 @@ def newest_checkpoint(out_dir: Path) -> Path:
         raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
     return max(found, key=lambda p: int(p.stem[5:]))
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 8. Sampling
 #
 # To write, the model is asked for the next token, one token is drawn from its answer and appended, and so on. Done
@@ -1669,7 +1572,6 @@ def newest_checkpoint(out_dir: Path) -> Path:
 #
 # The model knows only block_size positions. When they are used up, we drop the older half of the text, compute the
 # newer half again at the front, and go on: half a context is remembered at the worst, and the extra work stays small.
-# --------------------------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=2)
 def decoder(model: GPT, batch_size: int):
@@ -1692,8 +1594,7 @@ def decoder(model: GPT, batch_size: int):
             scores = (places <= position).where(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), -math.inf)
             return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch_size, 1, c.n_embd)
         x = model.wte.weight[ids] + model.wpe.weight[position]                             # (B, 1, C)
-        for block in model.h:
-            x = block(x, Plain, Dropout(0, None), attention)
+        for block in model.h: x = block(x, Plain, Dropout(0, None), attention)
         x = Plain.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
         logits = (x @ model.wte.weight.transpose(0, 1)).reshape(batch_size, c.vocab_size).contiguous()
         Tensor.realize(logits, cache.assign(Tensor.stack(*kept)))
@@ -1705,7 +1606,6 @@ def decoder(model: GPT, batch_size: int):
         put(position, np.array([new_position], np.int32))
         return fetch(replay())
     return call
-
 
 # For one sequence, the common case, the same in four kernels. A single token gives each weight one number to be
 # multiplied with, so all depends on how quickly the weights come from memory. They are read as eight streams side by
@@ -1723,7 +1623,6 @@ def times(k: Kernel, a: UOp, w: UOp, n: int, row=0, column=0, parts=1, start=lam
         k.write(out, (p * n + j,), total)
     return out
 
-
 def enter(k: Kernel, terms: UOp, weight: UOp, bias: UOp) -> tuple[UOp, UOp]:
     """The residual stream (C,), and its layer norm."""
     cores, C = terms.shape
@@ -1738,14 +1637,12 @@ def enter(k: Kernel, terms: UOp, weight: UOp, bias: UOp) -> tuple[UOp, UOp]:
     k.fill(a, lambda j: centred(j) * k.read(stats, 1) * get(weight, j) + get(bias, j))
     return x, a
 
-
 def leave(k: Kernel, out: UOp, core, x: UOp, y: UOp, w: UOp, bias: UOp) -> UOp:
     """This core's term of the new stream: its part of y @ w, and for core 0 the old stream and the bias as well."""
     term = times(k, y, w, w.shape[1], row=core * y.shape[0])
     k.each(w.shape[1], do=lambda j: k.write(out, (core, j), k.read(term, j) + core.eq(0).where(k.read(x, j)
                                                                                              + get(bias, j), 0.0)))
     return k.done()
-
 
 @functools.cache
 def decode_embed(terms, job, wte, wpe):
@@ -1755,7 +1652,6 @@ def decode_embed(terms, job, wte, wpe):
         k.write(terms, (core, j), core.eq(0).where(value, 0.0))
     return k.done()
 
-
 @functools.cache
 def decode_attention(out, keys, values, terms, job, ln_w, ln_b, w, b, w2, b2):
     """The first half of a block for the token at position job[1]. The cache: keys (H, D, P), values (H, P, D)."""
@@ -1763,10 +1659,8 @@ def decode_attention(out, keys, values, terms, job, ln_w, ln_b, w, b, w2, b2):
     core, mine, here, position = k.core(cores), C // cores, H // cores, get(job, 1).load()
     x, a = enter(k, terms, ln_w, ln_b)
     qkv = times(k, a, w, mine, column=core * mine, parts=3, start=lambda place: get(b, place))
-    with k.loop(here, D) as (h, d):
-        k.write(keys, (core * here + h, d, position), k.read(qkv, mine + h * D + d))
-    with k.loop(here, D) as (h, d):
-        k.write(values, (core * here + h, position, d), k.read(qkv, 2 * mine + h * D + d))
+    with k.loop(here, D) as (h, d): k.write(keys, (core * here + h, d, position), k.read(qkv, mine + h * D + d))
+    with k.loop(here, D) as (h, d): k.write(values, (core * here + h, position, d), k.read(qkv, 2 * mine + h * D + d))
     y, score, top, total = k.array(mine), k.array(P), k.array(16), k.array(16)
     with k.loop(here) as h:
         blocks, head = position // 16 + 1, core * here + h  # of 16 positions
@@ -1789,7 +1683,6 @@ def decode_attention(out, keys, values, terms, job, ln_w, ln_b, w, b, w2, b2):
         k.each(D, do=lambda d: k.write(y, (h * D + d,), k.read(y, h * D + d) / k.read(total, 0)))
     return leave(k, out, core, x, y, w2, b2)
 
-
 @functools.cache
 def decode_mlp(out, terms, ln_w, ln_b, w, b, w2, b2):
     (cores, C), k = terms.shape, Kernel("decode_mlp", *terms.shape)
@@ -1799,7 +1692,6 @@ def decode_mlp(out, terms, ln_w, ln_b, w, b, w2, b2):
     k.fill(u, lambda j: gelu(k.read(u, j))[0])
     return leave(k, out, core, x, u, w2, b2)
 
-
 @functools.cache
 def decode_head(logits, terms, ln_w, ln_b, wte):
     (V, C), k = wte.shape, Kernel("decode_head", *wte.shape, terms.shape[0])
@@ -1808,7 +1700,6 @@ def decode_head(logits, terms, ln_w, ln_b, wte):
     with k.loop(share) as v:
         k.each(1, do=lambda _: k.write(logits, (first + v,), k.sums(C, lambda j: k.read(a, j) * get(wte, first + v, j))[0]))
     return k.done()
-
 
 def fast_decoder(model: GPT):
     """See decoder."""
@@ -1837,7 +1728,6 @@ def fast_decoder(model: GPT):
         return fetch(logits)[None]
     return call
 
-
 def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
     """Logits (B, V) -> ids (B,). Temperature 0 takes the likeliest token, 1 is the model's own opinion; above that it
     grows bolder. top_k leaves only the k likeliest tokens to choose from."""
@@ -1849,25 +1739,21 @@ def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.rand
     # The Gumbel trick: the argmax of log-probabilities plus Gumbel noise is a draw from the distribution.
     return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
 
-
 def stream(model: GPT, ids: np.ndarray, max_tokens: int, temperature: float, top_k: int | None, seed: int):
     """Yield `max_tokens` times the next ids (B,) after the prompts `ids` (B, T), T >= 1."""
     step, T, rng = decoder(model, len(ids)), model.config.block_size, np.random.default_rng(seed)
     text, position = list(ids.T[-T:]), 0             # what the model is to see, and how much of it is in the cache
     for _ in range(max_tokens):
-        if len(text) > T:
-            text, position = text[-max(1, T // 2):], 0
+        if len(text) > T: text, position = text[-max(1, T // 2):], 0
         while position < len(text):
             logits = step(text[position], position)
             position += 1
         text.append(draw(logits, temperature, top_k, rng))
         yield text[-1]
 
-
 def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     """Print the prompt and, as it comes, what the model writes after it."""
-    if model.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
+    if model.tokenizer is None: raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     # A character may be spread over several tokens: it is printed when its last byte has come.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -1876,14 +1762,12 @@ def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: 
         print(printable(decoder.decode(model.tokenizer.decode_bytes(int(token)))), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 9. Proving it
 #
 # Two questions that a reader may ask of any such file. Are the gradients right? The derivative's definition answers:
 # nudge one parameter up and down and see how the loss moves. And is it fast? Milliseconds alone do not tell; the rate
 # of the machine's own matrix product (numpy's BLAS, tuned by experts for years) is the limit to compare with.
-# --------------------------------------------------------------------------------------------------------------------
 
 def gradcheck(seed: int) -> bool:
     """Compare the gradient of every parameter of a tiny model with central finite differences, and print a table.
@@ -1922,13 +1806,11 @@ def gradcheck(seed: int) -> bool:
     say(f"largest relative error {worst:.1e}: {'all gradients are right' if worst < 1e-4 else 'SOMETHING IS WRONG'}")
     return worst < 1e-4
 
-
 def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
     """Floating-point operations of a training step: 2 for each weight and token forward, and 4 backward; attention's
     two products of (T, T) are counted half, as causality leaves half of them out."""
     c, tokens = config, train_config.grad_accum * train_config.batch_size * config.block_size
     return 6 * tokens * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.block_size * c.n_embd)
-
 
 def blas_gflops() -> float:
     """This machine's float32 matrix product rate in GFLOP/s: the best of five 1024-cubed products in numpy."""
@@ -1939,7 +1821,6 @@ def blas_gflops() -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(seconds) / 1e9
 
-
 def peak_mb() -> float | None:
     """The most memory that this process has had, in MB (None on Windows)."""
     try:
@@ -1947,7 +1828,6 @@ def peak_mb() -> float | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
 
 def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
     """Time training steps, or sampling, on random data; the last line printed is JSON."""
@@ -1971,22 +1851,18 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
         result |= {"tokens_per_s": rate, "gflops": rate * flops / 1e9}
     print(json.dumps(result | {"peak_mb": peak_mb(), "blas_gflops": blas_gflops()}))
 
-
-# --------------------------------------------------------------------------------------------------------------------
+# ====================================================================================================================
 # Chapter 10. The command line
 #
 # Every field of the two configs is a flag. Where a flag is not given, the command line has defaults of its own: they
 # make a first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
-# --------------------------------------------------------------------------------------------------------------------
 
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "learning_rate": 4e-3, "min_lr": 4e-4, "eval_interval": 200}
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, and exit code 2: what argparse does, less its page of usage."""
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
-
 
 def make_parser() -> Parser:
     parser = Parser(prog="minimiggy.py", description="Train, sample and read a GPT in one file.", allow_abbrev=False,
@@ -2024,18 +1900,15 @@ def make_parser() -> Parser:
                                help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
     return parser
 
-
 def given(args: argparse.Namespace, config: type) -> dict:
     """The fields of a config class that the user set on the command line."""
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if value is not None}
 
-
 def chosen(args: argparse.Namespace, config: type):
     """A config from the user's flags, else the command line's defaults, else the class's own."""
     defaults = {f.name: DEFAULTS[f.name] for f in dataclasses.fields(config) if f.name in DEFAULTS}
     return config(**defaults | given(args, config))
-
 
 def run_train(args: argparse.Namespace) -> None:
     """--train and --resume."""
@@ -2072,7 +1945,6 @@ def run_train(args: argparse.Namespace) -> None:
     say(f"\nsaved {newest_checkpoint(out_dir)}; now try: python minimiggy.py --sample \"ROMEO:\""
         + ("" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"))
 
-
 def run_sample(args: argparse.Namespace) -> None:
     """--sample."""
     if args.max_tokens < 0 or not args.temperature >= 0 or (args.top_k is not None and args.top_k < 1):
@@ -2081,7 +1953,6 @@ def run_sample(args: argparse.Namespace) -> None:
     model, _, _ = open_checkpoint(path)
     sample(model, args.sample, args.max_tokens, args.temperature, args.top_k,
            time.time_ns() if args.seed is None else args.seed)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
@@ -2102,7 +1973,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"minimiggy: {e}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
