@@ -106,6 +106,7 @@ from tinygrad.engine import realize
 from tinygrad.engine.realize import get_call_arg_uops, get_runtime
 from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.nn.state import get_state_dict
+from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops
 
 HERE = Path(__file__).resolve().parent
@@ -394,9 +395,10 @@ class Plain:
     """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32."""
 
     @staticmethod
-    def embed(idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-        """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands."""
-        return wte[idx] + wpe[:idx.shape[1]]
+    def embed(idx: Tensor, wte: Tensor, wpe: Tensor, start: Tensor | None = None) -> Tensor:
+        """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands.
+        `start`, (1,), is the position of a single token that continues a text; else the first is at 0."""
+        return wte[idx] + (wpe[:idx.shape[1]] if start is None else wpe[start])
 
     @staticmethod
     def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -429,6 +431,23 @@ class Plain:
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
         scores = Tensor.ones(T, T, dtype=dtypes.bool).tril().where(scores, -math.inf)  # no future
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+    @staticmethod
+    def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+        """The same for one new token a sequence, qkv (B, 1, 3C), at position (1,). The tokens before it have left their
+        keys (B * H, D, P) and values (B * H, P, D); its own are added."""
+        B, (BH, D, P), places = qkv.shape[0], keys.shape, Tensor.arange(keys.shape[2])
+        q, k, v = qkv.reshape(B, 3, n_head, D).permute(1, 0, 2, 3).reshape(3, BH, D)      # three of (B * H, D)
+        here = places == position
+        keys.assign(here.where(k.unsqueeze(2), keys)).realize()
+        values.assign(here.unsqueeze(1).where(v.unsqueeze(1), values)).realize()
+        scores = (places <= position).where(q.unsqueeze(1) @ keys / math.sqrt(D), -math.inf)  # (B * H, 1, P)
+        return (scores.softmax(-1) @ values).reshape(B, 1, n_head * D)
+
+    @staticmethod
+    def logits(x: Tensor, wte: Tensor) -> Tensor:
+        """One token a sequence, (B, 1, C), and the table (V, C) -> (B, V)."""
+        return (x @ wte.transpose(0, 1)).squeeze(1)
 
     @staticmethod
     def loss(x: Tensor, wte: Tensor, targets: Tensor) -> Tensor:
@@ -655,9 +674,10 @@ class Kernel:
         nest = []
         for end in ends:
             self.ids += 1
-            loop, count = UOp.range(end, self.ids) if isinstance(end, int) else UOp.loop(self.ids), None
-            if not isinstance(end, int):  # do { ... } while (++count[0] < count[1])
-                count = self.array(2, dtype=dtypes.int)
+            if isinstance(end, int) or not end.ranges:
+                loop, count = UOp.range(end if isinstance(end, int) else end.cast(dtypes.int), self.ids), None
+            else:  # the end depends on an outer loop: do { ... } while (++count[0] < count[1])
+                loop, count = UOp.loop(self.ids), self.array(2, dtype=dtypes.int)
                 self.write(count, (0,), 0)
                 self.write(count, (1,), end.cast(dtypes.int))
                 loop = loop.replace(src=loop.src + self.last)
@@ -711,7 +731,8 @@ class Kernel:
         return [sum(self.read(acc, t, lane) for lane in range(lanes)) for t, _ in numbered]
 
     def done(self) -> UOp:
-        return self.last[0].sink(arg=KernelInfo(name=self.name, opts_to_apply=()), tag=1)  # tag: leave the loops alone
+        info = KernelInfo(name=self.name, opts_to_apply=(), estimates=Estimates())
+        return self.last[0].sink(arg=info, tag=1)  # with a tag, tinygrad leaves the loops as they are
 
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
@@ -779,6 +800,23 @@ def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, 
         if column_sums: k.each(cols, do=lambda j: k.write(extra[0], (j0 + j,), k.read(sums, j)))
     return k.done()
 
+@functools.cache
+def matvec(y, x, w, *extra, name: str, adds=0, finish=None):
+    """The same for a single row, y (1, N), as sampling needs it. Here every weight is used once, and all depends on how
+    quickly they come from memory: eight rows far apart are read side by side (26 GB/s on one core; one by one, 17)."""
+    (K, N), k = w.shape, Kernel(name, *w.shape)
+    streams, cores = divisor(K, 8), divisor(N, CORES)
+    n, out = N // cores, k.array(N // cores)
+    j0 = k.core(N) * n
+    k.fill(out, lambda j: sum((get(e, j0 + j) if e.ndim == 1 else get(e, 0, j0 + j) for e in extra[:adds]), 0.0))
+    with k.loop(K // streams, n) as (i, j):
+        rows = [i + s * (K // streams) for s in range(streams)]
+        k.write(out, (j,), sum((get(x, 0, r) * get(w, r, j0 + j) for r in rows), k.read(out, j)))
+    with k.loop(n) as j:
+        if finish is None: k.write(y, (0, j0 + j), k.read(out, j))
+        else: finish(k, 0, j0 + j, k.read(out, j), True, y, *extra[adds:])
+    return k.done()
+
 def gelu(u):
     """GELU and its derivative: u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten."""
     z = u * (u * u * 0.044715 + 1.0) * (2 * math.sqrt(2 / math.pi))
@@ -791,7 +829,7 @@ def gelu_finish(k, i, j, result, last, u, g):
     k.write(g, (i, j), gelu(k.read(u, i, j))[0])
 
 def slope_finish(k, i, j, result, last, du, u):
-    k.write(du, (i, j), last.where(result * gelu(get(u, i, j))[1], result))
+    k.write(du, (i, j), last.where(result * gelu(get(u, i, j))[1], result))  # (not before the last part of a sum)
 
 # 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
 #
@@ -954,10 +992,11 @@ def norm_gather(dw, db, parts):
     return k.done()
 
 @functools.cache
-def embed(x, wte, wpe, idx, T: int):
+def embed(x, wte, wpe, idx, *start, T: int):
     k = Kernel("embed", *x.shape)
     with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
-        k.write(x, (b * T + t, c), get(wte, token(idx, b * T + t), c) + get(wpe, t, c))
+        place = t + (token(start[0], 0) if start else 0)
+        k.write(x, (b * T + t, c), get(wte, token(idx, b * T + t), c) + get(wpe, place, c))
     return k.done()
 
 @functools.cache
@@ -998,6 +1037,44 @@ def cross_entropy(logits, loss, targets, *_):
                                        - k.read(logits, token(targets, j0 + j), j0 + j)))
         k.each(V, Q, do=lambda v, j: k.write(logits, (v, j0 + j), exp(k.read(logits, v, j0 + j) - k.read(top, j))
                                              / k.read(total, j) - get(targets, j0 + j).eq(v).where(1.0, 0.0)))
+    return k.done()
+
+@functools.cache
+def cached_attention(y, keys, values, qkv, position):
+    """Attention of one new token, qkv (1, 3C) -> y (1, C), which first takes its place in the cache: keys (H, D, P) and
+    values (H, P, D), P a multiple of 16, position (1,)."""
+    (H, D, P), C, k = keys.shape, y.shape[1], Kernel("cached_attention", *keys.shape)
+    score, top, total, last = k.array(P), k.array(16), k.array(16), get(position, 0).load()
+    with k.share(H) as h:
+        k.each(D, do=lambda d: k.write(keys, (h, d, last), get(qkv, 0, C + h * D + d)))
+        k.each(D, do=lambda d: k.write(values, (h, last, d), get(qkv, 0, 2 * C + h * D + d)))
+        k.fill(score, lambda j: 0.0)
+        k.fill(top, lambda j: -1e30)
+        k.fill(total, lambda j: 0.0)
+        k.each(D, last // 16 + 1, 16, do=lambda d, block, lane: k.add(score, (block * 16 + lane,), get(
+            qkv, 0, h * D + d) * D ** -0.5 * k.read(keys, h, d, block * 16 + lane)))
+        with k.loop(last // 16 + 1, 16) as (block, lane):
+            j = block * 16 + lane
+            k.write(score, (j,), (j <= last).where(k.read(score, j), -1e30))
+            k.write(top, (lane,), k.read(top, lane).maximum(k.read(score, j)))
+        k.each(16, do=lambda lane: k.write(top, (0,), k.read(top, 0).maximum(k.read(top, lane))))
+        with k.loop(last // 16 + 1, 16) as (block, lane):
+            k.write(score, (block * 16 + lane,), exp(k.read(score, block * 16 + lane) - k.read(top, 0)))
+            k.add(total, (lane,), k.read(score, block * 16 + lane))
+        k.each(15, do=lambda lane: k.add(total, (0,), k.read(total, lane + 1)))
+        k.each(D, do=lambda d: k.write(y, (0, h * D + d), 0.0))
+        k.each(last + 1, D, do=lambda j, d: k.add(y, (0, h * D + d), k.read(score, j) / k.read(total, 0)
+                                                  * k.read(values, h, j, d)))
+    return k.done()
+
+@functools.cache
+def dot_rows(logits, x, wte):
+    """logits (V,), of one token x (1, C): each row of the table (V, C) times x."""
+    (V, C), k = wte.shape, Kernel("dot_rows", *wte.shape)
+    share = -(-V // CORES)
+    first = step_back(k.core(CORES), share, V)
+    with k.loop(share) as v:
+        k.each(1, do=lambda _: k.write(logits, (first + v,), k.sums(C, lambda c: get(wte, first + v, c) * get(x, 0, c))[0]))
     return k.done()
 
 # 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
@@ -1055,12 +1132,12 @@ class Fast:
         return tuple(g.uop for g in gradients)
 
     @staticmethod
-    def embed(idx, wte, wpe):
-        (B, T), C, ids = idx.shape, wte.shape[1], idx.flatten()
+    def embed(idx, wte, wpe, start=None):
+        (B, T), C, args = idx.shape, wte.shape[1], [idx.flatten()] + ([] if start is None else [start])
 
         def back(dx, _):
-            return None, *Fast.give(*run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), ids, T=T)[:2]), None
-        return run(embed, Tensor.empty(B * T, C), wte, wpe, ids, back=back, T=T)[0].reshape(B, T, C)
+            return None, *Fast.give(*run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), *args, T=T)[:2]), None
+        return run(embed, Tensor.empty(B * T, C), wte, wpe, *args, back=back, T=T)[0].reshape(B, T, C)
 
     @staticmethod
     def layer_norm(x, weight, bias):
@@ -1088,7 +1165,8 @@ class Fast:
 
         def back(dy, _):
             return None, *Fast.linear_back(Tensor(dy), x2, weight, bias), *(dy for _ in more)
-        y = run(matmul, y, x2, weight, bias, *more, back=back, name="linear", adds=1 + len(more))[0]
+        kernel = matvec if x2.shape[0] == 1 else matmul
+        y = run(kernel, y, x2, weight, bias, *more, back=back, name="linear", adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
@@ -1096,7 +1174,8 @@ class Fast:
         # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
         M, H, x2 = math.prod(x.shape[:-1]), w.shape[1], x.reshape(-1, x.shape[-1])
         more = [] if residual is None else [residual.reshape(M, w2.shape[1])]
-        u, _, _, _, g = run(matmul, Tensor.empty(M, H), x2.detach(), w.detach(), b.detach(), Tensor.empty(M, H),
+        kernel = matvec if M == 1 else matmul
+        u, _, _, _, g = run(kernel, Tensor.empty(M, H), x2.detach(), w.detach(), b.detach(), Tensor.empty(M, H),
                             name="mlp_up", adds=1, finish=gelu_finish)
 
         def back(dy, _):
@@ -1106,7 +1185,7 @@ class Fast:
                            column_sums=True)[::3]
             return None, None, *Fast.give(dw2, db2), *(dy for _ in more), *Fast.linear_back(du, x2, w, b)
         # x, w and b are handed over so that autograd finds its way to them; the kernel does not read them.
-        y = run(matmul, Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back, name="mlp_down",
+        y = run(kernel, Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back, name="mlp_down",
                 adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], -1)
 
@@ -1120,6 +1199,15 @@ class Fast:
             return None, None, run(flash_back, Tensor.empty(*x.shape), Tensor(dy), y, lse, x, **sizes)[0].uop
         outputs = Tensor.empty(B * T, C), Tensor.empty(B * n_head * T)
         return run(flash, *outputs, x, back=back, **sizes)[0].reshape(B, T, C)
+
+    @staticmethod
+    def cached_attention(qkv, n_head, keys, values, position):
+        return run(cached_attention, Tensor.empty(1, qkv.shape[2] // 3), keys, values, qkv.reshape(1, -1),
+                   position)[0].reshape(1, 1, -1)
+
+    @staticmethod
+    def logits(x, wte):
+        return run(dot_rows, Tensor.empty(wte.shape[0]), x.reshape(1, -1), wte)[0].reshape(1, -1)
 
     @staticmethod
     def loss(x, wte, targets):
@@ -1177,39 +1265,39 @@ codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_progra
 # the other cores have come as far: 1.4 microseconds a kernel.
 
 class Crew:
-    """Replays what a TinyJit has recorded, on all cores."""
-    WORDS = 24  # of 8 bytes in a line of the list: a kernel's address and its arguments
+    """Replays what a TinyJit has recorded, on `threads` cores: all, or one."""
 
-    def __init__(self, jit: TinyJit, cores: int):
-        self.jit, self.cores, calls = jit, cores, jit.captured.linear.src
+    def __init__(self, jit: TinyJit, threads: int):
+        self.jit, self.threads, lists = jit, threads, [[] for _ in range(threads)]
         nothing = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # the C library's "let others run"
-        self.lists = np.zeros((cores, len(calls), self.WORDS), np.uint64)
-        self.lists[:, :, 0] = nothing  # what a core does while a kernel has no share for it
-        for n, call in enumerate(calls):
+        for call in jit.captured.linear.src:
             program, info = get_runtime("CPU", call.src[0]), call.src[0].arg
             buffers = [get_call_arg_uops(call)[i].buffer.ensure_allocated() for i in info.globals]
             words = [program.addr] + [buffer.get_buf("CPU").va_addr for buffer in buffers]
-            shared = "core_id" in program.runtimevars  # the last argument
-            for core in range(info.global_size[0] if shared else 1):
-                self.lists[core, n, :len(words) + shared] = words + [core] * shared
-        self.program = Device["CPU"].runtime(to_program(self.replay(len(calls)), Device["CPU"].renderer).to_elf())
-        self.arrived, self.before, self.nothing = np.zeros((cores, 8), np.uint64), np.zeros(1, np.uint64), np.array([nothing])
-        self.args = [[ctypes.c_uint64(array.ctypes.data) for array in (self.lists[core], self.before, self.nothing,
-                                                                      self.arrived, self.arrived[core])]
-                     for core in range(cores)]
-        self.pool = ThreadPoolExecutor(max(1, cores - 1))
+            shared = "core_id" in program.runtimevars  # its last argument
+            shares = [words + [core] * shared for core in range(info.global_size[0] if shared else 1)]
+            for thread, lines in enumerate(lists):  # a kernel with fewer shares leaves the other threads idle
+                lines += shares if threads == 1 else shares[thread:thread + 1] or [[nothing]]
+        self.width = max(len(line) for lines in lists for line in lines)
+        self.lists = np.array([[line + [0] * (self.width - len(line)) for line in lines] for lines in lists], np.uint64)
+        self.arrived, self.before = np.zeros((threads, 8), np.uint64), np.zeros(1, np.uint64)
+        self.nothing, length = np.array([nothing], np.uint64), self.lists.shape[1]
+        self.program = Device["CPU"].runtime(to_program(self.replay(length), Device["CPU"].renderer).to_elf())
+        self.args = [[ctypes.c_uint64(array.ctypes.data) for array in (lines, self.before, self.nothing, self.arrived, mine)]
+                     for lines, mine in zip(self.lists, self.arrived, strict=True)]
+        self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
     def replay(self, length: int) -> UOp:
         """The loop that each core runs: call a kernel, tell that it is done, wait for the others."""
         calls, before, nothing = (UOp.param(slot, dtypes.uint64, (size,), volatile=volatile) for slot, size, volatile in
-                                  ((0, length * self.WORDS, False), (1, 1, False), (2, 1, True)))
-        arrived, mine = (UOp.param(slot, dtypes.uint64, (8 * self.cores,), volatile=True) for slot in (3, 4))
+                                  ((0, length * self.width, False), (1, 1, False), (2, 1, True)))
+        arrived, mine = (UOp.param(slot, dtypes.uint64, (8 * self.threads,), volatile=True) for slot in (3, 4))
         n = UOp.range(length, 0)
-        line = [calls.after(n)[n * self.WORDS + word].load() for word in range(self.WORDS)]
+        line = [calls.after(n)[n * self.width + word].load() for word in range(self.width)]
         count = before[0].load() + n.cast(dtypes.uint64) + 1
         last = UOp(Ops.BARRIER, src=(line[0].call(*line[1:], ret_dtype=dtypes.void),))
         last = mine.after(last)[0].store(count)
-        for core in range(self.cores):
+        for core in range(self.threads):
             loop = UOp.loop(1 + core)
             nap = nothing.after(last, loop)[0].load().call(ret_dtype=dtypes.void)
             seen = arrived.after(last, nap)[core * 8].load()
@@ -1258,7 +1346,7 @@ def fetch(tensor: Tensor) -> np.ndarray:
     """A copy of a computed float32 tensor; quicker than tensor.numpy(), which first looks for work to do."""
     return np.frombuffer(tensor.uop.base.buffer.as_memoryview(), np.float32).reshape(tensor.shape)
 
-def recorded(ops, function, cores: int = CORES):
+def recorded(ops, function, threads: int = CORES):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
     jit, replay = TinyJit(function), None
     jit.cnt = 1  # TinyJit counts its calls and runs the first one unrecorded; we need no trial run
@@ -1268,7 +1356,7 @@ def recorded(ops, function, cores: int = CORES):
         if replay is None:
             result = jit()
             if jit.captured is not None:
-                replay = Crew(jit, cores) if ops is Fast else jit
+                replay = Crew(jit, threads) if ops is Fast else jit
             return result
         return replay()
     return call
@@ -1576,156 +1664,23 @@ def newest_checkpoint(out_dir: Path) -> Path:
 @functools.lru_cache(maxsize=2)
 def decoder(model: GPT, batch_size: int):
     """A function (ids (B,), position) -> logits (B, V) of the next token, numpy arrays, with a KV cache of its own."""
-    if model.ops is Fast and batch_size == 1:
-        return fast_decoder(model)
-    c = model.config
-    shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-    cache = Tensor.zeros(*shape).contiguous().realize()
-    ids, position = (Tensor(np.zeros((n, 1), np.int32)).realize() for n in (batch_size, 1))
+    c, ops = model.config, model.ops if batch_size == 1 else Plain
+    rows, D, P = batch_size * c.n_head, c.n_embd // c.n_head, -(-c.block_size // 16) * 16
+    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in ((rows, D, P), (rows, P, D))] for _ in model.h]
+    ids, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((batch_size, 1), (1,)))
 
     def step() -> Tensor:
-        kept, places = [], Tensor.arange(c.block_size)
-
-        def attention(qkv: Tensor, n_head: int) -> Tensor:
-            q, k, v = qkv.reshape(batch_size, 1, 3, n_head, -1).permute(2, 0, 3, 1, 4)     # three of (B, H, 1, D)
-            here, layer = places.reshape(1, 1, -1, 1) == position, len(kept)
-            k, v = here.where(k, cache[layer, 0]), here.where(v, cache[layer, 1])          # (B, H, T, D)
-            kept.append(k.stack(v))
-            scores = (places <= position).where(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), -math.inf)
-            return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch_size, 1, c.n_embd)
-        x = model.wte.weight[ids] + model.wpe.weight[position]                             # (B, 1, C)
-        for block in model.h: x = block(x, Plain, Dropout(0, None), attention)
-        x = Plain.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
-        logits = (x @ model.wte.weight.transpose(0, 1)).reshape(batch_size, c.vocab_size).contiguous()
-        Tensor.realize(logits, cache.assign(Tensor.stack(*kept)))
-        return logits
-    replay = recorded(Plain, step)
+        x = ops.embed(ids, model.wte.weight, model.wpe.weight, position)                  # (B, 1, C)
+        for block, cache in zip(model.h, caches, strict=True):
+            x = block(x, ops, Dropout(0, None), lambda qkv, n: ops.cached_attention(qkv, n, *cache, position))  # noqa: B023
+        return ops.logits(ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias), model.wte.weight).contiguous().realize()
+    # To wake a second core takes 50 microseconds: a small model has written its token by then.
+    replay = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1)
 
     def call(new_ids: np.ndarray, new_position: int) -> np.ndarray:
         put(ids, new_ids.astype(np.int32))
         put(position, np.array([new_position], np.int32))
         return fetch(replay())
-    return call
-
-# For one sequence, the common case, the same in four kernels. A single token gives each weight one number to be
-# multiplied with, so all depends on how quickly the weights come from memory. They are read as eight streams side by
-# side, and each core reads its share of the columns. What a core adds to the residual stream stays apart, as one term
-# of its own (cores, C); the next kernel, which every core must begin with the whole stream anyway, sums the terms.
-
-def times(k: Kernel, a: UOp, w: UOp, n: int, row=0, column=0, parts=1, start=lambda place: 0.0) -> UOp:
-    """out[p, j] = start(...) + the sum over i of a[i] * w[row + i, column + p * (w's width / parts) + j], j < n."""
-    depth, width = a.shape[0], w.shape[1] // parts
-    streams, out = divisor(depth, 8), k.array(parts * n)
-    k.each(parts, n, do=lambda p, j: k.write(out, (p * n + j,), start(p * width + column + j)))
-    with k.loop(depth // streams, parts, n) as (i, p, j):
-        rows = [i + s * (depth // streams) for s in range(streams)]
-        total = sum((k.read(a, r) * get(w, row + r, p * width + column + j) for r in rows), k.read(out, p * n + j))
-        k.write(out, (p * n + j,), total)
-    return out
-
-def enter(k: Kernel, terms: UOp, weight: UOp, bias: UOp) -> tuple[UOp, UOp]:
-    """The residual stream (C,), and its layer norm."""
-    cores, C = terms.shape
-    x, a, stats = k.array(C), k.array(C), k.array(2)
-    k.fill(x, lambda j: sum(get(terms, core, j) for core in range(cores)))
-    k.each(1, do=lambda _: k.write(stats, (0,), k.sums(C, lambda j: k.read(x, j))[0] * (1 / C)))
-
-    def centred(j):
-        return k.read(x, j) - k.read(stats, 0)
-    k.each(1, do=lambda _: k.write(stats, (1,), (k.sums(C, lambda j: centred(j) * centred(j))[0] * (1 / C)
-                                                 + 1e-5).sqrt().reciprocal()))
-    k.fill(a, lambda j: centred(j) * k.read(stats, 1) * get(weight, j) + get(bias, j))
-    return x, a
-
-def leave(k: Kernel, out: UOp, core, x: UOp, y: UOp, w: UOp, bias: UOp) -> UOp:
-    """This core's term of the new stream: its part of y @ w, and for core 0 the old stream and the bias as well."""
-    term = times(k, y, w, w.shape[1], row=core * y.shape[0])
-    k.each(w.shape[1], do=lambda j: k.write(out, (core, j), k.read(term, j) + core.eq(0).where(k.read(x, j)
-                                                                                             + get(bias, j), 0.0)))
-    return k.done()
-
-@functools.cache
-def decode_embed(terms, job, wte, wpe):
-    k = Kernel("decode_embed", *terms.shape)
-    with k.loop(*terms.shape) as (core, j):
-        value = get(wte, token(job, 0), j) + get(wpe, token(job, 1), j)
-        k.write(terms, (core, j), core.eq(0).where(value, 0.0))
-    return k.done()
-
-@functools.cache
-def decode_attention(out, keys, values, terms, job, ln_w, ln_b, w, b, w2, b2):
-    """The first half of a block for the token at position job[1]. The cache: keys (H, D, P), values (H, P, D)."""
-    (cores, C), (H, D, P), k = terms.shape, keys.shape, Kernel("decode_attention", *terms.shape, *keys.shape)
-    core, mine, here, position = k.core(cores), C // cores, H // cores, get(job, 1).load()
-    x, a = enter(k, terms, ln_w, ln_b)
-    qkv = times(k, a, w, mine, column=core * mine, parts=3, start=lambda place: get(b, place))
-    with k.loop(here, D) as (h, d): k.write(keys, (core * here + h, d, position), k.read(qkv, mine + h * D + d))
-    with k.loop(here, D) as (h, d): k.write(values, (core * here + h, position, d), k.read(qkv, 2 * mine + h * D + d))
-    y, score, top, total = k.array(mine), k.array(P), k.array(16), k.array(16)
-    with k.loop(here) as h:
-        blocks, head = position // 16 + 1, core * here + h  # of 16 positions
-        k.fill(score, lambda j: 0.0)
-        k.fill(top, lambda j: -1e30)
-        k.fill(total, lambda j: 0.0)
-        k.each(D, blocks, 16, do=lambda d, t, j: k.add(score, (t * 16 + j,), k.read(qkv, h * D + d)
-                                                       * k.read(keys, head, d, t * 16 + j)))
-        with k.loop(blocks, 16) as (t, j):
-            k.write(score, (t * 16 + j,), (t * 16 + j <= position).where(k.read(score, t * 16 + j) * D ** -0.5, -1e30))
-            k.write(top, (j,), k.read(top, j).maximum(k.read(score, t * 16 + j)))
-        k.each(16, do=lambda j: k.write(top, (0,), k.read(top, 0).maximum(k.read(top, j))))
-        with k.loop(blocks, 16) as (t, j):
-            k.write(score, (t * 16 + j,), exp(k.read(score, t * 16 + j) - k.read(top, 0)))
-            k.add(total, (j,), k.read(score, t * 16 + j))
-        k.each(15, do=lambda j: k.add(total, (0,), k.read(total, j + 1)))
-        k.each(D, do=lambda d: k.write(y, (h * D + d,), 0.0))
-        k.each(blocks, 16, D, do=lambda t, j, d: k.add(y, (h * D + d,), k.read(score, t * 16 + j)
-                                                       * k.read(values, head, t * 16 + j, d)))
-        k.each(D, do=lambda d: k.write(y, (h * D + d,), k.read(y, h * D + d) / k.read(total, 0)))
-    return leave(k, out, core, x, y, w2, b2)
-
-@functools.cache
-def decode_mlp(out, terms, ln_w, ln_b, w, b, w2, b2):
-    (cores, C), k = terms.shape, Kernel("decode_mlp", *terms.shape)
-    core, mine = k.core(cores), 4 * C // cores
-    x, a = enter(k, terms, ln_w, ln_b)
-    u = times(k, a, w, mine, column=core * mine, start=lambda place: get(b, place))
-    k.fill(u, lambda j: gelu(k.read(u, j))[0])
-    return leave(k, out, core, x, u, w2, b2)
-
-@functools.cache
-def decode_head(logits, terms, ln_w, ln_b, wte):
-    (V, C), k = wte.shape, Kernel("decode_head", *wte.shape, terms.shape[0])
-    share = -(-V // terms.shape[0])
-    a, first = enter(k, terms, ln_w, ln_b)[1], step_back(k.core(terms.shape[0]), share, V)
-    with k.loop(share) as v:
-        k.each(1, do=lambda _: k.write(logits, (first + v,), k.sums(C, lambda j: k.read(a, j) * get(wte, first + v, j))[0]))
-    return k.done()
-
-def fast_decoder(model: GPT):
-    """See decoder."""
-    c = model.config
-    # Waking a second core takes 50 microseconds: only a model of some size is worth it.
-    cores, P = divisor(c.n_head, CORES) if model.flat.shape[0] > 4e6 else 1, -(-c.block_size // 16) * 16
-    shape, job, logits = (c.n_head, c.n_embd // c.n_head, P), Tensor.zeros(2, dtype=dtypes.int), Tensor.zeros(c.vocab_size)
-    caches = [[Tensor.zeros(*sizes).contiguous() for sizes in (shape, (shape[0], P, shape[1]))] for _ in model.h]
-    job, logits = job.contiguous(), logits.contiguous()
-    Tensor.realize(job, logits, *[tensor for cache in caches for tensor in cache])
-
-    def step() -> Tensor:
-        def after(kernel, *args: Tensor) -> Tensor:
-            return run(kernel, Tensor.empty(cores, c.n_embd), *args)[0]
-        x = after(decode_embed, job, model.wte.weight, model.wpe.weight)
-        for block, cache in zip(model.h, caches, strict=True):
-            layers = block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj
-            weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-            x = after(decode_mlp, after(decode_attention, *cache, x, job, *weights[:6]), *weights[6:])
-        return run(decode_head, logits, x, model.ln_f.weight, model.ln_f.bias, model.wte.weight)[0].realize()
-    replay = recorded(Fast, step, cores)
-
-    def call(ids: np.ndarray, position: int) -> np.ndarray:
-        put(job, np.array([ids[0], position], np.int32))
-        replay()
-        return fetch(logits)[None]
     return call
 
 def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
