@@ -436,7 +436,7 @@ class Plain:
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """The same for one new token a sequence, qkv (B, 1, 3C), at position (1,). The tokens before it have left their
         keys (B * H, D, P) and values (B * H, P, D); its own are added."""
-        B, (BH, D, P), places = qkv.shape[0], keys.shape, Tensor.arange(keys.shape[2])
+        B, (BH, D, _), places = qkv.shape[0], keys.shape, Tensor.arange(keys.shape[2])
         q, k, v = qkv.reshape(B, 3, n_head, D).permute(1, 0, 2, 3).reshape(3, BH, D)      # three of (B * H, D)
         here = places == position
         keys.assign(here.where(k.unsqueeze(2), keys)).realize()
@@ -1344,7 +1344,9 @@ def put(tensor: Tensor, array: np.ndarray) -> None:
 
 def fetch(tensor: Tensor) -> np.ndarray:
     """A copy of a computed float32 tensor; quicker than tensor.numpy(), which first looks for work to do."""
-    return np.frombuffer(tensor.uop.base.buffer.as_memoryview(), np.float32).reshape(tensor.shape)
+    array, buffer = np.empty(tensor.shape, np.float32), tensor.uop.base.buffer
+    buffer.allocator._copyout(memoryview(array.reshape(-1)).cast("B"), buffer._buf)
+    return array
 
 def recorded(ops, function, threads: int = CORES):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
@@ -1663,24 +1665,40 @@ def newest_checkpoint(out_dir: Path) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def decoder(model: GPT, batch_size: int):
-    """A function (ids (B,), position) -> logits (B, V) of the next token, numpy arrays, with a KV cache of its own."""
+    """A function (ids (B, n), position) -> logits (B, V) of the next token, with a KV cache of its own: n = 1 token that
+    stands at `position`, or the block_size / 2 tokens of a fresh start. All are numpy arrays."""
     c, ops = model.config, model.ops if batch_size == 1 else Plain
-    rows, D, P = batch_size * c.n_head, c.n_embd // c.n_head, -(-c.block_size // 16) * 16
-    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in ((rows, D, P), (rows, P, D))] for _ in model.h]
-    ids, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((batch_size, 1), (1,)))
+    H, D, P, half = c.n_head, c.n_embd // c.n_head, -(-c.block_size // 16) * 16, max(1, c.block_size // 2)
+    shapes = (batch_size * H, D, P), (batch_size * H, P, D)
+    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes] for _ in model.h]
+    one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((batch_size, 1), (batch_size, half), 1))
 
     def step() -> Tensor:
-        x = ops.embed(ids, model.wte.weight, model.wpe.weight, position)                  # (B, 1, C)
+        x = ops.embed(one, model.wte.weight, model.wpe.weight, position)                  # (B, 1, C)
         for block, cache in zip(model.h, caches, strict=True):
             x = block(x, ops, Dropout(0, None), lambda qkv, n: ops.cached_attention(qkv, n, *cache, position))  # noqa: B023
         return ops.logits(ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias), model.wte.weight).contiguous().realize()
-    # To wake a second core takes 50 microseconds: a small model has written its token by then.
-    replay = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1)
 
-    def call(new_ids: np.ndarray, new_position: int) -> np.ndarray:
-        put(ids, new_ids.astype(np.int32))
+    def start() -> Tensor:
+        x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                 # (B, T / 2, C)
+        for block, (keys, values) in zip(model.h, caches, strict=True):
+            def attention(qkv: Tensor, n_head: int) -> Tensor:
+                k, v = qkv.reshape(batch_size, half, 3, H, D)[:, :, 1:].permute(2, 0, 3, 1, 4).reshape(2, -1, half, D)
+                kept.extend([keys[:, :, :half].assign(k.transpose(1, 2)), values[:, :half].assign(v)])  # noqa: B023
+                return ops.attention(qkv, n_head)
+            x = block(x, ops, Dropout(0, None), attention)
+        x = ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias)[:, -1:].contiguous()
+        logits = ops.logits(x, model.wte.weight).contiguous()
+        Tensor.realize(logits, *kept)
+        return logits
+    # To wake a second core takes 50 microseconds: a small model has written its token by then.
+    replay_step = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1)
+    replay_start = recorded(ops, start)
+
+    def call(ids: np.ndarray, new_position: int) -> np.ndarray:
+        put(one if ids.shape[1] == 1 else many, ids.astype(np.int32))
         put(position, np.array([new_position], np.int32))
-        return fetch(replay())
+        return fetch(replay_step() if ids.shape[1] == 1 else replay_start())
     return call
 
 def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
@@ -1697,14 +1715,17 @@ def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.rand
 def stream(model: GPT, ids: np.ndarray, max_tokens: int, temperature: float, top_k: int | None, seed: int):
     """Yield `max_tokens` times the next ids (B,) after the prompts `ids` (B, T), T >= 1."""
     step, T, rng = decoder(model, len(ids)), model.config.block_size, np.random.default_rng(seed)
-    text, position = list(ids.T[-T:]), 0             # what the model is to see, and how much of it is in the cache
+    half = max(1, T // 2)
+    text, done = ids[:, -T:], 0                      # what the model is to see, and how much of it is in the cache
     for _ in range(max_tokens):
-        if len(text) > T: text, position = text[-max(1, T // 2):], 0
-        while position < len(text):
-            logits = step(text[position], position)
-            position += 1
-        text.append(draw(logits, temperature, top_k, rng))
-        yield text[-1]
+        if text.shape[1] > T:
+            text, done = text[:, -half:], 0
+        while done < text.shape[1]:
+            n = half if done == 0 and text.shape[1] >= half else 1
+            logits, done = step(text[:, done:done + n], done), done + n
+        token = draw(logits, temperature, top_k, rng)
+        text = np.concatenate([text, token[:, None]], axis=1)
+        yield token
 
 def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     """Print the prompt and, as it comes, what the model writes after it."""
@@ -1797,11 +1818,11 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
         median = statistics.median(seconds[5:])  # the first ones compile and record
         result |= {"ms_per_step": 1e3 * median, "gflops": step_flops(config, train_config) / median / 1e9}
     else:
-        tokens = stream(model, np.zeros((1, 1), np.int32), 440, 0.8, None, 0)
-        for i, _ in enumerate(tokens):
-            if i == 39:
+        warm_up = config.block_size + 1  # until the window has moved once, and everything is compiled
+        for i, _ in enumerate(stream(model, np.zeros((1, 1), np.int32), warm_up + 400, 0.8, None, 0)):
+            if i == warm_up:
                 start = time.perf_counter()
-        rate = 400 / (time.perf_counter() - start)
+        rate = 399 / (time.perf_counter() - start)
         flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
         result |= {"tokens_per_s": rate, "gflops": rate * flops / 1e9}
     print(json.dumps(result | {"peak_mb": peak_mb(), "blas_gflops": blas_gflops()}))
