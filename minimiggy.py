@@ -401,23 +401,23 @@ class Plain:
         return wte[idx] + (wpe[:idx.shape[1]] if start is None else wpe[start])
 
     @staticmethod
-    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def layer_norm(x: Tensor, ln: Layer) -> Tensor:
         """(..., C) -> (..., C) with mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
         centred = x - x.mean(-1, keepdim=True)
-        return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
+        return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ln.weight + ln.bias
 
     @staticmethod
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    def linear(x: Tensor, layer: Layer, residual: Tensor | None = None) -> Tensor:
         """(..., I) @ (I, O) + (O,) -> (..., O), plus a `residual` of that shape. GPT-2 stores weights as (in, out)."""
-        return x @ weight + bias + (0 if residual is None else residual)
+        return x @ layer.weight + layer.bias + (0 if residual is None else residual)
 
     @staticmethod
-    def mlp(x: Tensor, w: Tensor, b: Tensor, w2: Tensor, b2: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Two linear layers, (..., C) -> (..., 4C) -> (..., C), with a GELU between: nearly 0 below zero, nearly x
-        above, smooth in the middle (arXiv:1606.08415, in GPT-2's tanh form)."""
-        u = Plain.linear(x, w, b)
+    def mlp(x: Tensor, mlp: MLP, residual: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., 4C) -> (..., C) with a GELU between: nearly 0 below zero, nearly x above, smooth in the
+        middle (arXiv:1606.08415, in GPT-2's tanh form)."""
+        u = Plain.linear(x, mlp.c_fc)
         u = 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)).tanh())
-        return Plain.linear(u, w2, b2, residual)
+        return Plain.linear(u, mlp.c_proj, residual)
 
     @staticmethod
     def attention(qkv: Tensor, n_head: int) -> Tensor:
@@ -434,20 +434,19 @@ class Plain:
 
     @staticmethod
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The same for one new token a sequence, qkv (B, 1, 3C), at position (1,). The tokens before it have left their
-        keys (B * H, D, P) and values (B * H, P, D); its own are added."""
-        B, (BH, D, _), places = qkv.shape[0], keys.shape, Tensor.arange(keys.shape[2])
-        q, k, v = qkv.reshape(B, 3, n_head, D).permute(1, 0, 2, 3).reshape(3, BH, D)      # three of (B * H, D)
-        here = places == position
-        keys.assign(here.where(k.unsqueeze(2), keys)).realize()
-        values.assign(here.unsqueeze(1).where(v.unsqueeze(1), values)).realize()
-        scores = (places <= position).where(q.unsqueeze(1) @ keys / math.sqrt(D), -math.inf)  # (B * H, 1, P)
-        return (scores.softmax(-1) @ values).reshape(B, 1, n_head * D)
+        """The same for a single new token, qkv (1, 1, 3C), at position (1,). Those before it have left their keys in
+        (H, D, P) and their values in (H, P, D); its own are added."""
+        (H, D, P), places = keys.shape, Tensor.arange(keys.shape[2])
+        q, k, v = qkv.reshape(3, H, 1, D)
+        here = (places == position).reshape(P, 1)
+        Tensor.realize(keys.assign(here.transpose(0, 1).where(k.transpose(1, 2), keys)), values.assign(here.where(v, values)))
+        scores = (places <= position).where(q @ keys / math.sqrt(D), -math.inf)            # (H, 1, P)
+        return (scores.softmax(-1) @ values).reshape(1, 1, H * D)
 
     @staticmethod
     def logits(x: Tensor, wte: Tensor) -> Tensor:
-        """One token a sequence, (B, 1, C), and the table (V, C) -> (B, V)."""
-        return (x @ wte.transpose(0, 1)).squeeze(1)
+        """A single token (1, 1, C) and the table (V, C) -> (V,)."""
+        return (x @ wte.transpose(0, 1)).flatten()
 
     @staticmethod
     def loss(x: Tensor, wte: Tensor, targets: Tensor) -> Tensor:
@@ -482,45 +481,33 @@ class Dropout:
             return sublayer(*args, residual=x)
         return x + self(sublayer(*args))
 
-class Linear:
-    def __init__(self, draw, n_in: int, n_out: int, std: float = 0.02):
-        self.weight, self.bias = draw(std, n_in, n_out), draw(0, n_out)
+class Layer:
+    """A weight, and a bias or none; Plain and Fast say what is done with them."""
 
-class LayerNorm:
-    def __init__(self, n_embd: int):
-        self.weight, self.bias = Tensor(np.ones(n_embd, np.float32)), Tensor(np.zeros(n_embd, np.float32))
-
-class Table:
-    def __init__(self, draw, rows: int, n_embd: int):
-        self.weight = draw(0.02, rows, n_embd)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
 
 class Attention:
-    def __init__(self, draw, config: GPTConfig):
-        C = config.n_embd
-        self.c_attn = Linear(draw, C, 3 * C)  # query, key and value of all heads in one product
-        # What 2 * n_layer sublayers add to the stream would grow with the depth; a smaller start keeps it level.
-        self.c_proj = Linear(draw, C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+    def __init__(self, linear, C: int, small: float):
+        self.c_attn = linear(C, 3 * C)  # query, key and value of all heads in one product
+        self.c_proj = linear(C, C, small)
 
 class MLP:
-    def __init__(self, draw, config: GPTConfig):
-        C = config.n_embd
-        self.c_fc = Linear(draw, C, 4 * C)
-        self.c_proj = Linear(draw, 4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+    def __init__(self, linear, C: int, small: float):
+        self.c_fc, self.c_proj = linear(C, 4 * C), linear(4 * C, C, small)
 
 class Block:
-    def __init__(self, draw, config: GPTConfig):
-        self.n_head = config.n_head
-        self.ln_1, self.attn = LayerNorm(config.n_embd), Attention(draw, config)
-        self.ln_2, self.mlp = LayerNorm(config.n_embd), MLP(draw, config)
+    def __init__(self, linear, norm, C: int, small: float):
+        self.ln_1, self.attn = norm(), Attention(linear, C, small)
+        self.ln_2, self.mlp = norm(), MLP(linear, C, small)
 
     def __call__(self, x: Tensor, ops, drop: Dropout, attention) -> Tensor:
         """(B, T, C) -> (B, T, C). Only `attention` looks at other tokens; all else works on each by itself."""
-        a = ops.layer_norm(x, self.ln_1.weight, self.ln_1.bias)
-        a = attention(ops.linear(a, self.attn.c_attn.weight, self.attn.c_attn.bias), self.n_head)
-        x = drop.add(x, ops.linear, a, self.attn.c_proj.weight, self.attn.c_proj.bias)
-        m = ops.layer_norm(x, self.ln_2.weight, self.ln_2.bias)
-        return drop.add(x, ops.mlp, m, self.mlp.c_fc.weight, self.mlp.c_fc.bias, self.mlp.c_proj.weight,
-                        self.mlp.c_proj.bias)
+        qkv = ops.linear(ops.layer_norm(x, self.ln_1), self.attn.c_attn)                   # (B, T, 3C)
+        x = drop.add(x, ops.linear, attention(qkv), self.attn.c_proj)
+        return drop.add(x, ops.mlp, ops.layer_norm(x, self.ln_2), self.mlp)
 
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
@@ -535,14 +522,19 @@ class GPT:
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
         self.config, self.tokenizer, self.ops = config, tokenizer, default_ops()
-        rng, C = np.random.default_rng(seed), config.n_embd
+        rng, C, L = np.random.default_rng(seed), config.n_embd, config.n_layer
 
         def draw(std: float, *shape: int) -> Tensor:
-            return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32) if std else np.zeros(shape, np.float32))
+            return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32))
 
-        self.wte, self.wpe = Table(draw, config.vocab_size, C), Table(draw, config.block_size, C)
-        self.h = [Block(draw, config) for _ in range(config.n_layer)]
-        self.ln_f = LayerNorm(C)
+        def linear(n_in: int, n_out: int, std: float = 0.02) -> Layer:
+            return Layer(draw(std, n_in, n_out), Tensor(np.zeros(n_out, np.float32)))
+
+        def norm() -> Layer:
+            return Layer(Tensor(np.ones(C, np.float32)), Tensor(np.zeros(C, np.float32)))
+        self.wte, self.wpe = Layer(draw(0.02, config.vocab_size, C)), Layer(draw(0.02, config.block_size, C))
+        # What 2 * n_layer sublayers add to the stream would grow with the depth; a smaller start keeps it level.
+        self.h, self.ln_f = [Block(linear, norm, C, 0.02 / math.sqrt(2 * L)) for _ in range(L)], norm()
         # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
         # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
         named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
@@ -581,8 +573,8 @@ class GPT:
         drop = Dropout(self.config.dropout, key)
         x = drop(self.ops.embed(idx, self.wte.weight, self.wpe.weight))
         for block in self.h:
-            x = block(x, self.ops, drop, self.ops.attention)
-        return self.ops.layer_norm(x, self.ln_f.weight, self.ln_f.bias)
+            x = block(x, self.ops, drop, lambda qkv: self.ops.attention(qkv, self.config.n_head))
+        return self.ops.layer_norm(x, self.ln_f)
 
     def __call__(self, idx: Tensor) -> Tensor:
         """Ids (B, T) int32, T <= block_size -> logits (B, T, V) float32 of the token that comes next at each place."""
@@ -604,9 +596,8 @@ class GPT:
     def generate(self, x: Tensor, max_tokens: int = 100, temperature: float = 0.8, top_k: int | None = None,
                  seed: int = 0) -> Tensor:
         """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
-        ids = x.numpy()
-        new = list(stream(self, ids, max_tokens, temperature, top_k, seed))  # max_tokens times (B,)
-        return Tensor(np.concatenate([ids, np.array(new, np.int32).reshape(-1, len(ids)).T], axis=1).astype(np.int32))
+        rows = [row + list(stream(self, row, max_tokens, temperature, top_k, (seed, i))) for i, row in enumerate(x.tolist())]
+        return Tensor(np.array(rows, np.int32))
 
 # ====================================================================================================================
 # Chapter 5. The same model, fast
@@ -1140,54 +1131,54 @@ class Fast:
         return run(embed, Tensor.empty(B * T, C), wte, wpe, *args, back=back, T=T)[0].reshape(B, T, C)
 
     @staticmethod
-    def layer_norm(x, weight, bias):
+    def layer_norm(x, ln):
         M, C = math.prod(x.shape[:-1]), x.shape[-1]
         x2 = x.reshape(M, C)
 
         def back(dy, call):
             stats, parts = Tensor(call.src[2].after(call)), Tensor.empty(divisor(M, CORES), 2, C)
-            dx, parts = run(norm_back, Tensor.empty(M, C), parts, Tensor(dy), x2, weight, stats)[:2]
-            return None, None, dx.uop, *Fast.give(*run(norm_gather, gradient_of(weight), gradient_of(bias), parts)[:2])
-        return run(norm, Tensor.empty(M, C), Tensor.empty(M, 2), x2, weight, bias, back=back)[0].reshape(x.shape)
+            dx, parts = run(norm_back, Tensor.empty(M, C), parts, Tensor(dy), x2, ln.weight, stats)[:2]
+            dw, db, _ = run(norm_gather, gradient_of(ln.weight), gradient_of(ln.bias), parts)
+            return None, None, dx.uop, *Fast.give(dw, db)
+        return run(norm, Tensor.empty(M, C), Tensor.empty(M, 2), x2, ln.weight, ln.bias, back=back)[0].reshape(x.shape)
 
     @staticmethod
-    def linear_back(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[UOp, UOp, UOp]:
-        """dx = dy @ weight^T, and in one kernel dw = x^T @ dy and db, the column sums of dy."""
-        dx = run(matmul, Tensor.empty(*x.shape), dy, weight, name="linear_dx", b_transposed=True)[0]
-        dw, _, _, db = run(matmul, gradient_of(weight), x, dy, gradient_of(bias), name="linear_dw", a_transposed=True,
-                           column_sums=True)
-        return dx.uop, *Fast.give(dw, db)
+    def weight_gradients(dy: Tensor, x: Tensor, layer: Layer) -> tuple[UOp, ...]:
+        """dw = x^T @ dy and db, the column sums of dy, in one kernel."""
+        dw, _, _, db = run(matmul, gradient_of(layer.weight), x, dy, gradient_of(layer.bias), name="linear_dw",
+                           a_transposed=True, column_sums=True)
+        return Fast.give(dw, db)
 
     @staticmethod
-    def linear(x, weight, bias, residual=None):
-        x2, y = x.reshape(-1, x.shape[-1]), Tensor.empty(math.prod(x.shape[:-1]), weight.shape[1])
-        more = [] if residual is None else [residual.reshape(y.shape)]
+    def linear(x, layer, residual=None):
+        M, N, x2 = math.prod(x.shape[:-1]), layer.weight.shape[1], x.reshape(-1, x.shape[-1])
+        more = [] if residual is None else [residual.reshape(M, N)]
 
         def back(dy, _):
-            return None, *Fast.linear_back(Tensor(dy), x2, weight, bias), *(dy for _ in more)
-        kernel = matvec if x2.shape[0] == 1 else matmul
-        y = run(kernel, y, x2, weight, bias, *more, back=back, name="linear", adds=1 + len(more))[0]
-        return y.reshape(*x.shape[:-1], -1)
+            dx = run(matmul, Tensor.empty(*x2.shape), Tensor(dy), layer.weight, name="linear_dx", b_transposed=True)[0]
+            return None, dx.uop, *Fast.weight_gradients(Tensor(dy), x2, layer), *(dy for _ in more)
+        y = run(matmul if M > 1 else matvec, Tensor.empty(M, N), x2, layer.weight, layer.bias, *more, back=back,
+                name="linear", adds=1 + len(more))[0]
+        return y.reshape(*x.shape[:-1], N)
 
     @staticmethod
-    def mlp(x, w, b, w2, b2, residual=None):
+    def mlp(x, mlp, residual=None):
         # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
-        M, H, x2 = math.prod(x.shape[:-1]), w.shape[1], x.reshape(-1, x.shape[-1])
-        more = [] if residual is None else [residual.reshape(M, w2.shape[1])]
-        kernel = matvec if M == 1 else matmul
-        u, _, _, _, g = run(kernel, Tensor.empty(M, H), x2.detach(), w.detach(), b.detach(), Tensor.empty(M, H),
-                            name="mlp_up", adds=1, finish=gelu_finish)
+        M, C, x2, up, down = math.prod(x.shape[:-1]), x.shape[-1], x.reshape(-1, x.shape[-1]), mlp.c_fc, mlp.c_proj
+        more, product, H = [] if residual is None else [residual.reshape(M, C)], matmul if M > 1 else matvec, up.weight.shape[1]
+        u, _, _, _, g = run(product, Tensor.empty(M, H), x2.detach(), up.weight.detach(), up.bias.detach(),
+                            Tensor.empty(M, H), name="mlp_up", adds=1, finish=gelu_finish)
 
         def back(dy, _):
-            du = run(matmul, Tensor.empty(M, H), Tensor(dy), w2, u, name="mlp_du", b_transposed=True,
+            du = run(matmul, Tensor.empty(M, H), Tensor(dy), down.weight, u, name="mlp_du", b_transposed=True,
                      finish=slope_finish)[0]
-            dw2, db2 = run(matmul, gradient_of(w2), g, Tensor(dy), gradient_of(b2), name="linear_dw", a_transposed=True,
-                           column_sums=True)[::3]
-            return None, None, *Fast.give(dw2, db2), *(dy for _ in more), *Fast.linear_back(du, x2, w, b)
-        # x, w and b are handed over so that autograd finds its way to them; the kernel does not read them.
-        y = run(kernel, Tensor.empty(M, w2.shape[1]), g, w2, b2, *more, x2, w, b, back=back, name="mlp_down",
-                adds=1 + len(more))[0]
-        return y.reshape(*x.shape[:-1], -1)
+            dx = run(matmul, Tensor.empty(M, C), du, up.weight, name="linear_dx", b_transposed=True)[0]
+            return (None, None, *Fast.weight_gradients(Tensor(dy), g, down), *(dy for _ in more), dx.uop,
+                    *Fast.weight_gradients(du, x2, up))
+        # x2 and up are handed over so that autograd finds its way to them; the kernel does not read them.
+        y = run(product, Tensor.empty(M, C), g, down.weight, down.bias, *more, x2, up.weight, up.bias, back=back,
+                name="mlp_down", adds=1 + len(more))[0]
+        return y.reshape(x.shape)
 
     @staticmethod
     def attention(qkv, n_head):
@@ -1207,7 +1198,7 @@ class Fast:
 
     @staticmethod
     def logits(x, wte):
-        return run(dot_rows, Tensor.empty(wte.shape[0]), x.reshape(1, -1), wte)[0].reshape(1, -1)
+        return run(dot_rows, Tensor.empty(wte.shape[0]), x.reshape(1, -1), wte)[0]
 
     @staticmethod
     def loss(x, wte, targets):
@@ -1529,7 +1520,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             if out_dir is not None:
                 model.save_checkpoint(step, optimizer, out_dir)
             if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
-                ids = [int(t[0]) for t in stream(model, np.array([tokenizer.encode("\n")]), 50, 0.8, None, seed=step)]
+                ids = list(stream(model, tokenizer.encode("\n"), 50, 0.8, None, seed=step))
                 say("    | " + printable(tokenizer.decode(ids)).strip().replace("\n", "\n    | "))
             last_time = time.perf_counter()  # evaluating is not training: leave it out of tokens a second
         if log and (step % 10 == 0 or evaluating):
@@ -1663,69 +1654,65 @@ def newest_checkpoint(out_dir: Path) -> Path:
 # The model knows only block_size positions. When they are used up, we drop the older half of the text, compute the
 # newer half again at the front, and go on: half a context is remembered at the worst, and the extra work stays small.
 
-@functools.lru_cache(maxsize=2)
-def decoder(model: GPT, batch_size: int):
-    """A function (ids (B, n), position) -> logits (B, V) of the next token, with a KV cache of its own: n = 1 token that
-    stands at `position`, or the block_size / 2 tokens of a fresh start. All are numpy arrays."""
-    c, ops = model.config, model.ops if batch_size == 1 else Plain
-    H, D, P, half = c.n_head, c.n_embd // c.n_head, -(-c.block_size // 16) * 16, max(1, c.block_size // 2)
-    shapes = (batch_size * H, D, P), (batch_size * H, P, D)
-    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes] for _ in model.h]
-    one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((batch_size, 1), (batch_size, half), 1))
+@functools.lru_cache(maxsize=1)
+def decoder(model: GPT):
+    """A function (ids, position) -> logits (V,) of the next token, with a KV cache of its own. The ids are one token that
+    stands at `position`, or the first block_size / 2 tokens of a text."""
+    c, ops, P = model.config, model.ops, -(-model.config.block_size // 16) * 16
+    H, D, half = c.n_head, c.n_embd // c.n_head, max(1, c.block_size // 2)
+    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in ((H, D, P), (H, P, D))] for _ in model.h]
+    one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((1, 1), (1, half), 1))
 
     def step() -> Tensor:
-        x = ops.embed(one, model.wte.weight, model.wpe.weight, position)                  # (B, 1, C)
+        x = ops.embed(one, model.wte.weight, model.wpe.weight, position)                   # (1, 1, C)
         for block, cache in zip(model.h, caches, strict=True):
-            x = block(x, ops, Dropout(0, None), lambda qkv, n: ops.cached_attention(qkv, n, *cache, position))  # noqa: B023
-        return ops.logits(ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias), model.wte.weight).contiguous().realize()
+            x = block(x, ops, Dropout(0, None), lambda qkv: ops.cached_attention(qkv, H, *cache, position))  # noqa: B023
+        return ops.logits(ops.layer_norm(x, model.ln_f), model.wte.weight).contiguous().realize()
 
     def start() -> Tensor:
-        x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                 # (B, T / 2, C)
+        x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                  # (1, T / 2, C)
         for block, (keys, values) in zip(model.h, caches, strict=True):
-            def attention(qkv: Tensor, n_head: int) -> Tensor:
-                k, v = qkv.reshape(batch_size, half, 3, H, D)[:, :, 1:].permute(2, 0, 3, 1, 4).reshape(2, -1, half, D)
+            def attention(qkv: Tensor) -> Tensor:
+                _, k, v = qkv.reshape(half, 3, H, D).permute(1, 2, 0, 3)                   # three of (H, T / 2, D)
                 kept.extend([keys[:, :, :half].assign(k.transpose(1, 2)), values[:, :half].assign(v)])  # noqa: B023
-                return ops.attention(qkv, n_head)
+                return ops.attention(qkv, H)
             x = block(x, ops, Dropout(0, None), attention)
-        x = ops.layer_norm(x, model.ln_f.weight, model.ln_f.bias)[:, -1:].contiguous()
-        logits = ops.logits(x, model.wte.weight).contiguous()
+        logits = ops.logits(ops.layer_norm(x, model.ln_f)[:, -1:].contiguous(), model.wte.weight).contiguous()
         Tensor.realize(logits, *kept)
         return logits
     # To wake a second core takes 50 microseconds: a small model has written its token by then.
-    replay_step = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1)
-    replay_start = recorded(ops, start)
+    replay_step, replay_start = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1), recorded(ops, start)
 
-    def call(ids: np.ndarray, new_position: int) -> np.ndarray:
-        put(one if ids.shape[1] == 1 else many, ids.astype(np.int32))
-        put(position, np.array([new_position], np.int32))
-        return fetch(replay_step() if ids.shape[1] == 1 else replay_start())
+    def call(ids: list[int], place: int) -> np.ndarray:
+        put(one if len(ids) == 1 else many, np.array(ids, np.int32))
+        put(position, np.array([place], np.int32))
+        return fetch(replay_step() if len(ids) == 1 else replay_start())
     return call
 
-def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Logits (B, V) -> ids (B,). Temperature 0 takes the likeliest token, 1 is the model's own opinion; above that it
-    grows bolder. top_k leaves only the k likeliest tokens to choose from."""
+def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
+    """Logits (V,) -> a token. Temperature 0 takes the likeliest, 1 is the model's own opinion, above that it grows
+    bolder; top_k leaves only the k likeliest to choose from."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return int(logits.argmax())
     logits = logits.astype(np.float64) / temperature
-    if top_k and top_k < logits.shape[-1]:
-        logits = np.where(logits >= np.partition(logits, -top_k)[:, -top_k, None], logits, -np.inf)
-    # The Gumbel trick: the argmax of log-probabilities plus Gumbel noise is a draw from the distribution.
-    return (logits + rng.gumbel(size=logits.shape)).argmax(-1)
+    if top_k and top_k < len(logits):
+        logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+    # The Gumbel trick: the largest of log-probabilities plus Gumbel noise is a draw from the distribution.
+    return int((logits + rng.gumbel(size=len(logits))).argmax())
 
-def stream(model: GPT, ids: np.ndarray, max_tokens: int, temperature: float, top_k: int | None, seed: int):
-    """Yield `max_tokens` times the next ids (B,) after the prompts `ids` (B, T), T >= 1."""
-    step, T, rng = decoder(model, len(ids)), model.config.block_size, np.random.default_rng(seed)
+def stream(model: GPT, ids: list[int], max_tokens: int, temperature: float, top_k: int | None, seed):
+    """Yield the next `max_tokens` tokens after the prompt `ids`, which has at least one."""
+    step, T, rng = decoder(model), model.config.block_size, np.random.default_rng(seed)
     half = max(1, T // 2)
-    text, done = ids[:, -T:], 0                      # what the model is to see, and how much of it is in the cache
+    text, done = ids[-T:], 0                         # what the model is to see, and how much of it is in the cache
     for _ in range(max_tokens):
-        if text.shape[1] > T:
-            text, done = text[:, -half:], 0
-        while done < text.shape[1]:
-            n = half if done == 0 and text.shape[1] >= half else 1
-            logits, done = step(text[:, done:done + n], done), done + n
-        token = draw(logits, temperature, top_k, rng)
-        text = np.concatenate([text, token[:, None]], axis=1)
-        yield token
+        if len(text) > T:
+            text, done = text[-half:], 0
+        while done < len(text):
+            n = half if done == 0 and len(text) >= half else 1
+            logits, done = step(text[done:done + n], done), done + n
+        text.append(draw(logits, temperature, top_k, rng))
+        yield text[-1]
 
 def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     """Print the prompt and, as it comes, what the model writes after it."""
@@ -1734,8 +1721,8 @@ def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: 
     # A character may be spread over several tokens: it is printed when its last byte has come.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     print(prompt, end="", flush=True)
-    for token, in stream(model, np.array([ids]), max_tokens, temperature, top_k, seed):
-        print(printable(decoder.decode(model.tokenizer.decode_bytes(int(token)))), end="", flush=True)
+    for token in stream(model, ids, max_tokens, temperature, top_k, seed):
+        print(printable(decoder.decode(model.tokenizer.decode_bytes(token))), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 # ====================================================================================================================
@@ -1819,7 +1806,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
         result |= {"ms_per_step": 1e3 * median, "gflops": step_flops(config, train_config) / median / 1e9}
     else:
         warm_up = config.block_size + 1  # until the window has moved once, and everything is compiled
-        for i, _ in enumerate(stream(model, np.zeros((1, 1), np.int32), warm_up + 400, 0.8, None, 0)):
+        for i, _ in enumerate(stream(model, [0], warm_up + 400, 0.8, None, 0)):
             if i == warm_up:
                 start = time.perf_counter()
         rate = 399 / (time.perf_counter() - start)

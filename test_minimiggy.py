@@ -1,5 +1,6 @@
 """What MiniMiggy promises, checked against something independent: numpy, finite differences, naive forms, the README."""
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def naive_merges(text, n):
     words = [list(word.encode()) for word in regex.findall(minimiggy.SPLIT, text)]
     merges = []
     for new in range(256, 256 + n):
-        counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
+        counts = Counter(pair for word in words for pair in itertools.pairwise(word))
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
         for word in words:
@@ -147,13 +149,23 @@ def both_ways(name, *inputs, **options):
     weights, results = None, []
     for ops in (Plain, Fast):
         args = [Tensor(array).realize() for array in inputs]
-        out = getattr(ops, name)(*args, **options)
+        out = call(getattr(ops, name), *args, **options)
         weights = np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)
         floats = [arg for arg, array in zip(args, inputs, strict=True) if array.dtype == np.float32]
         gradients = (out * Tensor(weights)).sum().gradient(*floats)
         Tensor.realize(out, *gradients)
         results.append([out.numpy(), *(g.numpy() for g in gradients)])
     return zip(*results, strict=True)
+
+
+def call(operation, x, *args, **options):
+    """An operation that takes layers, on their tensors."""
+    if operation.__name__ == "mlp":
+        mlp = SimpleNamespace(c_fc=minimiggy.Layer(*args[:2]), c_proj=minimiggy.Layer(*args[2:4]))
+        return operation(x, mlp, *args[4:])
+    if operation.__name__ in ("linear", "layer_norm"):
+        return operation(x, minimiggy.Layer(*args[:2]), *args[2:])
+    return operation(x, *args, **options)
 
 
 def random(*shape):
@@ -290,7 +302,7 @@ def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_iters=110)
     rates = [minimiggy.learning_rate(config, i) for i in range(111)]
     assert rates[0] == 0.1 and rates[9] == 1.0 and rates[110] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run, tokenizer, ids, tmp_path):
@@ -337,7 +349,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
             run[2] / "ckpt_6.safetensors", None)
 
 
-@pytest.mark.parametrize("text", [[[1, 2, 3], [50, 51, 52]], [[7, 8, 9]]])  # two sequences: plain; one: fast
+@pytest.mark.parametrize("text", [[[1, 2, 3], [50, 51, 52]], [[7, 8, 9]]])
 def test_greedy_sampling_with_the_cache_equals_the_whole_model(run, text):
     model, _, _ = run
     got = model.generate(Tensor(text, dtype="int32"), max_tokens=5, temperature=0)
@@ -348,16 +360,17 @@ def test_greedy_sampling_with_the_cache_equals_the_whole_model(run, text):
     assert got.tolist() == text
 
 
-@pytest.mark.parametrize(("n_head", "n_embd", "vocab_size", "block_size"), [(3, 21, 101, 19), (2, 16, 50, 40)])
-def test_the_fast_decoder_gives_the_whole_models_logits(n_head, n_embd, vocab_size, block_size):
+@pytest.mark.parametrize(("ops", "n_head", "n_embd", "vocab_size", "block_size"),
+                         [(Fast, 3, 21, 101, 19), (Fast, 2, 16, 50, 40), (Plain, 2, 6, 11, 5)])
+def test_the_decoder_gives_the_whole_models_logits(ops, n_head, n_embd, vocab_size, block_size):
     model = GPT(GPTConfig(block_size=block_size, vocab_size=vocab_size, n_layer=2, n_head=n_head, n_embd=n_embd))
     minimiggy.put(model.flat, model.flat.numpy() + 0.1 * random(*model.flat.shape))
-    step, ids = minimiggy.decoder(model, 1), some_ids(vocab_size, 1, block_size)
-    want = model(Tensor(ids)).numpy()[0]
-    got = np.stack([step(ids[:, i:i + 1], i)[0] for i in range(block_size)])
-    half = block_size // 2
-    assert np.abs(step(ids[:, :half], 0)[0] - got[half - 1]).max() < 1e-5 * np.abs(want).max()
-    assert np.abs(step(ids[:, half:half + 1], half)[0] - got[half]).max() < 1e-5 * np.abs(want).max()
+    model.ops = ops
+    step, ids, half = minimiggy.decoder(model), some_ids(vocab_size, block_size).tolist(), block_size // 2
+    want = model(Tensor([ids], dtype="int32")).numpy()[0]
+    got = np.stack([step([ids[i]], i) for i in range(block_size)])
+    assert np.abs(step(ids[:half], 0) - got[half - 1]).max() < 1e-5 * np.abs(want).max()
+    assert np.abs(step([ids[half]], half) - got[half]).max() < 1e-5 * np.abs(want).max()
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
@@ -369,11 +382,11 @@ def test_sampling_goes_on_past_block_size_and_follows_the_seed(run):
 
 
 def test_top_k_and_temperature():
-    logits, rng = np.log(np.array([[0.5, 0.3, 0.15, 0.05]])), np.random.default_rng(0)
-    draws = Counter(int(minimiggy.draw(logits, 1.0, None, rng)[0]) for _ in range(4000))
+    logits, rng = np.log(np.array([0.5, 0.3, 0.15, 0.05])), np.random.default_rng(0)
+    draws = Counter(minimiggy.draw(logits, 1.0, None, rng) for _ in range(4000))
     assert draws[0] / 4000 == pytest.approx(0.5, abs=0.03) and draws[3] / 4000 == pytest.approx(0.05, abs=0.02)
-    assert {int(minimiggy.draw(logits, 1.0, 2, rng)[0]) for _ in range(200)} == {0, 1}
-    assert {int(minimiggy.draw(logits, 0, None, rng)[0]) for _ in range(9)} == {0}
+    assert {minimiggy.draw(logits, 1.0, 2, rng) for _ in range(200)} == {0, 1}
+    assert {minimiggy.draw(logits, 0, None, rng) for _ in range(9)} == {0}
 
 
 # ----------------------------------------------------------------------------------------- the text and its download
@@ -493,7 +506,7 @@ def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
 
 
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S).group(1)
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
     (tmp_path / "my.txt").write_text(TEXT[:20_000])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
