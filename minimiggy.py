@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import csv
 import ctypes
 import dataclasses
 import functools
@@ -544,17 +543,30 @@ class GPT:
             if tensor.ndim == 2:
                 self.n_decay = end
         flat = self.pack({name: tensor.numpy() for name, tensor in named}, -(-end // (BLOCK * CORES)) * BLOCK * CORES)
-        self.bind(Tensor(flat).realize(), Tensor(np.zeros_like(flat)).realize())
+        self.grad = None
+        self.bind(Tensor(flat).realize())
 
-    def bind(self, flat: Tensor, grad: Tensor) -> None:
-        """Make every parameter a window on its stretch of `flat`, and its .grad one on `grad`; changing either changes
-        the other. (A slice would do for reading, but tinygrad copies slices before it hands them to a kernel.)"""
-        self.flat, self.grad, parameters = flat, grad, get_state_dict(self)
+    def windows(self, vector: Tensor):
+        """Each parameter, and a tensor that shares its memory with the parameter's stretch of `vector`. (A slice would
+        do for reading, but tinygrad copies slices before it hands them to a kernel.)"""
+        parameters = get_state_dict(self)
         for name, shape in self.shapes.items():
-            windows = [Tensor(UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, self.starts[name]
-                                              * vector.dtype.itemsize))).reshape(shape) for vector in (flat, grad)]
-            parameters[name].replace(windows[0])
-            parameters[name].grad = windows[1]
+            start = self.starts[name] * vector.dtype.itemsize
+            part = UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))
+            yield parameters[name], Tensor(part).reshape(shape)
+
+    def bind(self, flat: Tensor) -> None:
+        """Make `flat` the memory of all parameters."""
+        self.flat = flat
+        for parameter, window in self.windows(flat):
+            parameter.replace(window)
+
+    def make_room_for_gradients(self) -> None:
+        """Give each parameter's .grad a window on the vector `grad` (a model that is only sampled needs none)."""
+        if self.grad is None:
+            self.grad = Tensor(np.zeros(self.flat.shape, np.float32)).realize()
+            for parameter, window in self.windows(self.grad):
+                parameter.grad = window
 
     def pack(self, arrays: dict[str, np.ndarray], size: int | None = None) -> np.ndarray:
         """One vector of arrays by name, in the order and with the gaps of `flat`."""
@@ -1215,9 +1227,12 @@ class Fast:
             return None, None, None, (dx * scale).uop, *Fast.give(dwte)
         return run(cross_entropy, logits, Tensor.empty(M), targets.flatten(), x2, wte, back=back)[1].mean()
 
+PLAIN = False  # --plain sets it
+
 def default_ops():
-    """Fast where its kernels have been tried, on tinygrad's CPU device with clang; elsewhere Plain."""
-    return Fast if Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer" else Plain
+    """Fast where its kernels have been tried, on tinygrad's CPU device with clang; elsewhere, and for --plain, Plain."""
+    tried = Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer"
+    return Fast if tried and not PLAIN else Plain
 
 # 5.7 Compiled once
 #
@@ -1359,6 +1374,7 @@ def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
     if model.ops is Fast:
         # The kernels write into model.grad themselves. Asking for one gradient at the bottom of the model builds the
         # whole way back; the result is model.grad *after* all kernels that write to it.
+        model.make_room_for_gradients()
         Fast.written.clear()
         loss.gradient(model.wpe.weight)
         gradient = Tensor(model.grad.uop.after(*Fast.written))
@@ -1373,6 +1389,7 @@ class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
 
     def __init__(self, model: GPT, config: TrainConfig):
+        model.make_room_for_gradients()
         self.model, self.config = model, config
         self.m, self.v = (Tensor(np.zeros(model.flat.shape, np.float32)).realize() for _ in range(2))
         shape = (config.grad_accum, config.batch_size, model.config.block_size)
@@ -1453,15 +1470,14 @@ def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
 
 COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s"]
 
-def open_log(out_dir: Path, start: int):
-    """The file log.csv, ready for the rows after step `start`; those of a longer earlier run are dropped."""
-    path, kept = out_dir / "log.csv", []
+def open_log(out_dir: Path, start: int) -> Path:
+    """log.csv with its heading; rows after step `start`, of a run that this one overtakes, are dropped."""
+    path, kept = out_dir / "log.csv", [",".join(COLUMNS)]
     if start and path.exists():
-        with open(path, newline="") as file:
-            kept = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= start]
-    file = open(path, "w", newline="")
-    csv.writer(file).writerows([COLUMNS] + kept)
-    return file
+        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit()]
+        kept += [row for row in rows if int(row.split(",")[0]) <= start]
+    path.write_text("\n".join(kept) + "\n")
+    return path
 
 def clock(seconds: float) -> str:
     """75.3 -> "1:15"."""
@@ -1525,11 +1541,9 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             last_time = time.perf_counter()  # evaluating is not training: leave it out of tokens a second
         if log and (step % 10 == 0 or evaluating):
             row["tokens_per_s"] = round(rate)
-            csv.writer(log).writerow([row.get(name, "") for name in COLUMNS])
-            log.flush()
+            with open(log, "a") as file:
+                file.write(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n")
     show("")
-    if log:
-        log.close()
     return optimizer
 
 # ====================================================================================================================
@@ -1746,7 +1760,7 @@ def gradcheck(seed: int) -> bool:
     put(model.flat, theta)
     gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
     model.ops, theta = Plain, theta.astype(np.float64)
-    model.bind(Tensor(theta).realize(), Tensor(theta).realize())
+    model.bind(Tensor(theta).realize())
     loss = recorded(Plain, lambda: model.loss(x, y).realize())
 
     def loss_at(i: int, value: float) -> float:
@@ -1847,6 +1861,9 @@ def make_parser() -> Parser:
                        "the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
                        "(default: checkpoints)")
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES} here)")
+    group.add_argument("--plain", action="store_true", help="chapter 4's operations, without chapter 5's kernels")
     group = parser.add_argument_group("sampling")
     group.add_argument("--checkpoint", metavar="FILE", help="sample from this checkpoint instead of the newest")
     group.add_argument("--max-tokens", "--max_tokens", type=int, default=300, metavar="N", help="tokens to write "
@@ -1923,6 +1940,10 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
+        if args.devices is not None and not 1 <= args.devices <= 1024:
+            raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
+        global CORES, PLAIN
+        CORES, PLAIN = args.devices or CORES, args.plain
         if args.train or args.resume:
             run_train(args)
         elif args.sample is not None:
