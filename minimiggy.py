@@ -393,24 +393,20 @@ class BPETokenizer:
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32."""
 
-    @staticmethod
     def embed(idx: Tensor, wte: Tensor, wpe: Tensor, start: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands.
         `start`, (1,), is the position of a single token that continues a text; else the first is at 0."""
         return wte[idx] + (wpe[:idx.shape[1]] if start is None else wpe[start])
 
-    @staticmethod
     def layer_norm(x: Tensor, ln: Layer) -> Tensor:
         """(..., C) -> (..., C) with mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
         centred = x - x.mean(-1, keepdim=True)
         return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ln.weight + ln.bias
 
-    @staticmethod
     def linear(x: Tensor, layer: Layer, residual: Tensor | None = None) -> Tensor:
         """(..., I) @ (I, O) + (O,) -> (..., O), plus a `residual` of that shape. GPT-2 stores weights as (in, out)."""
         return x @ layer.weight + layer.bias + (0 if residual is None else residual)
 
-    @staticmethod
     def mlp(x: Tensor, mlp: MLP, residual: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., 4C) -> (..., C) with a GELU between: nearly 0 below zero, nearly x above, smooth in the
         middle (arXiv:1606.08415, in GPT-2's tanh form)."""
@@ -418,7 +414,6 @@ class Plain:
         u = 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)).tanh())
         return Plain.linear(u, mlp.c_proj, residual)
 
-    @staticmethod
     def attention(qkv: Tensor, n_head: int) -> Tensor:
         """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C).
 
@@ -431,7 +426,6 @@ class Plain:
         scores = Tensor.ones(T, T, dtype=dtypes.bool).tril().where(scores, -math.inf)  # no future
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
-    @staticmethod
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """The same for a single new token, qkv (1, 1, 3C), at position (1,). Those before it have left their keys in
         (H, D, P) and their values in (H, P, D); its own are added."""
@@ -442,12 +436,10 @@ class Plain:
         scores = (places <= position).where(q @ keys / math.sqrt(D), -math.inf)            # (H, 1, P)
         return (scores.softmax(-1) @ values).reshape(1, 1, H * D)
 
-    @staticmethod
     def logits(x: Tensor, wte: Tensor) -> Tensor:
         """A single token (1, 1, C) and the table (V, C) -> (V,)."""
         return (x @ wte.transpose(0, 1)).flatten()
 
-    @staticmethod
     def loss(x: Tensor, wte: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the next tokens: (B, T, C), (V, C), targets (B, T) int32 -> scalar."""
         logits = x @ wte.transpose(0, 1)                                                  # (B, T, V)
@@ -858,9 +850,7 @@ def flash(y, lse, qkv, B: int, T: int, H: int):
         return j if T % R == 0 else j.minimum(T - 1)
     with k.share(B * H) as bh, k.loop(-(-T // Q)) as qt:
         b, h, i0 = bh // H, bh % H, step_back(qt, Q, T)
-
-        def x(part, t, d):
-            return get(qkv, b * T + t, part * C + h * D + d)
+        x = lambda part, t, d: get(qkv, b * T + t, part * C + h * D + d)
         k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
         k.fill(top, lambda i: -1e30)
         k.fill(total, lambda i: 0.0)
@@ -900,17 +890,11 @@ def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
     RD = divisor(D, 8)
     query, grad, dquery = (k.array(D, Q) for _ in range(3))
     prob, dscore, norm, dot = k.array(KEYS, Q), k.array(KEYS, Q), k.array(Q), k.array(Q)
-
-    def row(j):
-        return j if T % R == 0 else j.minimum(T - 1)
+    row = lambda j: j if T % R == 0 else j.minimum(T - 1)
     with k.share(B * H) as bh:
         b, h = bh // H, bh % H
-
-        def x(part, t, d):
-            return get(qkv, b * T + t, part * C + h * D + d)
-
-        def g(t, d):
-            return get(dy, b * T + t, h * D + d)
+        x = lambda part, t, d: get(qkv, b * T + t, part * C + h * D + d)
+        g = lambda t, d: get(dy, b * T + t, h * D + d)
         with k.loop(T, D) as (t, d):
             for part in range(3): k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
         with k.loop(-(-T // Q)) as qt:
@@ -957,9 +941,7 @@ def norm(y, stats, x, w, b):
     (M, C), k = x.shape, Kernel("norm", *x.shape)
     with k.share(M) as i:
         k.each(1, do=lambda _: k.write(stats, (i, 0), k.sums(C, lambda c: get(x, i, c))[0] * (1 / C)))
-
-        def centred(c):
-            return get(x, i, c) - k.read(stats, i, 0)
+        centred = lambda c: get(x, i, c) - k.read(stats, i, 0)
         k.each(1, do=lambda _: k.write(stats, (i, 1), (k.sums(C, lambda c: centred(c) * centred(c))[0] * (1 / C)
                                                        + 1e-5).sqrt().reciprocal()))
         k.each(C, do=lambda c: k.write(y, (i, c), centred(c) * k.read(stats, i, 1) * get(w, c) + get(b, c)))
@@ -972,11 +954,8 @@ def norm_back(dx, parts, dy, x, w, stats):
     means, core = k.array(2), k.core(M)
     k.each(2, C, do=lambda n, c: k.write(parts, (core, n, c), 0.0))
     with k.share(M) as i:
-        def hat(c):
-            return (get(x, i, c) - get(stats, i, 0)) * get(stats, i, 1)
-
-        def g(c):
-            return get(dy, i, c) * get(w, c)
+        hat = lambda c: (get(x, i, c) - get(stats, i, 0)) * get(stats, i, 1)
+        g = lambda c: get(dy, i, c) * get(w, c)
         with k.loop(1):
             for n, total in enumerate(k.sums(C, g, lambda c: g(c) * hat(c))): k.write(means, (n,), total * (1 / C))
         with k.loop(C) as c:
@@ -1129,12 +1108,10 @@ class Fast:
     """Plain's operations by the kernels of this chapter: the same arguments and results, to float32's rounding."""
     written: list[UOp] = []  # noqa: RUF012  the parameters' gradients in the making, for flat_gradient to collect
 
-    @staticmethod
     def give(*gradients: Tensor) -> tuple[UOp, ...]:
         Fast.written += [g.uop for g in gradients]
         return tuple(g.uop for g in gradients)
 
-    @staticmethod
     def embed(idx, wte, wpe, start=None):
         (B, T), C, args = idx.shape, wte.shape[1], [idx.flatten()] + ([] if start is None else [start])
 
@@ -1142,7 +1119,6 @@ class Fast:
             return None, *Fast.give(*run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), *args, T=T)[:2]), None
         return run(embed, Tensor.empty(B * T, C), wte, wpe, *args, back=back, T=T)[0].reshape(B, T, C)
 
-    @staticmethod
     def layer_norm(x, ln):
         M, C = math.prod(x.shape[:-1]), x.shape[-1]
         x2 = x.reshape(M, C)
@@ -1154,14 +1130,12 @@ class Fast:
             return None, None, dx.uop, *Fast.give(dw, db)
         return run(norm, Tensor.empty(M, C), Tensor.empty(M, 2), x2, ln.weight, ln.bias, back=back)[0].reshape(x.shape)
 
-    @staticmethod
     def weight_gradients(dy: Tensor, x: Tensor, layer: Layer) -> tuple[UOp, ...]:
         """dw = x^T @ dy and db, the column sums of dy, in one kernel."""
         dw, _, _, db = run(matmul, gradient_of(layer.weight), x, dy, gradient_of(layer.bias), name="linear_dw",
                            a_transposed=True, column_sums=True)
         return Fast.give(dw, db)
 
-    @staticmethod
     def linear(x, layer, residual=None):
         M, N, x2 = math.prod(x.shape[:-1]), layer.weight.shape[1], x.reshape(-1, x.shape[-1])
         more = [] if residual is None else [residual.reshape(M, N)]
@@ -1173,7 +1147,6 @@ class Fast:
                 name="linear", adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], N)
 
-    @staticmethod
     def mlp(x, mlp, residual=None):
         # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
         M, C, x2, up, down = math.prod(x.shape[:-1]), x.shape[-1], x.reshape(-1, x.shape[-1]), mlp.c_fc, mlp.c_proj
@@ -1192,7 +1165,6 @@ class Fast:
                 name="mlp_down", adds=1 + len(more))[0]
         return y.reshape(x.shape)
 
-    @staticmethod
     def attention(qkv, n_head):
         B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         x, sizes = qkv.reshape(B * T, 3 * C), {"B": B, "T": T, "H": n_head}
@@ -1203,16 +1175,13 @@ class Fast:
         outputs = Tensor.empty(B * T, C), Tensor.empty(B * n_head * T)
         return run(flash, *outputs, x, back=back, **sizes)[0].reshape(B, T, C)
 
-    @staticmethod
     def cached_attention(qkv, n_head, keys, values, position):
         return run(cached_attention, Tensor.empty(1, qkv.shape[2] // 3), keys, values, qkv.reshape(1, -1),
                    position)[0].reshape(1, 1, -1)
 
-    @staticmethod
     def logits(x, wte):
         return run(dot_rows, Tensor.empty(wte.shape[0]), x.reshape(1, -1), wte)[0]
 
-    @staticmethod
     def loss(x, wte, targets):
         M, (V, C) = math.prod(x.shape[:-1]), wte.shape
         x2 = x.reshape(M, C)
