@@ -1323,7 +1323,7 @@ def fetch(tensor: Tensor) -> np.ndarray:
     buffer.allocator._copyout(memoryview(array.reshape(-1)).cast("B"), buffer._buf)
     return array
 
-def recorded(ops, function, threads: int = CORES):
+def recorded(ops, function, threads: int | None = None):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
     jit, replay = TinyJit(function), None
     jit.cnt = 1  # TinyJit counts its calls and runs the first one unrecorded; we need no trial run
@@ -1333,7 +1333,7 @@ def recorded(ops, function, threads: int = CORES):
         if replay is None:
             result = jit()
             if jit.captured is not None:
-                replay = Crew(jit, threads) if ops is Fast else jit
+                replay = Crew(jit, threads or CORES) if ops is Fast else jit
             return result
         return replay()
     return call
@@ -1664,7 +1664,7 @@ def decoder(model: GPT):
         Tensor.realize(logits, *kept)
         return logits
     # To wake a second core takes 50 microseconds: a small model has written its token by then.
-    replay_step, replay_start = recorded(ops, step, CORES if model.flat.shape[0] > 4e6 else 1), recorded(ops, start)
+    replay_step, replay_start = recorded(ops, step, None if model.flat.shape[0] > 4e6 else 1), recorded(ops, start)
 
     def call(ids: list[int], place: int) -> np.ndarray:
         put(one if len(ids) == 1 else many, np.array(ids, np.int32))
