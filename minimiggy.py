@@ -157,7 +157,7 @@ class TrainConfig:
     weight_decay: float = knob(0.1, 0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step")
     beta1: float = knob(0.9, 0.0, 0.9999, "Adam's memory of the gradient")
     beta2: float = knob(0.99, 0.0, 0.9999, "Adam's memory of the squared gradient")
-    grad_clip: float = knob(1.0, 1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is scaled down")
+    grad_clip: float = knob(1.0, 1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened")
     grad_accum: int = knob(1, 1, 1000, "batches whose gradients are averaged into one step")
     seed: int = knob(1337, 0, 2**31 - 1, "seed of every random choice: weights, batches, dropout")
 
@@ -399,7 +399,7 @@ class Plain:
         return wte[idx] + (wpe[:idx.shape[1]] if start is None else wpe[start])
 
     def layer_norm(x: Tensor, ln: Layer) -> Tensor:
-        """(..., C) -> (..., C) with mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
+        """(..., C) -> (..., C): mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
         centred = x - x.mean(-1, keepdim=True)
         return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ln.weight + ln.bias
 
@@ -432,7 +432,7 @@ class Plain:
         (H, D, P), places = keys.shape, Tensor.arange(keys.shape[2])
         q, k, v = qkv.reshape(3, H, 1, D)
         here = (places == position).reshape(P, 1)
-        Tensor.realize(keys.assign(here.transpose(0, 1).where(k.transpose(1, 2), keys)), values.assign(here.where(v, values)))
+        keys.assign(here.transpose(0, 1).where(k.transpose(1, 2), keys)).realize(values.assign(here.where(v, values)))
         scores = (places <= position).where(q @ keys / math.sqrt(D), -math.inf)            # (H, 1, P)
         return (scores.softmax(-1) @ values).reshape(1, 1, H * D)
 
@@ -600,7 +600,8 @@ class GPT:
     def generate(self, x: Tensor, max_tokens: int = 100, temperature: float = 0.8, top_k: int | None = None,
                  seed: int = 0) -> Tensor:
         """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
-        rows = [row + list(stream(self, row, max_tokens, temperature, top_k, (seed, i))) for i, row in enumerate(x.tolist())]
+        options = max_tokens, temperature, top_k
+        rows = [row + list(stream(self, row, *options, (seed, i))) for i, row in enumerate(x.tolist())]
         return Tensor(np.array(rows, np.int32))
 
 # ====================================================================================================================
@@ -623,7 +624,7 @@ class GPT:
 # 5.1 A kernel, statement by statement
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: 16 (or 8) vector registers of the 32 (or 16) there are
+ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: half of a core's vector registers
 LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; height of a panel
 
 def get(a: UOp, *index) -> UOp:
@@ -717,7 +718,7 @@ class Kernel:
         return acc
 
     def sums(self, n: int, *terms) -> list[UOp]:
-        """For each of `terms`, the sum of term(i) over i < n, in up to 16 lanes: a compiler may not reorder additions."""
+        """The sum of term(i) over i < n for each of `terms`, in up to 16 lanes; a compiler may not reorder it."""
         lanes, numbered = divisor(n, 16), list(enumerate(terms))
         acc = self.array(len(terms), lanes)
         self.fill(acc, lambda t, lane: 0.0)
@@ -923,11 +924,12 @@ def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
                                     lambda j, i: k.read(dscore, j, i))
                     k.each(RD, Q, do=lambda r, i: k.add(dquery, (dt * RD + r, i), k.read(acc, r, i)))
                 with k.loop(tiles * (R // RK)) as jt:
-                    dkey = k.product(RK, D, Q, lambda r, i: k.read(dscore, jt * RK + r, i), lambda i, d: x(0, i0 + i, d))
-                    dvalue = k.product(RK, D, Q, lambda r, i: k.read(prob, jt * RK + r, i), lambda i, d: g(i0 + i, d))
+                    j = jt * RK
+                    dkey = k.product(RK, D, Q, lambda r, i: k.read(dscore, j + r, i), lambda i, d: x(0, i0 + i, d))
+                    dvalue = k.product(RK, D, Q, lambda r, i: k.read(prob, j + r, i), lambda i, d: g(i0 + i, d))
                     with k.loop(D) as d:
                         for r in range(RK):
-                            place = b * T + row(k0 + jt * RK + r)
+                            place = b * T + row(k0 + j + r)
                             k.add(dqkv, (place, C + h * D + d), k.read(dkey, r, d) * D ** -0.5)
                             k.add(dqkv, (place, 2 * C + h * D + d), k.read(dvalue, r, d))
             k.each(Q, D, do=lambda i, d: k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5))
@@ -1055,8 +1057,9 @@ def dot_rows(logits, x, wte):
     (V, C), k = wte.shape, Kernel("dot_rows", *wte.shape)
     share = -(-V // CORES)
     first = step_back(k.core(CORES), share, V)
-    with k.loop(share) as v:
-        k.each(1, do=lambda _: k.write(logits, (first + v,), k.sums(C, lambda c: get(wte, first + v, c) * get(x, 0, c))[0]))
+    with k.loop(share) as i:
+        v = first + i
+        k.each(1, do=lambda _: k.write(logits, (v,), k.sums(C, lambda c: get(wte, v, c) * get(x, 0, c))[0]))
     return k.done()
 
 # 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
@@ -1116,7 +1119,8 @@ class Fast:
         (B, T), C, args = idx.shape, wte.shape[1], [idx.flatten()] + ([] if start is None else [start])
 
         def back(dx, _):
-            return None, *Fast.give(*run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), *args, T=T)[:2]), None
+            dwte, dwpe = run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), *args, T=T)[:2]
+            return None, *Fast.give(dwte, dwpe), None
         return run(embed, Tensor.empty(B * T, C), wte, wpe, *args, back=back, T=T)[0].reshape(B, T, C)
 
     def layer_norm(x, ln):
@@ -1150,7 +1154,8 @@ class Fast:
     def mlp(x, mlp, residual=None):
         # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
         M, C, x2, up, down = math.prod(x.shape[:-1]), x.shape[-1], x.reshape(-1, x.shape[-1]), mlp.c_fc, mlp.c_proj
-        more, product, H = [] if residual is None else [residual.reshape(M, C)], matmul if M > 1 else matvec, up.weight.shape[1]
+        more, product = [] if residual is None else [residual.reshape(M, C)], matmul if M > 1 else matvec
+        H = up.weight.shape[1]
         u, _, _, _, g = run(product, Tensor.empty(M, H), x2.detach(), up.weight.detach(), up.bias.detach(),
                             Tensor.empty(M, H), name="mlp_up", adds=1, finish=gelu_finish)
 
@@ -1199,7 +1204,7 @@ class Fast:
 PLAIN = False  # --plain sets it
 
 def default_ops():
-    """Fast where its kernels have been tried, on tinygrad's CPU device with clang; elsewhere, and for --plain, Plain."""
+    """Fast where its kernels were tried: on tinygrad's CPU device with clang. Elsewhere, and for --plain, Plain."""
     tried = Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer"
     return Fast if tried and not PLAIN else Plain
 
@@ -1225,7 +1230,7 @@ class Programs(dict):
 
     def __setitem__(self, key, program) -> None:
         super().__setitem__(key, program)
-        sink, linear, source, binary = program.src  # of the first two, running it takes only the names and the arguments
+        sink, linear, source, binary = program.src
         arguments = tuple(u for u in linear.src if u.op is Ops.PARAM)
         diskcache_put("minimiggy", self.name(key), program.replace(
             src=(UOp.sink(arg=sink.arg), linear.replace(src=arguments), source, binary)))
@@ -1258,8 +1263,9 @@ class Crew:
         self.arrived, self.before = np.zeros((threads, 8), np.uint64), np.zeros(1, np.uint64)
         self.nothing, length = np.array([nothing], np.uint64), self.lists.shape[1]
         self.program = Device["CPU"].runtime(to_program(self.replay(length), Device["CPU"].renderer).to_elf())
-        self.args = [[ctypes.c_uint64(array.ctypes.data) for array in (lines, self.before, self.nothing, self.arrived, mine)]
-                     for lines, mine in zip(self.lists, self.arrived, strict=True)]
+        pairs = zip(self.lists, self.arrived, strict=True)
+        arrays = [(lines, self.before, self.nothing, self.arrived, mine) for lines, mine in pairs]
+        self.args = [[ctypes.c_uint64(array.ctypes.data) for array in row] for row in arrays]
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
     def replay(self, length: int) -> UOp:
@@ -1299,7 +1305,7 @@ class Crew:
 # milliseconds of building and scheduling the graph, is paid once.
 
 def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batch of a step, (grad_accum, B, T) int32 twice, the second one place on: a function of seed and step only."""
+    """The batch of a step, (grad_accum, B, T) int32 twice, the second one place on: a function of seed and step."""
     rng = np.random.default_rng((config.seed, step))
     starts = rng.integers(0, len(data) - block_size, (config.grad_accum, config.batch_size, 1))
     windows = data[starts + np.arange(block_size + 1)]                        # (grad_accum, B, T + 1)
@@ -1433,7 +1439,7 @@ def eval_loss(model: GPT, batch_size: int):
     return x, y, recorded(model.ops, lambda: model.loss(x, y).realize())
 
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
-    """What a loss in nats a token must be multiplied with to be in bits a byte of text: comparable between tokenizers."""
+    """The factor from nats a token to bits a byte of text, in which tokenizers can be compared."""
     lengths = np.array([len(tokenizer.decode_bytes(i)) for i in range(tokenizer.vocab_size)])
     return len(data) / math.log(2) / lengths[data].sum()
 
@@ -1578,7 +1584,8 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     """See GPT.save_checkpoint. Adam's averages are saved as optimizer.m.<name> and optimizer.v.<name>."""
     out_dir.mkdir(parents=True, exist_ok=True)
     arrays = model.unpack(model.flat.numpy())
-    metadata = {"format": "minimiggy", "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
+    gpt_config = json.dumps(dataclasses.asdict(model.config))
+    metadata = {"format": "minimiggy", "iter_num": str(iter_num), "gpt_config": gpt_config}
     if model.tokenizer:
         metadata["tokenizer"] = model.tokenizer.to_json()
     if optimizer:
@@ -1639,7 +1646,7 @@ def newest_checkpoint(out_dir: Path) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def decoder(model: GPT):
-    """A function (ids, position) -> logits (V,) of the next token, with a KV cache of its own. The ids are one token that
+    """A function (ids, position) -> logits (V,) of the next token, with its own KV cache. `ids` is one token, which
     stands at `position`, or the first block_size / 2 tokens of a text."""
     c, ops, P = model.config, model.ops, -(-model.config.block_size // 16) * 16
     H, D, half = c.n_head, c.n_embd // c.n_head, max(1, c.block_size // 2)
@@ -1649,15 +1656,17 @@ def decoder(model: GPT):
     def step() -> Tensor:
         x = ops.embed(one, model.wte.weight, model.wpe.weight, position)                   # (1, 1, C)
         for block, cache in zip(model.h, caches, strict=True):
-            x = block(x, ops, Dropout(0, None), lambda qkv: ops.cached_attention(qkv, H, *cache, position))  # noqa: B023
+            def attention(qkv: Tensor, cache=cache) -> Tensor:
+                return ops.cached_attention(qkv, H, *cache, position)
+            x = block(x, ops, Dropout(0, None), attention)
         return ops.logits(ops.layer_norm(x, model.ln_f), model.wte.weight).contiguous().realize()
 
     def start() -> Tensor:
         x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                  # (1, T / 2, C)
         for block, (keys, values) in zip(model.h, caches, strict=True):
-            def attention(qkv: Tensor) -> Tensor:
+            def attention(qkv: Tensor, keys=keys, values=values) -> Tensor:
                 _, k, v = qkv.reshape(half, 3, H, D).permute(1, 2, 0, 3)                   # three of (H, T / 2, D)
-                kept.extend([keys[:, :, :half].assign(k.transpose(1, 2)), values[:, :half].assign(v)])  # noqa: B023
+                kept.extend([keys[:, :, :half].assign(k.transpose(1, 2)), values[:, :half].assign(v)])
                 return ops.attention(qkv, H)
             x = block(x, ops, Dropout(0, None), attention)
         logits = ops.logits(ops.layer_norm(x, model.ln_f)[:, -1:].contiguous(), model.wte.weight).contiguous()
@@ -1803,7 +1812,8 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
 # Every field of the two configs is a flag. Where a flag is not given, the command line has defaults of its own: they
 # make a first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
 
-DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "learning_rate": 4e-3, "min_lr": 4e-4, "eval_interval": 200}
+DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200, "learning_rate": 4e-3,
+            "min_lr": 4e-4}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -1824,8 +1834,8 @@ def make_parser() -> Parser:
     what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
     group = parser.add_argument_group("text and files")
-    group.add_argument("--data", metavar="NAME|FILE", help="the text to learn from: shakespeare (the default), play, or "
-                       "a UTF-8 text file")
+    group.add_argument("--data", metavar="NAME|FILE", help="the text to learn from: shakespeare (the default), play, "
+                       "or a UTF-8 text file")
     group.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], default="bpe", help="learn a vocabulary from "
                        "the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
@@ -1885,10 +1895,11 @@ def run_train(args: argparse.Namespace) -> None:
     seconds = (config.max_iters - start) * step_flops(c, config) / (0.5e9 * blas_gflops())
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {n_bytes / n_tokens:.2f} bytes each on average")
-    say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
-        f"{c.n_embd} channels, {c.block_size} tokens of context")
-    say(f"training   steps {start + 1} to {config.max_iters} of {config.grad_accum * config.batch_size} x {c.block_size} "
-        f"tokens on {Device.DEFAULT}; about {clock(seconds)} minutes, if all goes as fast as it should")
+    say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, "
+        f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context")
+    say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x {c.block_size} "
+        f"tokens each, on {Device.DEFAULT}" + (f" ({CORES} cores)" if model.ops is Fast else "")
+        + f"; about {clock(seconds)} min if nothing else runs")
     say()
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir)
     say(f"\nsaved {newest_checkpoint(out_dir)}; now try: python minimiggy.py --sample \"ROMEO:\""

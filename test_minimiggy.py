@@ -1,4 +1,4 @@
-"""What MiniMiggy promises, checked against something independent: numpy, finite differences, naive forms, the README."""
+"""What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, the README."""
 import hashlib
 import itertools
 import json
@@ -16,7 +16,18 @@ from tinygrad import Tensor
 from tinygrad.nn.state import get_state_dict, safe_load
 
 import minimiggy
-from minimiggy import GPT, AdamW, BPETokenizer, Fast, GPTConfig, Plain, TrainConfig, UserError, main, train
+from minimiggy import (
+    GPT,
+    AdamW,
+    BPETokenizer,
+    Fast,
+    GPTConfig,
+    Plain,
+    TrainConfig,
+    UserError,
+    main,
+    train,
+)
 
 HERE = Path(minimiggy.__file__).parent
 TINY = GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
@@ -44,7 +55,8 @@ def run(tokenizer, ids, tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer
 
-STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve café", "日本語テキスト", "שלום עולם", "👩‍👩‍👧 🏳️‍🌈", "\0\x7f\ufeff",
+STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve café", 
+           "日本語テキスト", "שלום עולם", "👩‍👩‍👧 🏳️‍🌈", "\0\x7f\ufeff",
            "a" * 1000, "It's 3.14, isn't it?"]
 
 
