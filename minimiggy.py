@@ -72,9 +72,10 @@ def find_compiler() -> str | None:
     # carries a hash of its text, so two virtual environments never overwrite each other's.
     script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
     name = "clang-" + hashlib.sha256(script.encode()).hexdigest()[:12]
-    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy",
-                   Path(tempfile.gettempdir()) / f"minimiggy-{getattr(os, 'getuid', int)()}"):
-        try:  # the user's cache first; where that is read-only, the temporary folder
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for choose in (lambda: cache / "minimiggy", lambda: Path(tempfile.mkdtemp(prefix="minimiggy-"))):
+        try:  # the user's cache first; where that is read-only, a temporary folder
+            folder = choose()
             folder.mkdir(parents=True, exist_ok=True)
             launcher = folder / name
             if not launcher.exists():
@@ -224,7 +225,7 @@ def load_text(data: str | None) -> tuple[str, str]:
         try:
             download(SHAKESPEARE["url"], local, SHAKESPEARE["sha256"])
         except OSError as e:
-            reason = f"could not download tiny Shakespeare ({type(e).__name__}: {str(e)[:80]})"
+            reason = f"could not download tiny Shakespeare ({e if type(e) is OSError else type(e).__name__})"
             if data == "shakespeare":
                 raise UserError(f"{reason}; bring the file to {local}, or use --data play") from e
             say(f"{reason}: training on data/play.txt, a play that came with this file, instead")
@@ -1345,20 +1346,20 @@ def recorded(ops, function, threads: int | None = None):
     return call
 
 def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
-    """Compute `loss` and its gradient for all parameters; return the latter, float32 in the layout of model.flat."""
+    """Compute `loss` and its gradient for all parameters; return the latter, model.grad in the layout of model.flat."""
+    model.make_room_for_gradients()
     if model.ops is Fast:
-        # The kernels write into model.grad themselves. Asking for one gradient at the bottom of the model builds the
-        # whole way back; the result is model.grad *after* all kernels that write to it.
-        model.make_room_for_gradients()
+        # The kernels write into model.grad themselves, and Fast.written lists what they wrote. Asking for one gradient
+        # at the bottom of the model builds the whole way back.
         Fast.written.clear()
         loss.gradient(model.wpe.weight)
-        gradient = Tensor(model.grad.uop.after(*Fast.written))
+        written = [Tensor(gradient) for gradient in Fast.written]
     else:
-        parameters, size = get_state_dict(model), model.flat.shape[0]
-        gradients = zip(loss.gradient(*[parameters[name] for name in model.shapes]), model.starts.values(), strict=True)
-        gradient = Tensor.usum(*[g.flatten().pad(((at, size - at - g.numel()),)) for g, at in gradients]).contiguous()
-    Tensor.realize(loss, gradient)
-    return gradient
+        parameters = list(get_state_dict(model).values())
+        gradients = zip(parameters, loss.gradient(*parameters), strict=True)
+        written = [parameter.grad.assign(gradient) for parameter, gradient in gradients]
+    Tensor.realize(loss, *written)
+    return model.grad
 
 class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
