@@ -213,15 +213,13 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
 
 def load_text(data: str | None) -> tuple[str, str]:
-    """The text that `--data` asks for, and its name: "shakespeare", "play", a file, or None for the default."""
+    """The text that `--data` asks for, and what to ask for to get it again; None asks for the default."""
     play, local = DATA / "play.txt", DATA / "tinyshakespeare.txt"
-    if data == "play":
-        return read_text(play), "data/play.txt"
-    if data not in (None, "shakespeare"):
+    if data not in (None, "shakespeare", "play"):
         if not Path(data).is_file():
             raise UserError(f"no such file: {data} (--data takes a text file, or one of: shakespeare, play)")
-        return read_text(Path(data)), data
-    if not local.exists():
+        return read_text(Path(data)), str(Path(data).resolve())
+    if data != "play" and not local.exists():
         try:
             download(SHAKESPEARE["url"], local, SHAKESPEARE["sha256"])
         except OSError as e:
@@ -229,8 +227,8 @@ def load_text(data: str | None) -> tuple[str, str]:
             if data == "shakespeare":
                 raise UserError(f"{reason}; bring the file to {local}, or use --data play") from e
             say(f"{reason}: training on data/play.txt, a play that came with this file, instead")
-            return read_text(play), "data/play.txt"
-    return read_text(local), "tiny Shakespeare"
+            data = "play"
+    return (read_text(play), "play") if data == "play" else (read_text(local), "shakespeare")
 
 def split_text(text: str) -> tuple[str, str]:
     """The first 90 % to train on, the last 10 % to validate on."""
@@ -504,16 +502,17 @@ class Block:
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
 
-    Attributes: `config`; `tokenizer` (saved with the model; may be None); `ops`, the operations in use (`Plain` or
-    `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`, `h[i].attn.c_attn`,
-    `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; and `flat`, one float32 vector of all.
+    Attributes: `config`; `tokenizer` and `data`, what it learns from (saved with it; may be None); `ops`, the
+    operations in use (`Plain` or `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`,
+    `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; and `flat`, one
+    float32 vector of all of them.
     """
     __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
 
     def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int = 1337):
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
-        self.config, self.tokenizer, self.ops = config, tokenizer, default_ops()
+        self.config, self.tokenizer, self.ops, self.data = config, tokenizer, default_ops(), None
         rng, C, L = np.random.default_rng(seed), config.n_embd, config.n_layer
 
         def draw(std: float, *shape: int) -> Tensor:
@@ -608,13 +607,14 @@ class GPT:
 # ====================================================================================================================
 # Chapter 5. The same model, fast
 #
-# Chapter 4 run as it stands trains 30 times slower than PyTorch on the same two cores. A core multiplies and adds some
-# 150 billion times a second, but only numbers that are in its *registers*; fetching one from the cache takes several
-# times as long as using it, and from memory a hundred times. Three things go wrong in the plain form:
+# Chapter 4 run as it stands trains 25 times slower than PyTorch on the same two cores (1136 ms a step instead of 47; at
+# the end of this chapter it is 30). A core can do some 100 billion additions and multiplications a second, but only
+# with numbers that are in its *registers*; fetching one from the cache takes several times as long as using it, and
+# from memory a hundred times. Three things go wrong in the plain form:
 #
 # - Products. In a product of N x N matrices each number is used N times. The C loops that tinygrad writes by itself
 #   fetch it nearly every time: 15 billion operations a second. Ours keep a tile of the result in registers and a panel
-#   of one matrix in the cache: 120 billion.
+#   of one matrix in the cache: 80 to 110 billion, on each core.
 # - Fusion. tinygrad merges operations into one loop to save trips to memory, and so computes a GELU anew for every
 #   *column* of the product that follows it. Our kernels begin and end where they should.
 # - Cores. tinygrad 0.14 uses one. Our kernels share their outermost loop among all.
@@ -760,7 +760,7 @@ def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, 
     added: a vector to every row, or a matrix. `finish` does something else with a result than writing it to C.
 
     A panel of B, DEPTH x COLS, is packed into a copy without gaps, which stays in the cache while A streams past;
-    without it, numbers 4 KB apart compete for the same places in the cache (60 instead of 120 GFLOP/s). Packing also
+    without it, rows that lie 4 KB apart compete for the same places in the cache, at half the speed. Packing also
     transposes B and, for the gradient of a bias, sums its columns.
     """
     (M, N), K = C.shape, A.shape[0 if a_transposed else 1]
@@ -1212,7 +1212,7 @@ def default_ops():
 # 5.7 Compiled once
 #
 # tinygrad keeps clang's results on disk, but not those of its own Python, a tenth of a second a kernel. With both kept,
-# the second run on a machine starts in two seconds instead of eight.
+# the second run on a machine starts in two seconds instead of five.
 
 class Programs(dict):
     """tinygrad's table of compiled kernels, with a copy in tinygrad's cache on disk."""
@@ -1589,6 +1589,8 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     metadata = {"format": "minimiggy", "iter_num": str(iter_num), "gpt_config": gpt_config}
     if model.tokenizer:
         metadata["tokenizer"] = model.tokenizer.to_json()
+    if model.data:
+        metadata["data"] = model.data
     if optimizer:
         metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
         for kind, average in (("m", optimizer.m), ("v", optimizer.v)):
@@ -1626,6 +1628,7 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{path} is no MiniMiggy checkpoint ({type(e).__name__}: {e})") from e
     model = GPT(config, tokenizer)
+    model.data = metadata.get("data")
     return model, train_config, model.load_checkpoint(path)
 
 def newest_checkpoint(out_dir: Path) -> Path:
@@ -1813,8 +1816,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
 # Every field of the two configs is a flag. Where a flag is not given, the command line has defaults of its own: they
 # make a first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
 
-DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200, "learning_rate": 4e-3,
-            "min_lr": 4e-4}
+DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200, "learning_rate": 4e-3}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -1868,28 +1870,33 @@ def given(args: argparse.Namespace, config: type) -> dict:
 def chosen(args: argparse.Namespace, config: type):
     """A config from the user's flags, else the command line's defaults, else the class's own."""
     defaults = {f.name: DEFAULTS[f.name] for f in dataclasses.fields(config) if f.name in DEFAULTS}
-    return config(**defaults | given(args, config))
+    values = defaults | given(args, config)
+    if config is TrainConfig and args.min_lr is None:
+        values["min_lr"] = values["learning_rate"] / 10
+    return config(**values)
 
 def run_train(args: argparse.Namespace) -> None:
     """--train and --resume."""
     out_dir, start, optimizer = Path(args.out_dir), 0, None
-    text, name = load_text(args.data)
-    if not text:
-        raise UserError(f"{name} is empty: there is nothing to learn from")
-    train_text, val_text = split_text(text)
     if args.resume:
         path = newest_checkpoint(out_dir)
         model, config, start = open_checkpoint(path)
         config = dataclasses.replace(config, **given(args, TrainConfig))
-        optimizer = AdamW(model, config)
-        model.load_checkpoint(path, optimizer)
         if start >= config.max_iters:
             raise UserError(f"{path} has all its {config.max_iters} steps: give a higher --max-iters to go on")
+        optimizer = AdamW(model, config)
+        model.load_checkpoint(path, optimizer)
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
+    text, name = load_text(args.data or (model.data if args.resume else None))
+    if not text:
+        raise UserError(f"{name} is empty: there is nothing to learn from")
+    train_text, val_text = split_text(text)
+    if not args.resume:
         tokenizer = (BPETokenizer("gpt2") if args.tokenizer == "gpt2" else
                      BPETokenizer.train(train_text, 256 if args.tokenizer == "bytes" else gpt_config.vocab_size))
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
+    model.data = name
     c, tokenizer = model.config, model.tokenizer
     train_data, val_data = tokenizer.encode_array(train_text), tokenizer.encode_array(val_text)
     n_bytes, n_tokens = len(text.encode()), len(train_data) + len(val_data)

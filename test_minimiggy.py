@@ -441,7 +441,7 @@ def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch,
     (tmp_path / "play.txt").write_text(TEXT)
     monkeypatch.setattr(minimiggy, "DATA", tmp_path)
     monkeypatch.setitem(minimiggy.SHAKESPEARE, "url", "http://127.0.0.1:1/")
-    assert minimiggy.load_text(None) == (TEXT, "data/play.txt")
+    assert minimiggy.load_text(None) == (TEXT, "play")
     assert "could not download" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data play"):
         minimiggy.load_text("shakespeare")
@@ -467,7 +467,8 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
     assert "bits/byte" in output and "\r" not in output and "\x1b" not in output
     assert main(["--sample", "ROMEO: ü", "--out-dir", out, "--max-tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out.startswith("ROMEO: ü")
-    assert main(["--resume", "--max-iters", "6", "--data", str(text), "--out-dir", out]) == 0
+    assert main(["--resume", "--max-iters", "6", "--out-dir", out]) == 0  # it remembers its text
+    assert str(text) in capsys.readouterr().out
     assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
 
 
