@@ -426,13 +426,13 @@ class Plain:
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The same for a single new token, qkv (1, 1, 3C), at position (1,). Those before it have left their keys in
-        (H, D, P) and their values in (H, P, D); its own are added."""
-        (H, D, P), places = keys.shape, Tensor.arange(keys.shape[2])
+        """The same for a single new token, qkv (1, 1, 3C), at position (1,). Those before it have left their keys and
+        values, (H, P, D) each; its own are added."""
+        (H, P, D), places = keys.shape, Tensor.arange(keys.shape[1])
         q, k, v = qkv.reshape(3, H, 1, D)
         here = (places == position).reshape(P, 1)
-        keys.assign(here.transpose(0, 1).where(k.transpose(1, 2), keys)).realize(values.assign(here.where(v, values)))
-        scores = (places <= position).where(q @ keys / math.sqrt(D), -math.inf)            # (H, 1, P)
+        keys.assign(here.where(k, keys)).realize(values.assign(here.where(v, values)))
+        scores = (places <= position).where(q @ keys.transpose(1, 2) / math.sqrt(D), -math.inf)  # (H, 1, P)
         return (scores.softmax(-1) @ values).reshape(1, 1, H * D)
 
     def logits(x: Tensor, wte: Tensor) -> Tensor:
@@ -1003,21 +1003,14 @@ def cross_entropy(logits, loss, targets, *_):
     """Logits as columns, (V, M), and targets (M,) -> the loss of each token (M,). The logits are overwritten with the
     gradient of that loss, softmax - 1 at the target: they are the largest array there is, so there is only one."""
     (V, M), k = logits.shape, Kernel("cross_entropy", *logits.shape)
-    Q, VB = divisor(M, COLS), 64
-    top, new_top, total = (k.array(Q) for _ in range(3))
+    Q = divisor(M, COLS)
+    top, total = k.array(Q), k.array(Q)
     with k.share(M // Q) as strip:
         j0 = strip * Q
         k.fill(top, lambda j: -1e30)
         k.fill(total, lambda j: 0.0)
-        with k.loop(-(-V // VB)) as block:  # as in 5.3: one pass, and the sum fades when a larger logit turns up
-            count = VB if V % VB == 0 else (V - block * VB).minimum(VB)
-            k.fill(new_top, lambda j: k.read(top, j))
-            k.each(count, Q, do=lambda v, j: k.write(new_top, (j,), k.read(new_top, j).maximum(
-                k.read(logits, block * VB + v, j0 + j))))
-            k.fill(total, lambda j: k.read(total, j) * exp(k.read(top, j) - k.read(new_top, j)))
-            k.fill(top, lambda j: k.read(new_top, j))
-            k.each(count, Q, do=lambda v, j: k.add(total, (j,), exp(k.read(logits, block * VB + v, j0 + j)
-                                                                    - k.read(top, j))))
+        k.each(V, Q, do=lambda v, j: k.write(top, (j,), k.read(top, j).maximum(k.read(logits, v, j0 + j))))
+        k.each(V, Q, do=lambda v, j: k.add(total, (j,), exp(k.read(logits, v, j0 + j) - k.read(top, j))))
         k.each(Q, do=lambda j: k.write(loss, (j0 + j,), k.read(top, j) + k.read(total, j).log2() * math.log(2)
                                        - k.read(logits, token(targets, j0 + j), j0 + j)))
         k.each(V, Q, do=lambda v, j: k.write(logits, (v, j0 + j), exp(k.read(logits, v, j0 + j) - k.read(top, j))
@@ -1026,27 +1019,19 @@ def cross_entropy(logits, loss, targets, *_):
 
 @functools.cache
 def cached_attention(y, keys, values, qkv, position):
-    """Attention of one new token, qkv (1, 3C) -> y (1, C), which first takes its place in the cache: keys (H, D, P) and
-    values (H, P, D), P a multiple of 16, position (1,)."""
-    (H, D, P), C, k = keys.shape, y.shape[1], Kernel("cached_attention", *keys.shape)
-    score, top, total, last = k.array(P), k.array(16), k.array(16), get(position, 0).load()
+    """Attention of one new token, qkv (1, 3C) -> y (1, C), which first takes its place in the caches (H, P, D)."""
+    (H, P, D), C, k = keys.shape, y.shape[1], Kernel("cached_attention", *keys.shape)
+    score, top, total, last = k.array(P), k.array(1), k.array(1), get(position, 0).load()
     with k.share(H) as h:
-        k.each(D, do=lambda d: k.write(keys, (h, d, last), get(qkv, 0, C + h * D + d)))
+        k.each(D, do=lambda d: k.write(keys, (h, last, d), get(qkv, 0, C + h * D + d)))
         k.each(D, do=lambda d: k.write(values, (h, last, d), get(qkv, 0, 2 * C + h * D + d)))
-        k.fill(score, lambda j: 0.0)
-        k.fill(top, lambda j: -1e30)
-        k.fill(total, lambda j: 0.0)
-        k.each(D, last // 16 + 1, 16, do=lambda d, block, lane: k.add(score, (block * 16 + lane,), get(
-            qkv, 0, h * D + d) * D ** -0.5 * k.read(keys, h, d, block * 16 + lane)))
-        with k.loop(last // 16 + 1, 16) as (block, lane):
-            j = block * 16 + lane
-            k.write(score, (j,), (j <= last).where(k.read(score, j), -1e30))
-            k.write(top, (lane,), k.read(top, lane).maximum(k.read(score, j)))
-        k.each(16, do=lambda lane: k.write(top, (0,), k.read(top, 0).maximum(k.read(top, lane))))
-        with k.loop(last // 16 + 1, 16) as (block, lane):
-            k.write(score, (block * 16 + lane,), exp(k.read(score, block * 16 + lane) - k.read(top, 0)))
-            k.add(total, (lane,), k.read(score, block * 16 + lane))
-        k.each(15, do=lambda lane: k.add(total, (0,), k.read(total, lane + 1)))
+        k.fill(top, lambda _: -1e30)
+        k.fill(total, lambda _: 0.0)
+        with k.loop(last + 1, 1) as (j, _):
+            k.write(score, (j,), k.sums(D, lambda d: get(qkv, 0, h * D + d) * k.read(keys, h, j, d))[0] * D ** -0.5)
+        k.each(last + 1, do=lambda j: k.write(top, (0,), k.read(top, 0).maximum(k.read(score, j))))
+        k.each(last + 1, do=lambda j: k.write(score, (j,), exp(k.read(score, j) - k.read(top, 0))))
+        k.each(last + 1, do=lambda j: k.add(total, (0,), k.read(score, j)))
         k.each(D, do=lambda d: k.write(y, (0, h * D + d), 0.0))
         k.each(last + 1, D, do=lambda j, d: k.add(y, (0, h * D + d), k.read(score, j) / k.read(total, 0)
                                                   * k.read(values, h, j, d)))
@@ -1652,9 +1637,9 @@ def newest_checkpoint(out_dir: Path) -> Path:
 def decoder(model: GPT):
     """A function (ids, position) -> logits (V,) of the next token, with its own KV cache. `ids` is one token, which
     stands at `position`, or the first block_size / 2 tokens of a text."""
-    c, ops, P = model.config, model.ops, -(-model.config.block_size // 16) * 16
-    H, D, half = c.n_head, c.n_embd // c.n_head, max(1, c.block_size // 2)
-    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for shape in ((H, D, P), (H, P, D))] for _ in model.h]
+    c, ops, H, half = model.config, model.ops, model.config.n_head, max(1, model.config.block_size // 2)
+    shape = H, c.block_size, c.n_embd // H
+    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for _ in range(2)] for _ in model.h]
     one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((1, 1), (1, half), 1))
 
     def step() -> Tensor:
@@ -1669,8 +1654,8 @@ def decoder(model: GPT):
         x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                  # (1, T / 2, C)
         for block, (keys, values) in zip(model.h, caches, strict=True):
             def attention(qkv: Tensor, keys=keys, values=values) -> Tensor:
-                _, k, v = qkv.reshape(half, 3, H, D).permute(1, 2, 0, 3)                   # three of (H, T / 2, D)
-                kept.extend([keys[:, :, :half].assign(k.transpose(1, 2)), values[:, :half].assign(v)])
+                _, k, v = qkv.reshape(half, 3, H, -1).permute(1, 2, 0, 3)                  # three of (H, T / 2, D)
+                kept.extend([keys[:, :half].assign(k), values[:, :half].assign(v)])
                 return ops.attention(qkv, H)
             x = block(x, ops, Dropout(0, None), attention)
         logits = ops.logits(ops.layer_norm(x, model.ln_f)[:, -1:].contiguous(), model.wte.weight).contiguous()
