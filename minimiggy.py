@@ -1925,10 +1925,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
         else:
             bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
-    except UserError as e:
+    except (UserError, OSError) as e:
         show("")
         print(f"minimiggy: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        show("")
+        print("minimiggy: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 if __name__ == "__main__":

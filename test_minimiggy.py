@@ -100,8 +100,8 @@ def test_a_tokenizer_survives_json(tokenizer):
 
 # -------------------------------------------------------------------------------------------------------- the model
 
-def numpy_loss(p, idx, targets, n_layer, n_head):
-    """GPT-2 in float64 numpy: parameters by Hugging Face's names, ids (B, T) twice -> mean cross-entropy."""
+def numpy_logits(p, idx, n_layer, n_head):
+    """GPT-2 in float64 numpy: parameters by Hugging Face's names, ids (B, T) -> logits (B, T, V)."""
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p[name + ".weight"] + p[name + ".bias"]
@@ -122,7 +122,12 @@ def numpy_loss(p, idx, targets, n_layer, n_head):
         m = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
         m = 0.5 * m * (1 + np.tanh(math.sqrt(2 / math.pi) * (m + 0.044715 * m**3)))
         x = x + linear(m, f"h.{i}.mlp.c_proj")
-    logits = norm(x, "ln_f") @ p["wte.weight"].T
+    return norm(x, "ln_f") @ p["wte.weight"].T
+
+
+def numpy_loss(p, idx, targets, n_layer, n_head):
+    """The mean cross-entropy of targets (B, T)."""
+    logits = numpy_logits(p, idx, n_layer, n_head)
     logits = logits - logits.max(-1, keepdims=True)
     chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return (np.log(np.exp(logits).sum(-1)) - chosen).mean()
@@ -384,6 +389,19 @@ def test_the_decoder_gives_the_whole_models_logits(ops, n_head, n_embd, vocab_si
     assert np.abs(step(ids[:half], 0) - got[half - 1]).max() < 1e-5 * np.abs(want).max()
     assert np.abs(step([ids[half]], half) - got[half]).max() < 1e-5 * np.abs(want).max()
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
+def test_past_block_size_the_newer_half_is_read_again():
+    model = GPT(TINY)
+    minimiggy.put(model.flat, model.flat.numpy() + 0.3 * random(*model.flat.shape))  # a model with changing opinions
+    p = {name: array.astype(np.float64) for name, array in model.unpack(model.flat.numpy()).items()}
+    window, want = [1, 2, 3], []
+    for _ in range(20):
+        window = window[-TINY.block_size // 2:] if len(window) > TINY.block_size else window
+        want.append(int(numpy_logits(p, np.array([window]), TINY.n_layer, TINY.n_head)[0, -1].argmax()))
+        window.append(want[-1])
+    got = model.generate(Tensor([[1, 2, 3]], dtype="int32"), max_tokens=20, temperature=0).tolist()
+    assert got == [[1, 2, 3, *want]] and len(set(want)) > 5
 
 
 def test_sampling_goes_on_past_block_size_and_follows_the_seed(run):
