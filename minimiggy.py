@@ -179,7 +179,7 @@ class TrainConfig:
 
 DATA = HERE / "data"
 SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                   "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+               "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
 
 def download(url: str, path: Path, sha256: str) -> None:
     """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors)."""
@@ -386,11 +386,12 @@ class BPETokenizer:
 # before each sublayer, biases, learned positions, the tanh form of GELU, and an output head that is the embedding
 # table itself. The names are those of Hugging Face's GPT-2, so a checkpoint is at home there.
 #
-# Two layers to the code. `Plain` has the six operations that a GPT consists of, each in a few lines of ordinary tensor
-# algebra: they are the definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
+# There are two layers to the code. `Plain` has the operations that a GPT consists of, each in a few lines of ordinary
+# tensor algebra: they are the definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
 
 class Plain:
-    """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32."""
+    """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32. The class is
+    a mere drawer for functions (no `self`), so that another such drawer can take its place."""
 
     def embed(idx: Tensor, wte: Tensor, wpe: Tensor, start: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands.
@@ -426,8 +427,8 @@ class Plain:
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The same for a single new token, qkv (1, 1, 3C), at position (1,). Those before it have left their keys and
-        values, (H, P, D) each; its own are added."""
+        """The same for a single new token, qkv (1, 1, 3C), at position (1,): sampling (chapter 8) computes no token
+        twice. Those before it have left their keys and values, (H, P, D) each; its own are added."""
         (H, P, D), places = keys.shape, Tensor.arange(keys.shape[1])
         q, k, v = qkv.reshape(3, H, 1, D)
         here = (places == position).reshape(P, 1)
@@ -1242,8 +1243,9 @@ class Crew:
             words = [program.addr] + [buffer.get_buf("CPU").va_addr for buffer in buffers]
             shared = "core_id" in program.runtimevars  # its last argument
             shares = [words + [core] * shared for core in range(info.global_size[0] if shared else 1)]
-            for thread, lines in enumerate(lists):  # a kernel with fewer shares leaves the other threads idle
-                lines += shares if threads == 1 else shares[thread:thread + 1] or [[nothing]]
+            shares += [[nothing]] * (-len(shares) % threads)  # a thread without a share idles
+            for thread, lines in enumerate(lists):
+                lines += shares[thread::threads]
         self.width = max(len(line) for lines in lists for line in lines)
         self.lists = np.array([[line + [0] * (self.width - len(line)) for line in lines] for lines in lists], np.uint64)
         self.arrived, self.before = np.zeros((threads, 8), np.uint64), np.zeros(1, np.uint64)

@@ -227,6 +227,17 @@ def test_the_crew_replays_the_recording_to_the_last_bit(ids):
     assert losses == again and (weights == same).all()
 
 
+def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
+    config = GPTConfig(block_size=8, vocab_size=300, n_layer=1, n_head=4, n_embd=48)  # new shapes: kernels are kept
+    monkeypatch.setattr(minimiggy, "CORES", 4)
+    runs = []
+    for threads in (None, 1, 2, 3):
+        optimizer = AdamW(GPT(config), QUICK)
+        optimizer.run = minimiggy.recorded(Fast, optimizer.step, threads) if threads else optimizer.step
+        runs.append(([optimizer(ids, i) for i in range(3)], optimizer.model.flat.numpy().tolist()))
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+
+
 def test_fast_and_plain_training_agree(ids):
     runs = []
     for ops in (Fast, Plain):
