@@ -28,6 +28,7 @@ import argparse
 import codecs
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -36,15 +37,18 @@ import itertools
 import json
 import math
 import os
+import re
+import resource
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +64,28 @@ from pathlib import Path
 class UserError(Exception):
     """A mistake that its reader can mend: the command line prints the text as one line and exits with code 2."""
 
+@contextmanager
+def whole(path: Path):
+    """A binary file to write, which takes the place of `path` whole when the block ends well, or else not at all.
+
+    A laptop's lid closes in the middle of a save. So everything that this program keeps is written under another name,
+    flushed to the disk, and then renamed: a rename happens or does not, and nobody ever reads half a file.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk as well
+    os.fsync(folder)
+    os.close(folder)
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy"
+
 def find_compiler() -> str | None:
     """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
     if "CC" in os.environ or shutil.which("clang"):
@@ -70,32 +96,25 @@ def find_compiler() -> str | None:
     zig = Path(package.submodule_search_locations[0]) / "zig"
     # CC must name one program, but zig's clang is called as `zig clang ...`: a two-line launcher joins them. Its name
     # carries a hash of its text, so two virtual environments never overwrite each other's.
-    script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'
-    name = "clang-" + hashlib.sha256(script.encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for choose in (lambda: cache / "minimiggy", lambda: Path(tempfile.mkdtemp(prefix="minimiggy-"))):
-        try:  # the user's cache first; where that is read-only, a temporary folder
-            folder = choose()
-            folder.mkdir(parents=True, exist_ok=True)
-            launcher = folder / name
+    script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'.encode()
+    for choose in (lambda: CACHE, lambda: Path(tempfile.mkdtemp(prefix="minimiggy-"))):  # the second if HOME is read-only
+        try:
+            launcher = choose() / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
+            launcher.parent.mkdir(parents=True, exist_ok=True)
             if not launcher.exists():
-                unfinished = folder / f"{name}.{os.getpid()}"
-                unfinished.write_text(script)
-                unfinished.chmod(0o755)
-                unfinished.replace(launcher)  # a rename is atomic: nobody ever runs half a launcher
+                with whole(launcher) as file:
+                    file.write(script)
+                    os.fchmod(file.fileno(), 0o755)
             os.environ["CC"] = str(launcher)
             return None
         except OSError:
             continue
     return f"no C compiler: set CC to a script that runs `{zig} clang`"
 
-def choose_device() -> None:
-    """Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...)."""
-    # By default clang uses only half the width of AVX-512 registers (107 instead of 166 GFLOP/s on a matrix product).
-    os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
-
+# Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...). By itself
+# clang uses only half the width of AVX-512 registers: 107 instead of 166 GFLOP/s on a matrix product.
 WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
-choose_device()
+os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
 MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
 
 import numpy as np
@@ -109,8 +128,9 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops
 
+VERSION = "1.0"
+VERSION = "1.0"
 HERE = Path(__file__).resolve().parent
-
 # ====================================================================================================================
 # Chapter 1. The two configs
 #
@@ -122,15 +142,16 @@ def knob(default, low, high, help):
     """A config field: its default, its smallest and largest sensible value, and a help text that names the unit."""
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
 
-def check_ranges(config) -> None:
-    """Raise UserError for the first field outside its range (a NaN is outside every range)."""
-    for f in dataclasses.fields(config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if not low <= value <= high:
-            raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
+class Config:
+    def __post_init__(self):
+        """Raise UserError for the first field of another type or outside its range (as a NaN is)."""
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if type(value) not in ((int,) if f.type == "int" else (int, float)) or not low <= value <= high:
+                raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
 
 @dataclass
-class GPTConfig:
+class GPTConfig(Config):
     """What the model is. The defaults make a small GPT-2 of about 7 million parameters, most of them embeddings."""
     block_size: int = knob(64, 1, 65536, "tokens that the model sees at once, its context length T")
     vocab_size: int = knob(50257, 2, 1_000_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)")
@@ -140,13 +161,13 @@ class GPTConfig:
     dropout: float = knob(0.0, 0.0, 0.99, "share of activations zeroed at random while training, against overfitting")
 
     def __post_init__(self):
-        check_ranges(self)
+        super().__post_init__()
         if self.n_embd % self.n_head:
             raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}: each head takes an equal "
                             "share of the channels")
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Config):
     """How the model learns. AdamW's betas and the weight decay are nanoGPT's for small models."""
     batch_size: int = knob(8, 1, 65536, "sequences in a batch, B")
     learning_rate: float = knob(1e-3, 0.0, 10.0, "largest step size of Adam, reached after the warm-up")
@@ -161,17 +182,24 @@ class TrainConfig:
     grad_clip: float = knob(1.0, 1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened")
     grad_accum: int = knob(1, 1, 1000, "batches whose gradients are averaged into one step")
     seed: int = knob(1337, 0, 2**31 - 1, "seed of every random choice: weights, batches, dropout")
+    save_every: int = knob(0, 0, 10**9, "steps between two checkpoints; 0: one at each evaluation")
+    keep: int = knob(3, 0, 10**9, "newest checkpoints to keep, besides the one of the lowest validation loss; 0: none")
 
-    def __post_init__(self):
-        check_ranges(self)
+@dataclass
+class SampleConfig(Config):
+    """How text is written."""
+    max_tokens: int = knob(300, 0, 10**9, "tokens to write")
+    temperature: float = knob(0.8, 0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder")
+    top_k: int = knob(0, 0, 1_000_000, "draw among the K likeliest tokens only; 0: among all")
+    top_p: float = knob(1.0, 1e-9, 1.0, "draw among the fewest tokens that have this share of all probability")
+    num_samples: int = knob(1, 1, 1_000_000, "texts to write, one after the other")
 
 # ====================================================================================================================
 # Chapter 2. The text
 #
 # A GPT learns from nothing but text. The default is "tiny Shakespeare", 1.1 MB of plays, fetched once. A download can
-# go wrong in many ways (no network, a cut, a login page in place of the file), so it goes to a temporary file, is
-# checked against a known SHA-256 and only then renamed into place: under the final name there is the right file or
-# none. Without a network, a play written for this project stands in, so that the first run always works.
+# go wrong in many ways (no network, a cut, a login page in place of the file), so it is checked against a known SHA-256
+# before it gets its name. Without a network, a play written for this project stands in: the first run always works.
 #
 # The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the
 # model has learned the language or merely the lines. We cut by position and not at random: neighbouring passages
@@ -185,40 +213,43 @@ def download(url: str, path: Path, sha256: str) -> None:
     """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors)."""
     import requests  # here and not above: most runs need no network, and the import costs 0.2 s
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, digest, got = path.with_name(f"{path.name}.{os.getpid()}.part"), hashlib.sha256(), 0
-    try:
-        with requests.get(url, stream=True, timeout=(5, 30)) as response, open(unfinished, "wb") as file:
-            response.raise_for_status()
-            total = int(response.headers.get("content-length", 0))
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                digest.update(chunk)
-                got += len(chunk)
-                show(f"downloading {path.name}: {got / 1e6:.1f}" + (f" of {total / 1e6:.1f} MB" if total else " MB"))
+    digest, got = hashlib.sha256(), 0
+    with requests.get(url, stream=True, timeout=(5, 30)) as response, whole(path) as file:
+        response.raise_for_status()
+        total = int(response.headers.get("content-length", 0))
+        for chunk in response.iter_content(1 << 16):
+            file.write(chunk)
+            digest.update(chunk)
+            got += len(chunk)
+            show(f"downloading {path.name}: {got / 1e6:.1f}" + (f" of {total / 1e6:.1f} MB" if total else " MB"))
         if digest.hexdigest() != sha256:
             raise OSError(f"{got} bytes came that are not the file we expect (wrong SHA-256)")
-        unfinished.replace(path)
-    finally:
-        show("")
-        unfinished.unlink(missing_ok=True)
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file as a string, without a byte-order mark; UserError where that cannot be."""
+def read_text(path: Path, replace: bool = False) -> bytearray:
+    """A text file as UTF-8, without a byte-order mark and with "\\n" at the ends of lines, a megabyte at a time: a text
+    of 200 MB takes that much memory and no more. Bytes that are not UTF-8 are a UserError, or become U+FFFD."""
+    text = bytearray()
     try:
-        raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text: byte {raw[e.start]:#04x} at offset {e.start}") from e
+        with open(path, encoding="utf-8-sig", errors="replace" if replace else "strict") as file:
+            try:
+                while piece := file.read(1 << 20):
+                    text += piece.encode()
+                    show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
+            except UnicodeDecodeError as e:  # e.start counts within the piece that is being decoded
+                offset = file.buffer.tell() - len(e.object) + e.start
+                raise UserError(f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {offset} "
+                                "(--replace-bad-bytes reads on, with U+FFFD in such places)") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    return text
 
-def load_text(data: str | None) -> tuple[str, str]:
+def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     """The text that `--data` asks for, and what to ask for to get it again; None asks for the default."""
     play, local = DATA / "play.txt", DATA / "tinyshakespeare.txt"
     if data not in (None, "shakespeare", "play"):
         if not Path(data).is_file():
             raise UserError(f"no such file: {data} (--data takes a text file, or one of: shakespeare, play)")
-        return read_text(Path(data)), str(Path(data).resolve())
+        return read_text(Path(data), replace), str(Path(data).resolve())
     if data != "play" and not local.exists():
         try:
             download(SHAKESPEARE["url"], local, SHAKESPEARE["sha256"])
@@ -230,24 +261,30 @@ def load_text(data: str | None) -> tuple[str, str]:
             data = "play"
     return (read_text(play), "play") if data == "play" else (read_text(local), "shakespeare")
 
-def split_text(text: str) -> tuple[str, str]:
+def border(text: bytes, i: int) -> int:
+    """The first place from `i` on that does not lie within a character: bytes 10xxxxxx of UTF-8 continue one."""
+    while i < len(text) and text[i] & 0xC0 == 0x80:
+        i += 1
+    return i
+
+def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     """The first 90 % to train on, the last 10 % to validate on."""
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
+    cut = border(text, len(text) * 9 // 10)
+    return memoryview(text)[:cut], memoryview(text)[cut:]
 
-def say(line: str = "") -> None:
-    """Print a line that stays."""
-    show("")
-    print(line, flush=True)
-
-def printable(text: str) -> str:
-    """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def say(line: str = "", end: str = "\n") -> None:
+    """Print a line that stays. A terminal that is gone, or a full disk behind it, must not end a training run."""
+    with suppress(OSError):
+        print(("\r\033[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
 
 def show(line: str) -> None:
     """Show a line that the next one overwrites; where nobody watches (a file, a pipe) such lines are not written."""
     if sys.stdout.isatty():
-        print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+        say(line[:shutil.get_terminal_size().columns - 1], end="")
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 # ====================================================================================================================
 # Chapter 3. The tokenizer
@@ -269,7 +306,7 @@ class BPETokenizer:
     """Text to token ids and back: `BPETokenizer("gpt2")` is GPT-2's vocabulary, `BPETokenizer.train` learns one.
 
     Attributes: `vocab_size`; `merges`, a list of pairs of ids: token 256 + i is made of the two tokens `merges[i]`
-    (None for GPT-2's).
+    (None for GPT-2's). ValueError if merges are not like that.
     """
 
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
@@ -284,11 +321,16 @@ class BPETokenizer:
                                 "folder that has it") from e
         else:
             tokens = [bytes([b]) for b in range(256)]
+            ranks = {token: i for i, token in enumerate(tokens)}
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-            ranks = {token: i for i, token in enumerate(tokens)}
+                if min(left, right) < 0 or len(tokens[-1]) > self.LONGEST or tokens[-1] in ranks:
+                    raise ValueError(f"the tokenizer has an impossible merge, {(left, right)}")
+                ranks[tokens[-1]] = len(ranks)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
+
+    LONGEST = 256  # bytes in a token: a text of a million zeros has one "word", which could double for ever
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
@@ -298,9 +340,9 @@ class BPETokenizer:
             raise UserError(f"--vocab-size must be at least 256, one token for each byte, not {vocab_size}")
         # Count each distinct word once: a megabyte of text has only some 15,000 of them.
         word_counts = Counter(match.group() for match in regex.finditer(SPLIT, text))
-        words, freqs = [list(word.encode()) for word in word_counts], list(word_counts.values())
-        counts, places = Counter(), defaultdict(set)  # of each pair: how often it stands, and in which words
-        for i, word in enumerate(words):
+        words = [list(word.encode("utf-8", "replace")[:cls.LONGEST]) for word in word_counts]
+        freqs, counts, places = list(word_counts.values()), Counter(), defaultdict(set)
+        for i, word in enumerate(words):  # of each pair: how often it stands, and in which words
             for pair in itertools.pairwise(word):
                 counts[pair] += freqs[i]
                 places[pair].add(i)
@@ -321,21 +363,17 @@ class BPETokenizer:
             merges.append((a, b))
             touched = set()
             for i in places.pop((a, b)):
-                word, j = words[i], 0
-                while j < len(word) - 1:
-                    if word[j] == a and word[j + 1] == b:
-                        # Only the pairs on either side of the merge change; recounting all would be 10x slower.
-                        changes = [((word[j - 1], a), (word[j - 1], new))] if j else []
-                        if j + 2 < len(word):
-                            changes.append(((b, word[j + 2]), (new, word[j + 2])))
-                        for old, now in changes:
-                            counts[old] -= freqs[i]
-                            counts[now] += freqs[i]
-                            places[now].add(i)
-                            touched |= {old, now}
-                        word[j:j + 2] = [new]
-                    j += 1
-            counts[a, b] = 0
+                word, words[i] = words[i], []
+                for token in word:
+                    if token == b and words[i][-1:] == [a]:
+                        words[i][-1] = new
+                    else:
+                        words[i].append(token)
+                for pairs, sign in ((itertools.pairwise(word), -1), (itertools.pairwise(words[i]), 1)):
+                    for pair in pairs:
+                        counts[pair] += sign * freqs[i]
+                        places[pair].add(i)
+                        touched.add(pair)
             for pair in touched:
                 if counts[pair] > 0:
                     heapq.heappush(heap, (-counts[pair], pair))
@@ -343,18 +381,20 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text."""
-        return self.encoding.encode_ordinary(text)
+        return self.encode_array(text.encode("utf-8", "replace")).tolist()
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of a long text as an int32 array (N,), a megabyte at a time to keep Python's lists short."""
-        parts, start = [np.zeros(0, np.int32)], 0
+    def encode_array(self, text: bytes) -> np.ndarray:
+        """Token ids (N,), uint16 if they fit, of UTF-8 bytes. A piece at a time keeps Python's lists short, and tiktoken
+        whole: its regular expressions overflow the stack on a million spaces."""
+        ids, n, start = np.empty(len(text), np.uint16 if self.vocab_size <= 1 << 16 else np.int32), 0, 0
         while start < len(text):
-            end = start + (1 << 20)  # then go on to a place that no token can cross: a letter before a space
-            while end < len(text) and not (text[end - 1].isalpha() and text[end] in " \n"):
-                end += 1
-            parts.append(np.array(self.encode(text[start:end]), np.int32))
-            start = end
-        return np.concatenate(parts)
+            end = border(text, start + (1 << 16))  # or better a little later, before a space: no token goes across
+            if space := re.search(rb"[!-~][ \n]", text[end:end + 1000]):
+                end += space.start() + 1
+            piece = self.encoding.encode_ordinary(str(text[start:end], "utf-8"))
+            ids[n:n + len(piece)], n, start = piece, n + len(piece), end
+            if n > 1 << 20: show(f"tokenizing: {start / 1e6:.0f} of {len(text) / 1e6:.0f} MB")
+        return ids[:n]
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
@@ -370,8 +410,9 @@ class BPETokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> BPETokenizer:
+        """The opposite; ValueError or the like if the text is not of that kind."""
         saved = json.loads(text)
-        return cls(saved["name"], saved["merges"] and [tuple(pair) for pair in saved["merges"]])
+        return cls(saved["name"], saved["merges"] and [(int(a), int(b)) for a, b in saved["merges"]])
 
 # ====================================================================================================================
 # Chapter 4. The model, the plain way
@@ -407,12 +448,10 @@ class Plain:
         """(..., I) @ (I, O) + (O,) -> (..., O), plus a `residual` of that shape. GPT-2 stores weights as (in, out)."""
         return x @ layer.weight + layer.bias + (0 if residual is None else residual)
 
-    def mlp(x: Tensor, mlp: MLP, residual: Tensor | None = None) -> Tensor:
-        """(..., C) -> (..., 4C) -> (..., C) with a GELU between: nearly 0 below zero, nearly x above, smooth in the
-        middle (arXiv:1606.08415, in GPT-2's tanh form)."""
-        u = Plain.linear(x, mlp.c_fc)
-        u = 0.5 * u * (1 + (math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)).tanh())
-        return Plain.linear(u, mlp.c_proj, residual)
+    def gelu(x: Tensor) -> Tensor:
+        """What makes the MLP more than one linear map: nearly 0 below zero, nearly x above, smooth in the middle
+        (arXiv:1606.08415, in GPT-2's tanh form)."""
+        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
 
     def attention(qkv: Tensor, n_head: int) -> Tensor:
         """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C).
@@ -466,78 +505,88 @@ class Dropout:
         h = h ^ (h >> 13)
         return (h >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
-    def add(self, x: Tensor, sublayer, *args: Tensor) -> Tensor:
-        """x + what dropout leaves of sublayer(*args)."""
+    def add(self, x: Tensor, linear, y: Tensor, layer: Layer) -> Tensor:
+        """x + what dropout leaves of linear(y, layer)."""
         if self.rate == 0 or self.key is None:
-            return sublayer(*args, residual=x)
-        return x + self(sublayer(*args))
+            return linear(y, layer, x)
+        return x + self(linear(y, layer))
 
 class Layer:
-    """A weight, and a bias or none; Plain and Fast say what is done with them."""
+    """A weight and a bias, without numbers as yet; Plain and Fast say what is done with them."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.weight = weight
-        if bias is not None:
-            self.bias = bias
+    def __init__(self, *shape: int):
+        self.weight, self.bias = Tensor.empty(*shape), Tensor.empty(shape[-1])
+
+class Table:
+    def __init__(self, *shape: int):
+        self.weight = Tensor.empty(*shape)
 
 class Attention:
-    def __init__(self, linear, C: int, small: float):
-        self.c_attn = linear(C, 3 * C)  # query, key and value of all heads in one product
-        self.c_proj = linear(C, C, small)
+    def __init__(self, C: int):
+        self.c_attn = Layer(C, 3 * C)  # query, key and value of all heads in one product
+        self.c_proj = Layer(C, C)
 
 class MLP:
-    def __init__(self, linear, C: int, small: float):
-        self.c_fc, self.c_proj = linear(C, 4 * C), linear(4 * C, C, small)
+    def __init__(self, C: int):
+        self.c_fc, self.c_proj = Layer(C, 4 * C), Layer(4 * C, C)
 
 class Block:
-    def __init__(self, linear, norm, C: int, small: float):
-        self.ln_1, self.attn = norm(), Attention(linear, C, small)
-        self.ln_2, self.mlp = norm(), MLP(linear, C, small)
+    def __init__(self, C: int):
+        self.ln_1, self.attn, self.ln_2, self.mlp = Layer(C), Attention(C), Layer(C), MLP(C)
 
     def __call__(self, x: Tensor, ops, drop: Dropout, attention) -> Tensor:
         """(B, T, C) -> (B, T, C). Only `attention` looks at other tokens; all else works on each by itself."""
         qkv = ops.linear(ops.layer_norm(x, self.ln_1), self.attn.c_attn)                   # (B, T, 3C)
         x = drop.add(x, ops.linear, attention(qkv), self.attn.c_proj)
-        return drop.add(x, ops.mlp, ops.layer_norm(x, self.ln_2), self.mlp)
+        u = ops.gelu(ops.linear(ops.layer_norm(x, self.ln_2), self.mlp.c_fc))              # (B, T, 4C)
+        return drop.add(x, ops.linear, u, self.mlp.c_proj)
 
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
 
     Attributes: `config`; `tokenizer` and `data`, what it learns from (saved with it; may be None); `ops`, the
     operations in use (`Plain` or `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`,
-    `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; and `flat`, one
-    float32 vector of all of them.
+    `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; `shapes`, theirs by
+    name; and `flat`, one float32 vector of all of them. Without a `seed` they wait for `set`.
     """
     __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
 
-    def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int = 1337):
+    def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
-        self.config, self.tokenizer, self.ops, self.data = config, tokenizer, default_ops(), None
-        rng, C, L = np.random.default_rng(seed), config.n_embd, config.n_layer
-
-        def draw(std: float, *shape: int) -> Tensor:
-            return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32))
-
-        def linear(n_in: int, n_out: int, std: float = 0.02) -> Layer:
-            return Layer(draw(std, n_in, n_out), Tensor(np.zeros(n_out, np.float32)))
-
-        def norm() -> Layer:
-            return Layer(Tensor(np.ones(C, np.float32)), Tensor(np.zeros(C, np.float32)))
-        self.wte, self.wpe = Layer(draw(0.02, config.vocab_size, C)), Layer(draw(0.02, config.block_size, C))
-        # What 2 * n_layer sublayers add to the stream would grow with the depth; a smaller start keeps it level.
-        self.h, self.ln_f = [Block(linear, norm, C, 0.02 / math.sqrt(2 * L)) for _ in range(L)], norm()
+        self.config, self.tokenizer, self.ops, self.data, C = config, tokenizer, default_ops(), None, config.n_embd
+        self.wte, self.wpe = Table(config.vocab_size, C), Table(config.block_size, C)
+        self.h, self.ln_f = [Block(C) for _ in range(config.n_layer)], Layer(C)
         # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
         # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
         named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
         self.shapes, self.starts, end = {name: tensor.shape for name, tensor in named}, {}, 0
-        for name, tensor in named:
-            self.starts[name], end = end, end + -(-tensor.numel() // 16) * 16
-            if tensor.ndim == 2:
+        for name, shape in self.shapes.items():
+            self.starts[name], end = end, end + -(-math.prod(shape) // 16) * 16
+            if len(shape) == 2:
                 self.n_decay = end
-        flat = self.pack({name: tensor.numpy() for name, tensor in named}, -(-end // (BLOCK * CORES)) * BLOCK * CORES)
-        self.grad = None
-        self.bind(Tensor(flat).realize())
+        self.flat, self.grad, self.size = None, None, -(-end // (BLOCK * CORES)) * BLOCK * CORES
+        if seed is not None:
+            self.set(self.pack(self.first_weights(np.random.default_rng(seed))))
+
+    def first_weights(self, rng: np.random.Generator):
+        """GPT-2's start, as pairs of name and array."""
+        for name, shape in self.shapes.items():
+            if len(shape) == 1:
+                yield name, np.full(shape, name.endswith("weight"), np.float32)  # a norm's scale is 1, a bias 0
+            else:
+                # What 2 n_layer sublayers add to the stream would grow with depth; a smaller start keeps it level.
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
+                yield name, np.float32(std) * rng.standard_normal(shape, np.float32)
+
+    def set(self, flat: np.ndarray) -> None:
+        """Give all parameters their numbers."""
+        if self.flat is not None:
+            put(self.flat, flat)  # into the memory that recorded kernels know
+        else:
+            self.flat = Tensor(flat).realize()
+            for parameter, window in self.windows(self.flat):
+                parameter.replace(window)
 
     def windows(self, vector: Tensor):
         """Each parameter, and a tensor that shares its memory with the parameter's stretch of `vector`. (A slice would
@@ -548,12 +597,6 @@ class GPT:
             part = UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))
             yield parameters[name], Tensor(part).reshape(shape)
 
-    def bind(self, flat: Tensor) -> None:
-        """Make `flat` the memory of all parameters."""
-        self.flat = flat
-        for parameter, window in self.windows(flat):
-            parameter.replace(window)
-
     def make_room_for_gradients(self) -> None:
         """Give each parameter's .grad a window on the vector `grad` (a model that is only sampled needs none)."""
         if self.grad is None:
@@ -561,11 +604,11 @@ class GPT:
             for parameter, window in self.windows(self.grad):
                 parameter.grad = window
 
-    def pack(self, arrays: dict[str, np.ndarray], size: int | None = None) -> np.ndarray:
-        """One vector of arrays by name, in the order and with the gaps of `flat`."""
-        flat = np.zeros(size or self.flat.shape[0], np.float32)
-        for name, shape in self.shapes.items():
-            flat[self.starts[name]:self.starts[name] + math.prod(shape)] = arrays[name].ravel()
+    def pack(self, arrays) -> np.ndarray:
+        """One vector of arrays (pairs of name and array), in the order and with the gaps of `flat`."""
+        flat = np.zeros(self.size, np.float32)
+        for name, array in arrays:
+            flat[self.starts[name]:self.starts[name] + array.size] = array.ravel()
         return flat
 
     def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
@@ -589,21 +632,7 @@ class GPT:
         """Mean cross-entropy in nats, a scalar; `targets` (B, T) is `idx` one place on. `key` switches dropout on."""
         return self.ops.loss(self.hidden(idx, key), self.wte.weight, targets)
 
-    # What these three do is the matter of chapters 7 and 8.
-    def save_checkpoint(self, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
-        """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path."""
-        return save_checkpoint(self, iter_num, optimizer, Path(out_dir))
-
-    def load_checkpoint(self, path: str | Path, optimizer: AdamW | None = None) -> int:
-        """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError if unfit."""
-        return load_checkpoint(self, Path(path), optimizer)
-
-    def generate(self, x: Tensor, max_tokens: int = 100, temperature: float = 0.8, top_k: int | None = None,
-                 seed: int = 0) -> Tensor:
-        """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
-        options = max_tokens, temperature, top_k
-        rows = [row + list(stream(self, row, *options, (seed, i))) for i, row in enumerate(x.tolist())]
-        return Tensor(np.array(rows, np.int32))
+    # Its methods save_checkpoint, load_checkpoint and generate stand where they are explained, in chapters 7 and 8.
 
 # ====================================================================================================================
 # Chapter 5. The same model, fast
@@ -1138,24 +1167,8 @@ class Fast:
                 name="linear", adds=1 + len(more))[0]
         return y.reshape(*x.shape[:-1], N)
 
-    def mlp(x, mlp, residual=None):
-        # GELU on the way, and its slope on the way back, are applied while the products' tiles are in registers.
-        M, C, x2, up, down = math.prod(x.shape[:-1]), x.shape[-1], x.reshape(-1, x.shape[-1]), mlp.c_fc, mlp.c_proj
-        more, product = [] if residual is None else [residual.reshape(M, C)], matmul if M > 1 else matvec
-        H = up.weight.shape[1]
-        u, _, _, _, g = run(product, Tensor.empty(M, H), x2.detach(), up.weight.detach(), up.bias.detach(),
-                            Tensor.empty(M, H), name="mlp_up", adds=1, finish=gelu_finish)
-
-        def back(dy, _):
-            du = run(matmul, Tensor.empty(M, H), Tensor(dy), down.weight, u, name="mlp_du", b_transposed=True,
-                     finish=slope_finish)[0]
-            dx = run(matmul, Tensor.empty(M, C), du, up.weight, name="linear_dx", b_transposed=True)[0]
-            return (None, None, *Fast.weight_gradients(Tensor(dy), g, down), *(dy for _ in more), dx.uop,
-                    *Fast.weight_gradients(du, x2, up))
-        # x2 and up are handed over so that autograd finds its way to them; the kernel does not read them.
-        y = run(product, Tensor.empty(M, C), g, down.weight, down.bias, *more, x2, up.weight, up.bias, back=back,
-                name="mlp_down", adds=1 + len(more))[0]
-        return y.reshape(x.shape)
+    def gelu(x):
+        return Plain.gelu(x.contiguous()).contiguous()
 
     def attention(qkv, n_head):
         B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -1429,30 +1442,46 @@ def eval_loss(model: GPT, batch_size: int):
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
     """The factor from nats a token to bits a byte of text, in which tokenizers can be compared."""
     lengths = np.array([len(tokenizer.decode_bytes(i)) for i in range(tokenizer.vocab_size)])
-    return len(data) / math.log(2) / lengths[data].sum()
+    n_bytes = sum(int(lengths[data[i:i + (1 << 20)]].sum()) for i in range(0, len(data), 1 << 20))
+    return len(data) / math.log(2) / n_bytes
 
-COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s"]
+COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
 
-def open_log(out_dir: Path, start: int) -> Path:
-    """log.csv with its heading; rows after step `start`, of a run that this one overtakes, are dropped."""
-    path, kept = out_dir / "log.csv", [",".join(COLUMNS)]
-    if start and path.exists():
-        rows = [line for line in path.read_text().splitlines() if line.split(",")[0].isdigit()]
-        kept += [row for row in rows if int(row.split(",")[0]) <= start]
-    path.write_text("\n".join(kept) + "\n")
-    return path
+def log_rows(log: Path, start: int) -> list[str]:
+    """The rows of log.csv up to step `start`: a run that goes on from there writes what comes after it again."""
+    lines = log.read_text(errors="replace").splitlines()[1:] if start and log.exists() else []
+    return [line for line in lines if (step := line.split(",")[0]).isdigit() and int(step) <= start]
 
 def clock(seconds: float) -> str:
     """75.3 -> "1:15"."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
-def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
-          out_dir: str | Path | None = None) -> AdamW:
-    """Train `model` from step `start` to config.max_iters; return the optimizer.
+class TrainingFailed(Exception):
+    """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
-    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, a checkpoint is
-    written there at each evaluation and at the end, and log.csv gets a row a report. UserError if a text is too short.
+def examine(model: GPT, config: TrainConfig, data: np.ndarray, val: np.ndarray | None, step: int) -> dict[str, float]:
+    """The losses at an evaluation. In the end the validation text is read whole; on the way a sample of it will do."""
+    losses = {"train_loss": evaluate(model, data, config.batch_size, config.eval_iters)}
+    if val is not None:
+        batches = config.eval_iters if step < config.max_iters else None
+        losses["val_loss"] = evaluate(model, val, config.batch_size, batches)
+    return losses
+
+def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], checkpoint: bool) -> None:
+    """The log first: whoever goes on from a checkpoint finds all rows up to it."""
+    with whole(out_dir / "log.csv") as file:
+        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+    if checkpoint and optimizer.config.keep:
+        model.save_checkpoint(step, optimizer, out_dir)
+        prune(out_dir, optimizer.config.keep, rows)
+
+def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
+          out_dir: str | Path | None = None, stop=()) -> AdamW:
+    """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the optimizer.
+
+    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, log.csv and checkpoints
+    are written there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a save.
     """
     T, tokenizer = model.config.block_size, model.tokenizer
     data, val = np.asarray(train_data), None if val_data is None else np.asarray(val_data)
@@ -1463,10 +1492,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         if ids is not None and ids.max() >= model.config.vocab_size:
             raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at "
                             f"{model.config.vocab_size - 1}")
-    optimizer = optimizer or AdamW(model, config)
-    if out_dir is not None:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-    log = open_log(Path(out_dir), start) if out_dir is not None else None
+    optimizer, out_dir = optimizer or AdamW(model, config), None if out_dir is None else Path(out_dir)
+    rows, unsaved = log_rows(out_dir / "log.csv", start) if out_dir else [], None
     bpb, val_bpb = (bits_per_byte(tokenizer, ids) if tokenizer and ids is not None else None for ids in (data, val))
     tokens_a_step, began = config.grad_accum * config.batch_size * T, time.perf_counter()
     last_time, last_step, last_shown, rate = began, start, 0.0, 0.0
@@ -1474,8 +1501,15 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     for i in range(start, config.max_iters):
         loss, norm = optimizer(data, i)
         step, now = i + 1, time.perf_counter()
-        evaluating = step % config.eval_interval == 0 or step == config.max_iters
         row = {"step": step, "train_loss": loss, "lr": learning_rate(config, i), "grad_norm": norm}
+        if not math.isfinite(loss + norm):  # the optimizer has not taken such a step
+            raise TrainingFailed(
+                f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} its batch has a loss of "
+                f"{loss} and a gradient of length {norm}. The step was not taken and the last checkpoint is intact; to go "
+                f"on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+        last = step == config.max_iters
+        evaluating = step % config.eval_interval == 0 or last
+        saving = step % (config.save_every or config.eval_interval) == 0 or last or bool(stop)
         if step % 10 == 0 or evaluating or step == start + 1:
             rate = (step - last_step) * tokens_a_step / (now - last_time)
             last_time, last_step = now, step
@@ -1485,28 +1519,34 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
                  + f"  lr {row['lr']:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s"
                  + f"  {clock((config.max_iters - step) * tokens_a_step / max(rate, 1))} to go")
         if evaluating:
-            # In the end the validation text is read whole; on the way a sample of it will do.
-            iters = config.eval_iters if step < config.max_iters else None
-            row["train_loss"] = evaluate(model, data, config.batch_size, config.eval_iters)
+            row |= examine(model, config, data, val, step)
             line = f"step {step:5}  train {row['train_loss']:.3f}"
             if val is not None:
-                row["val_loss"] = evaluate(model, val, config.batch_size, iters)
                 line += f"  val {row['val_loss']:.3f}"
-                if val_bpb:
-                    row["val_bpb"] = row["val_loss"] * val_bpb
-                    line += f" = {row['val_bpb']:.3f} bits/byte"
+            if val_bpb:
+                row["val_bpb"] = row["val_loss"] * val_bpb
+                line += f" = {row['val_bpb']:.3f} bits/byte"
             say(f"{line}  {rate:,.0f} tokens/s  {clock(time.perf_counter() - began)}")
-            if out_dir is not None:
-                model.save_checkpoint(step, optimizer, out_dir)
             if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
-                ids = list(stream(model, tokenizer.encode("\n"), 50, 0.8, None, seed=step))
+                ids = list(stream(model, tokenizer.encode("\n"), 50, seed=step))
                 say("    | " + printable(tokenizer.decode(ids)).strip().replace("\n", "\n    | "))
-            last_time = time.perf_counter()  # evaluating is not training: leave it out of tokens a second
-        if log and (step % 10 == 0 or evaluating):
-            row["tokens_per_s"] = round(rate)
-            with open(log, "a") as file:
-                file.write(",".join(str(row.get(name, "")) for name in COLUMNS) + "\n")
+        if step % 10 == 0 or evaluating:
+            row |= {"tokens_per_s": round(rate)} | ({"train_bpb": row["train_loss"] * bpb} if bpb else {})
+            rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
+        if out_dir and (evaluating or saving):
+            try:
+                save_run(model, optimizer, step, out_dir, rows, saving)
+                unsaved = None
+            except OSError as e:
+                unsaved = f"step {step} could not be saved in {out_dir} ({e.strerror or e})"
+                say(f"{unsaved}; training goes on, what was saved before is intact, and the next save is tried")
+        if evaluating or saving:  # this was not training: leave it out of tokens a second
+            last_time, last_step = time.perf_counter(), step
+        if stop:
+            break
     show("")
+    if unsaved:
+        raise TrainingFailed(f"{unsaved}; what was saved before is intact")
     return optimizer
 
 # ====================================================================================================================
@@ -1517,93 +1557,107 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
 # safetensors (8 bytes: the header's length; a JSON header: name -> dtype, shape, place; then the raw numbers), which
 # every other tool reads and which, unlike Python's pickle, cannot contain code.
 #
-# A laptop's lid closes in the middle of a save. So the file is written under another name, flushed to the disk, and
-# then renamed: a rename happens or does not, and under the final name there is never half a file.
+# Batches, dropout and evaluation depend on seed and step alone. So a run that was killed at any moment and goes on from
+# its last checkpoint ends with the same bits as one that never stopped: nothing of a run is outside that file. A file
+# that comes back may have been cut, mixed up or made by an enemy: all of it is checked before one number is used.
+
+def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
+    """Of all that a file says, except for this line itself: one flipped bit anywhere is noticed."""
+    kept = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps([header, kept], sort_keys=True).encode())
+    for part in numbers: digest.update(part)
+    return digest.hexdigest()
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write float32 arrays and string metadata; OSError if that fails, with whatever `path` was before intact."""
-    header, offset = {"__metadata__": metadata}, 0
+    header, offset = {}, 0
     for name, array in arrays.items():
         header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
-    text = json.dumps(header).encode()
+    numbers = [np.ascontiguousarray(array, np.float32).reshape(-1).data for array in arrays.values()]
+    metadata = metadata | {"sha256": sha256_of(header, metadata, numbers)}
+    text = json.dumps({"__metadata__": metadata} | header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8 bytes
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                file.write(np.ascontiguousarray(array, np.float32).data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself must reach the disk as well
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    with whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in numbers: file.write(part)
+
+DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
+          "U8": "u1", "BOOL": "?"}
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The float32 arrays of a file and its metadata; UserError if the file is not what it should be."""
+    """The arrays of a file, as windows on it that are read when they are used, and its metadata. (bfloat16 comes as
+    uint16.) UserError unless the header describes the file to the last byte, and the file is what its writer wrote."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100 << 20):
-                raise ValueError("not a safetensors file, or cut off")
-            header = json.loads(file.read(length))
-            metadata, arrays = header.pop("__metadata__", {}), {}
-            for name, entry in header.items():
-                start, end = entry["data_offsets"]
-                if entry["dtype"] != "F32" or end - start != 4 * math.prod(entry["shape"]) or start < 0:
-                    raise ValueError(f"{name} is not a float32 array of its size")
-                if 8 + length + end > size:
-                    raise ValueError(f"cut off: {name} ends beyond the end of the file")
-                file.seek(8 + length + start)
-                arrays[name] = np.fromfile(file, np.float32, (end - start) // 4).reshape(entry["shape"])
-            return arrays, metadata
+        if not path.is_file():
+            raise FileNotFoundError(0, "there is no such file")
+        data = np.memmap(path, np.uint8, "r")
+        length = int.from_bytes(data[:8].tobytes(), "little")
+        if length > min(len(data) - 8, 32 << 20):  # (GPT-2's largest has a header of 0.1 MB)
+            raise ValueError("it is cut off, or not a safetensors file")
+        header, body, place, arrays = json.loads(data[8:8 + length].tobytes()), data[8 + length:], 0, {}
+        metadata = header.pop("__metadata__", {})
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind, shape, (start, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+            if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(body) for n in shape):
+                raise ValueError(f"{name} has an impossible shape")
+            if start != place or end > len(body) or end - start != kind.itemsize * math.prod(shape):
+                raise ValueError(f"{name} is not where its neighbours leave room for it, or the file is cut off")
+            arrays[name], place = body[start:end].view(kind).reshape(shape), end
+        if place != len(body) or not all(type(value) is str for value in metadata.values()):
+            raise ValueError("it has bytes that no header speaks of, or metadata that is not text")
+        if "sha256" in metadata and metadata["sha256"] != sha256_of(header, metadata, [body]):
+            raise ValueError("its bytes are not those that were written (wrong SHA-256)")
+        return arrays, metadata
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged: {e}") from e
 
-def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: Path) -> Path:
-    """See GPT.save_checkpoint. Adam's averages are saved as optimizer.m.<name> and optimizer.v.<name>."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    arrays = model.unpack(model.flat.numpy())
-    gpt_config = json.dumps(dataclasses.asdict(model.config))
-    metadata = {"format": "minimiggy", "iter_num": str(iter_num), "gpt_config": gpt_config}
+FORMAT = "minimiggy 2"
+PARTS = "", "optimizer.m.", "optimizer.v."  # before the names of the weights and of Adam's averages
+
+def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
+    """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path."""
+    path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
     if model.tokenizer:
         metadata["tokenizer"] = model.tokenizer.to_json()
     if model.data:
         metadata["data"] = model.data
     if optimizer:
         metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
-        for kind, average in (("m", optimizer.m), ("v", optimizer.v)):
-            named = model.unpack(average.numpy())
-            arrays |= {f"optimizer.{kind}.{name}": array for name, array in named.items()}
-    path = out_dir / f"ckpt_{iter_num}.safetensors"
+    vectors = zip(PARTS, [model.flat, optimizer.m, optimizer.v] if optimizer else [model.flat])
+    arrays = {part + name: array for part, vector in vectors for name, array in model.unpack(fetch(vector)).items()}
     write_safetensors(path, arrays, metadata)
     return path
 
-def load_checkpoint(model: GPT, path: Path, optimizer: AdamW | None) -> int:
-    """See GPT.load_checkpoint. Nothing changes unless everything fits."""
-    arrays, metadata = read_safetensors(path)
-
-    def gather(prefix: str) -> np.ndarray:
+def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
+    """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError, and nothing has
+    changed, unless everything fits."""
+    arrays, metadata = read_safetensors(Path(path))
+    if metadata.get("format") != FORMAT or "sha256" not in metadata or not metadata.get("iter_num", "").isdecimal():
+        raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
+    for name in arrays.keys() - {part + name for part in PARTS for name in model.shapes}:
+        raise UserError(f"{path} does not fit this model, which has no {name}")
+    vectors = {}
+    for part in PARTS if optimizer else PARTS[:1]:
         for name, shape in model.shapes.items():
-            found = arrays[prefix + name].shape if prefix + name in arrays else "missing"
-            if found != shape:
-                raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not {shape}")
-        return model.pack({name: arrays[prefix + name] for name in model.shapes})
-
-    pairs = [(model.flat, gather(""))]
+            array = arrays.get(part + name)
+            if array is None or array.shape != shape or array.dtype != np.float32:
+                found = "missing" if array is None else f"{array.dtype} {array.shape}"
+                raise UserError(f"{path} does not fit this model: {part + name} is {found}, not float32 {shape}")
+        vectors[part] = model.pack((name, arrays[part + name]) for name in model.shapes)
+        if not np.isfinite(vectors[part]).all():
+            raise UserError(f"{path} is damaged: it has numbers that are not finite")
+    model.set(vectors[""])
     if optimizer:
-        pairs += [(optimizer.m, gather("optimizer.m.")), (optimizer.v, gather("optimizer.v."))]
-    for tensor, array in pairs:
-        put(tensor, array)
-    return int(metadata.get("iter_num", 0))
+        put(optimizer.m, vectors[PARTS[1]])
+        put(optimizer.v, vectors[PARTS[2]])
+    return int(metadata["iter_num"])
+
+GPT.save_checkpoint, GPT.load_checkpoint = save_checkpoint, load_checkpoint
 
 def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
     """The model of a checkpoint with its tokenizer, the config that it was trained with, and the iteration."""
@@ -1612,18 +1666,64 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
         config = GPTConfig(**json.loads(metadata["gpt_config"]))
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
         train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path} is no MiniMiggy checkpoint ({type(e).__name__}: {e})") from e
-    model = GPT(config, tokenizer)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is not a checkpoint of MiniMiggy ({type(e).__name__}: {e})") from e
+    model = GPT(config, tokenizer, seed=None)  # (takes no memory before every shape has been compared)
     model.data = metadata.get("data")
     return model, train_config, model.load_checkpoint(path)
 
-def newest_checkpoint(out_dir: Path) -> Path:
-    """The checkpoint of the highest iteration in a folder; UserError, with what to type, if there is none."""
-    found = [p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdigit()]
+def checkpoints(out_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by iteration, the newest last; UserError, with what to type, if there is none."""
+    found = {int(p.stem[5:]): p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdecimal()}
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
-    return max(found, key=lambda p: int(p.stem[5:]))
+    return dict(sorted(found.items()))
+
+def newest(out_dir: Path) -> tuple[Path, GPT, TrainConfig, int]:
+    """The newest checkpoint that is whole, opened; what is skipped is named."""
+    for path in reversed(checkpoints(out_dir).values()):
+        try:
+            opened = path, *open_checkpoint(path)
+        except UserError as e:
+            error = e
+            say(f"skipped: {error}")
+        else:
+            return opened
+    raise error
+
+def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
+    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss in the log's `rows`."""
+    found, columns = checkpoints(out_dir), (row.split(",") for row in rows)
+    losses = {int(step): float(val_loss) for step, _, val_loss, *_ in columns if val_loss and int(step) in found}
+    best = [min(losses, key=losses.get)] if losses else []
+    for step in found.keys() - [*list(found)[-keep:], *best]: found[step].unlink()
+
+@contextmanager
+def alone(out_dir: Path):
+    """Let only one run at a time write into a folder. The lock is on the open folder, so it goes when the process does,
+    however that ends; and what a killed one left half written goes now."""
+    is_new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is at work in {out_dir}: wait for it, or choose another --out-dir") from None
+    try:
+        for unfinished in out_dir.glob("*.tmp"): unfinished.unlink()
+        yield
+    finally:
+        os.close(handle)
+        if is_new and not any(out_dir.iterdir()): out_dir.rmdir()
+
+def set_aside(out_dir: Path) -> None:
+    """Move what an earlier run left into a folder of its own, so that --train never writes over it."""
+    old = [p for p in [*out_dir.glob("ckpt_*.safetensors"), out_dir / "log.csv"] if p.exists()]
+    if old:
+        n = next(n for n in itertools.count(1) if not (out_dir / f"run-{n}").exists())
+        (out_dir / f"run-{n}").mkdir()
+        for path in old: path.rename(out_dir / f"run-{n}" / path.name)
+        say(f"the run that was in {out_dir} is now in {out_dir / f'run-{n}'}")
 
 # ====================================================================================================================
 # Chapter 8. Sampling
@@ -1672,19 +1772,24 @@ def decoder(model: GPT):
         return fetch(replay_step() if len(ids) == 1 else replay_start())
     return call
 
-def draw(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> int:
+def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 0.8, top_k: int = 0,
+         top_p: float = 1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest, 1 is the model's own opinion, above that it grows
-    bolder; top_k leaves only the k likeliest to choose from."""
+    bolder; top_k leaves only the k likeliest to choose from, top_p the fewest that have this share of all probability
+    ("nucleus sampling", arXiv:1904.09751)."""
     if temperature == 0:
         return int(logits.argmax())
     logits = logits.astype(np.float64) / temperature
-    if top_k and top_k < len(logits):
-        logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+    if top_k or top_p < 1:
+        likeliest = np.argsort(-logits)[:top_k or None]
+        p = np.exp(logits[likeliest] - logits.max())
+        likeliest = likeliest[:1 + (np.cumsum(p)[:-1] < top_p * p.sum()).sum()]
+        return int(rng.choice(likeliest, p=p[:len(likeliest)] / p[:len(likeliest)].sum()))
     # The Gumbel trick: the largest of log-probabilities plus Gumbel noise is a draw from the distribution.
     return int((logits + rng.gumbel(size=len(logits))).argmax())
 
-def stream(model: GPT, ids: list[int], max_tokens: int, temperature: float, top_k: int | None, seed):
-    """Yield the next `max_tokens` tokens after the prompt `ids`, which has at least one."""
+def stream(model: GPT, ids: list[int], max_tokens: int, seed, **how):
+    """Yield the next `max_tokens` tokens after the prompt `ids`, which has at least one; `how` is for `draw`."""
     step, T, rng = decoder(model), model.config.block_size, np.random.default_rng(seed)
     half = max(1, T // 2)
     text, done = ids[-T:], 0                         # what the model is to see, and how much of it is in the cache
@@ -1694,19 +1799,34 @@ def stream(model: GPT, ids: list[int], max_tokens: int, temperature: float, top_
         while done < len(text):
             n = half if done == 0 and len(text) >= half else 1
             logits, done = step(text[done:done + n], done), done + n
-        text.append(draw(logits, temperature, top_k, rng))
+        text.append(draw(logits, rng, **how))
         yield text[-1]
 
-def sample(model: GPT, prompt: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
-    """Print the prompt and, as it comes, what the model writes after it."""
-    if model.tokenizer is None: raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
+def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how) -> Tensor:
+    """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
+    rows = [row + list(stream(model, row, max_tokens, (seed, i), **how)) for i, row in enumerate(x.tolist())]
+    return Tensor(np.array(rows, np.int32))
+
+GPT.generate = generate
+
+def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how) -> None:
+    """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`."""
+    if model.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
-    # A character may be spread over several tokens: it is printed when its last byte has come.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(prompt, end="", flush=True)
-    for token in stream(model, ids, max_tokens, temperature, top_k, seed):
-        print(printable(decoder.decode(model.tokenizer.decode_bytes(token))), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    # A character may be spread over several tokens: it is printed when its last byte has come. And the beginning of
+    # what may become `stop` waits until that is decided.
+    decoder, waiting = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+    print(printable(prompt), end="", flush=True)
+    for token in stream(model, ids, max_tokens, seed, **how):
+        waiting += decoder.decode(model.tokenizer.decode_bytes(token))
+        if stop and stop in waiting:
+            waiting = waiting[:waiting.index(stop)]
+            break
+        ready = max(0, len(waiting) - max(0, len(stop) - 1))
+        print(printable(waiting[:ready]), end="", flush=True)
+        waiting = waiting[ready:]
+    print(printable(waiting + decoder.decode(b"", final=True)))
 
 # ====================================================================================================================
 # Chapter 9. Proving it
@@ -1728,8 +1848,8 @@ def gradcheck(seed: int) -> bool:
     theta = model.flat.numpy() + 0.1 * rng.standard_normal(model.flat.shape, np.float32)  # no bias is zero by accident
     put(model.flat, theta)
     gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
-    model.ops, theta = Plain, theta.astype(np.float64)
-    model.bind(Tensor(theta).realize())
+    model.ops, model.flat, theta = Plain, None, theta.astype(np.float64)
+    model.set(theta)
     loss = recorded(Plain, lambda: model.loss(x, y).realize())
 
     def loss_at(i: int, value: float) -> float:
@@ -1767,12 +1887,8 @@ def blas_gflops() -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * 1024**3 / min(seconds) / 1e9
 
-def peak_mb() -> float | None:
-    """The most memory that this process has had, in MB (None on Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
+def peak_mb() -> float:
+    """The most memory that this process has had, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
@@ -1789,7 +1905,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
         result |= {"ms_per_step": 1e3 * median, "gflops": step_flops(config, train_config) / median / 1e9}
     else:
         warm_up = config.block_size + 1  # until the window has moved once, and everything is compiled
-        for i, _ in enumerate(stream(model, [0], warm_up + 400, 0.8, None, 0)):
+        for i, _ in enumerate(stream(model, [0], warm_up + 400, seed=0)):
             if i == warm_up:
                 start = time.perf_counter()
         rate = 399 / (time.perf_counter() - start)
@@ -1800,8 +1916,8 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
 # ====================================================================================================================
 # Chapter 10. The command line
 #
-# Every field of the two configs is a flag. Where a flag is not given, the command line has defaults of its own: they
-# make a first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
+# Every field of the configs is a flag. Where a flag is not given, the command line has defaults of its own: they make a
+# first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
 
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200, "learning_rate": 4e-3}
 
@@ -1813,40 +1929,41 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> Parser:
     parser = Parser(prog="minimiggy.py", description="Train, sample and read a GPT in one file.", allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
-  python minimiggy.py --train                       learn from tiny Shakespeare
-  python minimiggy.py --train --data my.txt         learn from your own text
-  python minimiggy.py --resume --max-iters 4000     go on where the newest checkpoint left off
-  python minimiggy.py --sample "ROMEO:"             let the newest checkpoint write""")
+  python minimiggy.py --train                             learn from tiny Shakespeare
+  python minimiggy.py --train --data my.txt               learn from your own text
+  python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
+  python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
+  python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50""")
     what = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
     what.add_argument("--train", action="store_true", help="train a model from the start")
     what.add_argument("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
-    what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint")
+    what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint "
+                      "(FILE:name takes the prompt from a file, - from standard input)")
+    what.add_argument("--eval-only", action="store_true", help="the loss on the whole validation text")
     what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
+    parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
     group = parser.add_argument_group("text and files")
     group.add_argument("--data", metavar="NAME|FILE", help="the text to learn from: shakespeare (the default), play, "
                        "or a UTF-8 text file")
-    group.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], default="bpe", help="learn a vocabulary from "
-                       "the text (the default), use plain bytes, or GPT-2's 50257 tokens")
+    group.add_argument("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
+    group.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], help="learn a vocabulary from the text (the "
+                       "default), use plain bytes, or GPT-2's 50257 tokens")
     group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
                        "(default: checkpoints)")
+    group.add_argument("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
+    group.add_argument("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
     group = parser.add_argument_group("the machine")
     group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES} here)")
     group.add_argument("--plain", action="store_true", help="chapter 4's operations, without chapter 5's kernels")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--checkpoint", metavar="FILE", help="sample from this checkpoint instead of the newest")
-    group.add_argument("--max-tokens", "--max_tokens", type=int, default=300, metavar="N", help="tokens to write "
-                       "(default: 300)")
-    group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token; 1: "
-                       "as the model thinks; more: bolder (default: 0.8)")
-    group.add_argument("--top-k", "--top_k", type=int, metavar="K", help="draw among the K likeliest tokens only")
-    for title, config in (("the model", GPTConfig), ("training", TrainConfig)):
+    for title, config in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
             names = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"])
             kind = {"int": int, "float": float}[f.type]
             group.add_argument(*names, dest=f.name, type=kind, metavar="N" if kind is int else "X",
                                help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
+    group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
     return parser
 
 def given(args: argparse.Namespace, config: type) -> dict:
@@ -1862,12 +1979,45 @@ def chosen(args: argparse.Namespace, config: type):
         values["min_lr"] = values["learning_rate"] / 10
     return config(**values)
 
-def run_train(args: argparse.Namespace) -> None:
-    """--train and --resume."""
-    out_dir, start, optimizer = Path(args.out_dir), 0, None
+@contextmanager
+def finishing_the_step():
+    """Yields a list, into which Ctrl-C, `kill` and a closed terminal put their signal instead of ending the program: so
+    a training step can be finished and saved. A second signal ends it at once; the last checkpoint is whole."""
+    caught, wanted = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def catch(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        with suppress(OSError):
+            os.write(2, b"\nfinishing this step, then saving (the same again stops at once)\n")
+    before = {n: signal.signal(n, catch) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
+    try:
+        yield caught
+    finally:
+        for n, handler in before.items(): signal.signal(n, handler)
+
+def open_model(args: argparse.Namespace) -> tuple[str, GPT, TrainConfig, int]:
+    """The model that the flags ask for, and where it came from."""
+    if args.checkpoint:
+        path, *opened = args.checkpoint, *open_checkpoint(Path(args.checkpoint))
+    else:
+        path, *opened = newest(Path(args.out_dir))
+    model = opened[0]
+    kind = "bytes" if model.tokenizer and model.tokenizer.vocab_size == 256 else getattr(model.tokenizer, "name", None)
+    flags = given(args, GPTConfig) | ({"tokenizer": args.tokenizer} if args.tokenizer else {})
+    for name, value in flags.items():
+        here = kind if name == "tokenizer" else getattr(model.config, name)
+        if value != here:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, whose model has {here}: leave the "
+                            "flag away, or --train a new model")
+    return path, *opened
+
+def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
+    """--train and --resume; returns the exit code."""
+    start, optimizer = 0, None
     if args.resume:
-        path = newest_checkpoint(out_dir)
-        model, config, start = open_checkpoint(path)
+        path, model, config, start = open_model(args)
         config = dataclasses.replace(config, **given(args, TrainConfig))
         if start >= config.max_iters:
             raise UserError(f"{path} has all its {config.max_iters} steps: give a higher --max-iters to go on")
@@ -1875,67 +2025,95 @@ def run_train(args: argparse.Namespace) -> None:
         model.load_checkpoint(path, optimizer)
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
-    text, name = load_text(args.data or (model.data if args.resume else None))
+    text, name = load_text(args.data or (model.data if args.resume else None), args.replace_bad_bytes)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
-    train_text, val_text = split_text(text)
+    parts, n_bytes = split_text(text), len(text)
     if not args.resume:
-        tokenizer = (BPETokenizer("gpt2") if args.tokenizer == "gpt2" else
-                     BPETokenizer.train(train_text, 256 if args.tokenizer == "bytes" else gpt_config.vocab_size))
+        # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
+        places = range(0, len(parts[0]), max(1 << 20, len(parts[0]) // 10))
+        tokenizer = BPETokenizer("gpt2") if args.tokenizer == "gpt2" else BPETokenizer.train(
+            "".join(str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places),
+            256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
-    model.data = name
-    c, tokenizer = model.config, model.tokenizer
-    train_data, val_data = tokenizer.encode_array(train_text), tokenizer.encode_array(val_text)
-    n_bytes, n_tokens = len(text.encode()), len(train_data) + len(val_data)
+        set_aside(out_dir)
+    train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
+    c, tokenizer, model.data = model.config, model.tokenizer, name
+    del text, parts  # 200 MB of text need not stay
     seconds = (config.max_iters - start) * step_flops(c, config) / (0.5e9 * blas_gflops())
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
-    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {n_bytes / n_tokens:.2f} bytes each on average")
+    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, "
+        f"{n_bytes / (len(train_data) + len(val_data)):.2f} bytes each on average")
     say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, "
         f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context")
     say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x {c.block_size} "
         f"tokens each, on {Device.DEFAULT}" + (f" ({CORES} cores)" if model.ops is Fast else "")
-        + f"; about {clock(seconds)} min if nothing else runs")
-    say()
-    train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir)
-    say(f"\nsaved {newest_checkpoint(out_dir)}; now try: python minimiggy.py --sample \"ROMEO:\""
-        + ("" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"))
+        + f"; about {clock(seconds)} min if nothing else runs\n")
+    train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
+    folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
+    if stop:
+        say(f"stopped; to go on: python minimiggy.py --resume{folder}")
+        return 128 + stop[0]
+    if config.keep:
+        say(f"\nsaved {list(checkpoints(out_dir).values())[-1]}; now try: python minimiggy.py --sample \"ROMEO:\"{folder}")
+    return 0
+
+def run_eval(args: argparse.Namespace) -> None:
+    """--eval-only."""
+    path, model, config, _ = open_model(args)
+    text, name = load_text(args.data or model.data, args.replace_bad_bytes)
+    val_data = model.tokenizer.encode_array(split_text(text)[1])
+    loss = evaluate(model, val_data, config.batch_size)
+    say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the last "
+        f"tenth of {name}, {len(val_data):,} tokens")
 
 def run_sample(args: argparse.Namespace) -> None:
     """--sample."""
-    if args.max_tokens < 0 or not args.temperature >= 0 or (args.top_k is not None and args.top_k < 1):
-        raise UserError("--max-tokens and --temperature must not be negative, and --top-k must be at least 1")
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint(Path(args.out_dir))
-    model, _, _ = open_checkpoint(path)
-    sample(model, args.sample, args.max_tokens, args.temperature, args.top_k,
-           time.time_ns() if args.seed is None else args.seed)
+    how, prompt = dataclasses.asdict(chosen(args, SampleConfig)), args.sample
+    _, model, _, _ = open_model(args)
+    if prompt.startswith("FILE:"):
+        prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
+    elif prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    seed = time.time_ns() if args.seed is None else args.seed
+    for n in range(how.pop("num_samples")):
+        sample(model, prompt, seed=(seed, n), stop=args.stop, **how)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
+    global CORES, PLAIN
     try:
         args = make_parser().parse_args(argv)
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
         if args.devices is not None and not 1 <= args.devices <= 1024:
             raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
-        global CORES, PLAIN
         CORES, PLAIN = args.devices or CORES, args.plain
         if args.train or args.resume:
-            run_train(args)
-        elif args.sample is not None:
+            with alone(Path(args.out_dir)), finishing_the_step() as stop:
+                return run_train(args, Path(args.out_dir), stop)
+        if args.sample is not None:
             run_sample(args)
+        elif args.eval_only:
+            run_eval(args)
         elif args.gradcheck:
             return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
         else:
             bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
-    except (UserError, OSError) as e:
-        show("")
-        print(f"minimiggy: {e}", file=sys.stderr)
-        return 2
+        return 0
+    except BrokenPipeError:  # as in `... | head`: who listened has heard enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
-        show("")
-        print("minimiggy: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        code, e = 130, "stopped"
+    except TrainingFailed as failure:
+        code, e = 1, failure
+    except (UserError, OSError) as mistake:
+        code, e = 2, mistake
+    show("")
+    print(f"minimiggy: {e}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     sys.exit(main())
