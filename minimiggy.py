@@ -1493,6 +1493,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at "
                             f"{model.config.vocab_size - 1}")
     optimizer, out_dir = optimizer or AdamW(model, config), None if out_dir is None else Path(out_dir)
+    if out_dir:
+        out_dir.mkdir(parents=True, exist_ok=True)
     rows, unsaved = log_rows(out_dir / "log.csv", start) if out_dir else [], None
     bpb, val_bpb = (bits_per_byte(tokenizer, ids) if tokenizer and ids is not None else None for ids in (data, val))
     tokens_a_step, began = config.grad_accum * config.batch_size * T, time.perf_counter()
@@ -1666,8 +1668,8 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
         config = GPTConfig(**json.loads(metadata["gpt_config"]))
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
         train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is not a checkpoint of MiniMiggy ({type(e).__name__}: {e})") from e
+    except (UserError, KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} cannot be opened: {e if isinstance(e, UserError) else repr(e)}") from e
     model = GPT(config, tokenizer, seed=None)  # (takes no memory before every shape has been compared)
     model.data = metadata.get("data")
     return model, train_config, model.load_checkpoint(path)

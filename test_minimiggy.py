@@ -1,10 +1,22 @@
 """What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, the README."""
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import math
+import os
+import random as random_numbers
 import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -503,6 +515,254 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
     assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
 
 
+# --------------------------------------------------------------------------------------------- nothing is ever lost
+
+def kill_and_resume(kills, folder):
+    """Kill a short run at random moments, every second time inside a save, and resume it; how many of them end with the
+    checkpoint and the log of the run that was never stopped, to the last bit? Also a command: see README."""
+    rng, folder, fsync = random_numbers.Random(kills), Path(folder), os.fsync
+    (folder / "my.txt").write_text(TEXT[:20_000])
+    start = ["--train", "--data", str(folder / "my.txt"), *SMALL, "--max-iters", "30", "--eval-interval", "6", "--save-every",
+             "2", "--dropout", "0.1"]
+
+    def child(flags, out, die_at=0):
+        """Run the command line in a process of its own, which dies at its `die_at`-th flush to the disk."""
+        if (pid := os.fork()) == 0:
+            flushes = itertools.count(1)
+
+            def flush(fd):
+                if next(flushes) == die_at:
+                    if os.path.isfile(f"/proc/self/fd/{fd}"):  # not all had been written yet
+                        os.ftruncate(fd, rng.randrange(os.fstat(fd).st_size))
+                    os.kill(os.getpid(), signal.SIGKILL)
+                fsync(fd)
+            os.fsync, sys.stdout = flush, open(os.devnull, "w")  # noqa: SIM115
+            os._exit(main([*flags, "--out-dir", str(out)]))
+        return pid
+
+    def what_is_left(out):
+        rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+        log = [row[:6] + row[7:] for row in rows]  # all but tokens_per_s, which a clock measures
+        return log, (out / "ckpt_30.safetensors").read_bytes(), sorted(p.name for p in out.iterdir())
+
+    began = time.perf_counter()
+    assert os.waitpid(child(start, folder / "whole"), 0)[1] == 0
+    began = time.perf_counter()  # (the first one also compiled)
+    assert os.waitpid(child(start, folder / "again"), 0)[1] == 0
+    took, want, same, saves = time.perf_counter() - began, what_is_left(folder / "whole"), 0, 0
+    for n in range(kills):
+        out = folder / str(n)
+        pid = child(start, out, die_at=rng.randint(1, 60) if n % 2 else 0)
+        if n % 2 == 0:
+            time.sleep(rng.uniform(0, took))
+            os.kill(pid, signal.SIGKILL)
+        killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+        resumable = out.exists() and list(out.glob("ckpt_*.safetensors"))
+        assert os.waitpid(child(["--resume"] if resumable else start, out), 0)[1] == 0 or not killed
+        left = what_is_left(out)
+        same, saves = same + (left[:2] == want[:2] and not [f for f in left[2] if f.endswith(".tmp")]), saves + (n % 2 and killed)
+        shutil.rmtree(out)
+    print(f"{same} of {kills} ended with the same bits; {saves} were killed inside a save")
+    return same, saves
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
+    command = [sys.executable, str(HERE / "test_minimiggy.py"), "20", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
+    assert "20 of 20 ended with the same bits; 10 were killed inside a save" in result.stdout, result
+
+
+def test_two_signals(tmp_path):
+    command = [sys.executable, str(HERE / "minimiggy.py"), "--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL,
+               "--max-iters", "1000000", "--eval-interval", "500000", "--save-every", "100"]
+    for number, times, code in ((signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130)):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
+        while not list(tmp_path.glob("ckpt_*")) and process.poll() is None:
+            time.sleep(0.02)
+        for _ in range(times):
+            process.send_signal(number)
+            time.sleep(0.001)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == code and "Traceback" not in err
+        newest = list(minimiggy.checkpoints(tmp_path).values())[-1]
+        assert minimiggy.open_checkpoint(newest)[2] > 0
+        if times == 1:
+            assert "--resume --out-dir" in out and "finishing" in err
+        for path in tmp_path.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def mutated(whole, rng):
+    """A checkpoint with something wrong: a flipped bit, a cut, or a header edited by someone who can sign it anew."""
+    kind, data = rng.randrange(4), bytearray(whole)
+    if kind == 0:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        return bytes(data)
+    if kind == 1:
+        return bytes(data[:rng.randrange(len(data))] + bytes(rng.choice([0, 0, 100])))
+    if kind == 2:
+        return rng.choice([0, 7, len(data), 2**31, 2**40, 2**64 - 1]).to_bytes(8, "little") + data[8:]
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8:8 + length]), data[8 + length:]
+    metadata, name = header.pop("__metadata__"), rng.choice(list(header))
+    odd = [-1, 0, 3, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40], [0, 2**40], [-8, 8]]
+    if rng.random() < 0.5:
+        entry = header[name]
+        key = rng.choice([*entry, "shape", "data_offsets"])
+        if isinstance(entry[key], list) and rng.random() < 0.7:
+            entry[key][rng.randrange(len(entry[key]))] = rng.choice(odd)
+        else:
+            entry[key] = rng.choice([*odd, "F64", "BF16"])
+    else:
+        key = rng.choice([*metadata, "gpt_config", "tokenizer"])
+        if key in ("gpt_config", "tokenizer", "train_config"):
+            values = json.loads(metadata[key])
+            values[rng.choice([*values, "surprise"])] = rng.choice([*odd, [[0, 0]] * 200, [[-1, 5]], [[256, 256]]])
+            metadata[key] = json.dumps(values)
+        else:
+            metadata[key] = rng.choice(odd)
+    if rng.random() < 0.8 and all(type(value) is str for value in metadata.values()):
+        metadata["sha256"] = minimiggy.sha256_of(header, metadata, [body])
+    text = json.dumps({"__metadata__": metadata} | header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def test_500_mutated_checkpoints_load_exactly_or_are_refused_in_one_line(tokenizer, tmp_path):
+    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=96), tokenizer)
+    whole = model.save_checkpoint(1, AdamW(model, QUICK), tmp_path).read_bytes()  # 3 MB
+    rng, path, loaded = random_numbers.Random(0), tmp_path / "bad", 0
+    for i in range(500):
+        path.write_bytes(mutated(whole, rng))
+        tracemalloc.start()
+        try:
+            again = minimiggy.open_checkpoint(path)[0]
+        except UserError as e:
+            assert str(path) in str(e) and "\n" not in str(e), i
+        else:
+            assert (again.flat.numpy() == model.flat.numpy()).all(), i
+            loaded += 1
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(whole), i
+        tracemalloc.stop()
+    assert loaded < 100  # (what is left of those that only change, say, a learning rate, and are signed anew)
+    assert main(["--sample", "x", "--checkpoint", str(path)]) == 2
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = GPT(TINY)
+    minimiggy.put(model.flat, np.full(model.flat.shape, np.nan, np.float32))
+    with pytest.raises(UserError, match="not finite"):
+        GPT(TINY).load_checkpoint(model.save_checkpoint(1, None, tmp_path))
+
+
+def test_resume_skips_a_damaged_newest_checkpoint_and_says_so(run, tmp_path, capsys):
+    shutil.copytree(run[2], tmp_path / "run")
+    (tmp_path / "run" / "ckpt_9.safetensors").write_bytes(b"half of a fi")
+    path, *_, step = minimiggy.newest(tmp_path / "run")
+    assert step == 6 and path.name == "ckpt_6.safetensors" and "ckpt_9" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    for step in range(1, 8):
+        (tmp_path / f"ckpt_{step}.safetensors").touch()
+    minimiggy.prune(tmp_path, 2, ["1,4.0,4.1,,,,,", "2,3.0,3.1,,,,,", "3,2.0,,,,,,", "4,2.0,3.5,,,,,", "9,1.0,1.0,,,,,"])
+    assert list(minimiggy.checkpoints(tmp_path)) == [2, 6, 7]
+
+
+def test_a_full_disk_stops_nothing_and_loses_nothing(tokenizer, ids, tmp_path, monkeypatch, capsys):
+    real, full_at, limit = minimiggy.save_run, {4}, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_run(model, optimizer, step, *rest):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if step in full_at else limit[0], limit[1]))
+        try:
+            real(model, optimizer, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    monkeypatch.setattr(minimiggy, "save_run", save_run)
+    config = TrainConfig(batch_size=4, max_iters=6, eval_interval=2, eval_iters=1)
+    train(GPT(TINY, tokenizer), config, ids, ids[:500], out_dir=tmp_path / "a")
+    assert list(minimiggy.checkpoints(tmp_path / "a")) == [2, 6] and "step 4 could not be saved" in capsys.readouterr().out
+    full_at |= {6}
+    with pytest.raises(minimiggy.TrainingFailed, match="step 6 could not be saved"):
+        train(GPT(TINY, tokenizer), config, ids, ids[:500], out_dir=tmp_path / "b")
+    assert minimiggy.open_checkpoint(tmp_path / "b" / "ckpt_2.safetensors")[2] == 2
+    assert not list(tmp_path.glob("*/*.tmp")) and len((tmp_path / "b" / "log.csv").read_text().splitlines()) == 4
+    monkeypatch.setattr(minimiggy, "train", functools.partial(throw, minimiggy.TrainingFailed("no room")))
+    assert main(["--train", "--data", "play", "--out-dir", str(tmp_path / "c"), *SMALL]) == 1
+
+
+def throw(error, *args, **kwargs):
+    raise error
+
+
+def test_numbers_that_go_wrong_stop_the_run_before_they_are_saved(tokenizer, ids, tmp_path):
+    model = GPT(TINY, tokenizer)
+    optimizer = train(model, QUICK, ids, out_dir=tmp_path)
+    weights = model.flat.numpy()
+    weights[5] = math.inf
+    minimiggy.put(model.flat, weights)
+    longer = TrainConfig(batch_size=4, max_iters=9, eval_interval=1, eval_iters=1)
+    with pytest.raises(minimiggy.TrainingFailed, match="step 7 went wrong: with seed 1337 and learning rate 7.00e-05"):
+        train(model, longer, ids, optimizer=optimizer, start=6, out_dir=tmp_path)
+    assert list(minimiggy.checkpoints(tmp_path)) == [3, 6]
+
+
+def test_only_one_run_at_a_time_and_none_is_overwritten(tmp_path, capsys):
+    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL]
+    with minimiggy.alone(tmp_path):
+        assert main(flags) == 2 and "another run is at work" in capsys.readouterr().err
+    assert main([*flags, "--seed", "1"]) == 0 and main([*flags, "--no-checkpoint"]) == 0
+    assert minimiggy.open_checkpoint(tmp_path / "run-1" / "ckpt_4.safetensors")[1].seed == 1
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["log.csv"]
+
+
+@pytest.mark.parametrize(("raw", "text"), [
+    (b"\xef\xbb\xbfto be\r\nor not", "to be\nor not"), (b"\0" * 300_000, "\0" * 300_000),
+    (b" " * 300_000, " " * 300_000), ("שלום עולם 👩‍👩‍👧 ".encode() * 9000, "שלום עולם 👩‍👩‍👧 " * 9000),
+    (b"one line " * 20_000, "one line " * 20_000), ("漢字".encode() * 40_000, "漢字" * 40_000)])
+def test_any_text_is_read_learned_and_encoded_without_loss(raw, text, tmp_path):
+    (tmp_path / "my.txt").write_bytes(raw)
+    read = minimiggy.read_text(tmp_path / "my.txt")
+    assert read == text.encode() and b"".join(minimiggy.split_text(read)) == read
+    tokenizer = BPETokenizer.train(text, 300)
+    assert tokenizer.decode(tokenizer.encode_array(read).tolist()) == text
+
+
+def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
+    (tmp_path / "my.txt").write_bytes(b"x" * 3_000_000 + b"caf\xe9 and more")
+    with pytest.raises(UserError, match="byte 0xe9 at offset 3000003"):
+        minimiggy.read_text(tmp_path / "my.txt")
+    assert minimiggy.read_text(tmp_path / "my.txt", replace=True).endswith("caf\ufffd and more".encode())
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 500, "שלום 👩‍👩‍👧 \0", "\udce9 from a shell"])
+def test_any_prompt_is_written_on_from(run, prompt, capsys):
+    assert main(["--sample", prompt, "--out-dir", str(run[2]), "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith(minimiggy.printable(prompt))
+
+
+# A knob's values just outside its range, and what is no number; `--sample` flags need no checkpoint to be refused.
+BAD = [(flags, f"--{f.name.replace('_', '-')}", value)
+       for flags, config in (("--train", GPTConfig), ("--train", TrainConfig), ("--sample=x", minimiggy.SampleConfig))
+       for f in dataclasses.fields(config) for value in ("nan", "many", "", "-1", "1e99", "9" * 30)]
+
+
+def test_every_flag_refuses_bad_values_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for mode, flag, value in [*BAD, *(("--train", "--devices", v) for v in ("0", "-1", "many", "9" * 30))]:
+        assert main([mode, f"{flag}={value}"]) == 2, (flag, value)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and flag in error, (flag, value, error)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--n-layer", "3"], ["--n_embd", "32"], ["--vocab-size", "999"], ["--tokenizer", "gpt2"]])
+def test_model_flags_that_contradict_the_checkpoint_are_named(run, flags, capsys):
+    for mode in (["--resume"], ["--sample", "x"], ["--eval-only"]):
+        assert main([*mode, "--out-dir", str(run[2]), *flags]) == 2
+        assert flags[0].replace("_", "-") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "names"), [
     (["--train", "--data", "no/such/file.txt"], "no/such/file.txt"),
     (["--train", "--data", "EMPTY"], "empty"),
@@ -554,3 +814,9 @@ def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
     (tmp_path / "my.txt").write_text(TEXT[:20_000])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as room:
+        same, _ = kill_and_resume(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else room)
+    sys.exit(same != int(sys.argv[1]))
