@@ -46,6 +46,7 @@ import statistics
 import sys
 import tempfile
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -284,7 +285,7 @@ def show(line: str) -> None:
 
 def printable(text: str) -> str:
     """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
 
 # ====================================================================================================================
 # Chapter 3. The tokenizer
@@ -462,7 +463,8 @@ class Plain:
         B, T, C3 = qkv.shape
         q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
-        scores = Tensor.ones(T, T, dtype=dtypes.bool).tril().where(scores, -math.inf)  # no future
+        past = Tensor.ones(T, T, dtype=dtypes.bool).tril().to(qkv.device)
+        scores = past.where(scores, -math.inf)                                           # no future
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -499,7 +501,7 @@ class Dropout:
         if self.rate == 0 or self.key is None:
             return x
         self.places += 1  # each place in the network gets numbers of its own
-        h = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape)
+        h = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape).shard_like(x)
         h = (h + self.key + self.places * 0x9E3779B9 % 2**32) * 0x85EBCA6B
         h = (h ^ (h >> 15)) * 0xC2B2AE35  # multiply, fold, multiply: the finish of MurmurHash3
         h = h ^ (h >> 13)
@@ -1361,6 +1363,20 @@ def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
     Tensor.realize(loss, *written)
     return model.grad
 
+DEVICES = 1  # --devices sets it, where Plain runs
+
+def spread_loss(model: GPT, x: Tensor, y: Tensor, key: Tensor) -> Tensor:
+    """The loss of a batch (B, T), computed on DEVICES devices. Each gets a share of the sequences and a copy of all
+    parameters; tinygrad sums their gradients on the first. (Fast's kernels share their loops among cores instead.)"""
+    if DEVICES == 1 or model.ops is Fast:
+        return model.loss(x, y, key)
+    devices, parameters = tuple(f"{Device.DEFAULT}:{n}" for n in range(DEVICES)), get_state_dict(model).values()
+    before = [Tensor(parameter.uop) for parameter in parameters]
+    for parameter in parameters: parameter.replace(parameter.shard(devices))
+    loss = model.loss(x.shard(devices, axis=0), y.shard(devices, axis=0), key.shard(devices)).to(Device.DEFAULT)
+    for parameter, single in zip(parameters, before, strict=True): parameter.replace(single)
+    return loss
+
 class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
 
@@ -1382,7 +1398,7 @@ class AdamW:
         """
         c, model, losses, grad = self.config, self.model, [], None
         for i in range(c.grad_accum):
-            losses.append(model.loss(self.x[i], self.y[i], self.key + i))
+            losses.append(spread_loss(model, self.x[i], self.y[i], self.key + i))
             part = flat_gradient(model, losses[-1])
             grad = part if c.grad_accum == 1 else (part / c.grad_accum + (0 if grad is None else grad)).contiguous()
             grad.realize()
@@ -1461,10 +1477,11 @@ class TrainingFailed(Exception):
     """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
 def examine(model: GPT, config: TrainConfig, data: np.ndarray, val: np.ndarray | None, step: int) -> dict[str, float]:
-    """The losses at an evaluation. In the end the validation text is read whole; on the way a sample of it will do."""
+    """The losses at an evaluation. In the end all of the validation text is read (of 20 MB, a part); on the way less."""
     losses = {"train_loss": evaluate(model, data, config.batch_size, config.eval_iters)}
     if val is not None:
-        batches = config.eval_iters if step < config.max_iters else None
+        most = math.ceil(len(val) / (config.batch_size * model.config.block_size))
+        batches = min(most, 50 * config.eval_iters) if step == config.max_iters else config.eval_iters
         losses["val_loss"] = evaluate(model, val, config.batch_size, batches)
     return losses
 
@@ -1831,11 +1848,77 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how
     print(printable(waiting + decoder.decode(b"", final=True)))
 
 # ====================================================================================================================
-# Chapter 9. Proving it
+# Chapter 9. Seeing it and proving it
+#
+# What a run has learned is drawn from its log: one curve in the terminal when it ends, and with matplotlib a picture of
+# several runs to compare.
 #
 # Two questions that a reader may ask of any such file. Are the gradients right? The derivative's definition answers:
 # nudge one parameter up and down and see how the loss moves. And is it fast? Milliseconds alone do not tell; the rate
 # of the machine's own matrix product (numpy's BLAS, tuned by experts for years) is the limit to compare with.
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a log.csv, numbers by column, empty cells left out; UserError if it is not the log of a run."""
+    line, *lines = read_text(path).decode().splitlines() or [""]
+    names, rows = line.split(","), []
+    try:
+        if not {"step", "train_loss", "lr"} <= set(names): raise ValueError("another heading")
+        for line in lines:
+            rows.append({n: float(cell) for n, cell in zip(names, line.split(","), strict=True) if cell or n == "step"})
+        return rows
+    except ValueError as e:
+        raise UserError(f"{path} is not the log of a training run, or is damaged, in the line {line[:40]!r}") from e
+
+def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the rows that have a finite value in this column (a run that blows up leaves others)."""
+    return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+
+def chart(rows: list[tuple[float, float]]) -> str:
+    """(step, value) pairs as a curve for the terminal, 10 lines by 64 columns; "" for fewer than two, or a NaN."""
+    if len(rows) < 2 or not np.isfinite(rows).all(): return ""
+    (steps, values), grid = np.array(rows).T, np.full((8, 56), 0x2800)  # braille: a character is 4 rows of 2 dots
+    low, high = values.min(), values.max()
+    depths = np.interp(np.linspace(steps[0], steps[-1], 112), steps, (high - values) / (high - low or 1) * 31)
+    for x, ends in enumerate(itertools.pairwise(np.rint([depths[0], *depths]).astype(int))):
+        for y in range(min(ends), max(ends) + 1):  # where the curve is steep, a column of dots joins its ends
+            grid[y // 4, x // 2] |= ((1, 8), (2, 16), (4, 32), (64, 128))[y % 4][x % 2]  # each dot is a bit
+    labels = [f"{high:6.3f} ┤", *["       │"] * 6, f"{low:6.3f} ┤"]
+    lines = [label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True)]
+    return "\n".join([*lines, "       └" + "─" * 56, f"{steps[0]:<20.0f}{'step':^16}{steps[-1]:>20.0f}".rjust(64)])
+
+def plot(folders: list[str | Path], path: Path):
+    """Draw the logs of these runs into one PNG; return the Figure. UserError without matplotlib or for a bad log."""
+    try:
+        from matplotlib import figure, rc_context
+    except ImportError as e: raise UserError("--plot needs matplotlib: pip install matplotlib") from e
+    logs, late, ends = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}, [], []
+    in_bytes = all(column(rows, "val_bpb") for rows in logs.values())
+    unit, title = ("bpb", "bits per byte") if in_bytes else ("loss", "nats per token")
+    last, peak = (max((y for rows in logs.values() for _, y in column(rows, x)), default=0) for x in ("step", "lr"))
+    with rc_context({"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
+                     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}):
+        picture = figure.Figure(figsize=(8, 5.2), dpi=160)
+        top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
+        for i, (folder, rows) in enumerate(logs.items()):
+            train, val, color = column(rows, f"train_{unit}"), column(rows, f"val_{unit}"), f"C{i}"
+            if not train + val: raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
+            end, value = (val or train)[-1]
+            kept = [point for point in val or train if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
+            top.plot(*zip(*train), color=color, linewidth=0.8, alpha=0.45, zorder=1.9)
+            top.plot(*zip(*val), color=color, linewidth=2, marker="o", markersize=5, markerfacecolor="white")
+            top.plot(*zip(*kept), color=color, linewidth=0, marker="o", markersize=5)
+            bottom.plot(*zip(*column(rows, "lr")), color=color)
+            late += [y for step, y in train + val if step >= min(last / 10, end)]  # the first tenth may stick out
+            ends.append((value, color, folder.resolve().name))
+        gap, place = (max(late) - min(late)) / 17 or 0.1, -math.inf
+        for value, color, name in sorted(ends):  # each name at the end of its curve, or above the name that is there
+            place = max(value, place + gap)
+            top.text(last * 1.03, place, f"{name}  {value:.3f}", color=color, va="center", parse_math=False)
+        top.set(xlim=(0, last * 1.02), ylim=(min(late) - gap, max(late) + gap))
+        top.set_title(f"{title}   (bold: validation, thin: training, ● checkpoint)")
+        bottom.set(title="learning rate", xlabel="step", ylim=0, yticks=[0, peak], yticklabels=["0", f"{peak:g}"])
+        picture.savefig(path, format="png", bbox_inches="tight")
+    return picture
 
 def gradcheck(seed: int) -> bool:
     """Compare the gradient of every parameter of a tiny model with central finite differences, and print a table.
@@ -1942,6 +2025,7 @@ def make_parser() -> Parser:
     what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint "
                       "(FILE:name takes the prompt from a file, - from standard input)")
     what.add_argument("--eval-only", action="store_true", help="the loss on the whole validation text")
+    what.add_argument("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
     parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
@@ -1956,7 +2040,8 @@ def make_parser() -> Parser:
     group.add_argument("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
     group.add_argument("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES} here)")
+    group.add_argument("--devices", type=int, metavar="N", help="CPU cores to use (default: all, "
+                       f"{CORES} here); on other devices, and with --plain, how many of them share a batch (default: 1)")
     group.add_argument("--plain", action="store_true", help="chapter 4's operations, without chapter 5's kernels")
     for title, config in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         group = parser.add_argument_group(title)
@@ -2042,7 +2127,7 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
     train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
     c, tokenizer, model.data = model.config, model.tokenizer, name
     del text, parts  # 200 MB of text need not stay
-    seconds = (config.max_iters - start) * step_flops(c, config) / (0.5e9 * blas_gflops())
+    flops, limit = step_flops(c, config), 1e9 * blas_gflops()
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, "
         f"{n_bytes / (len(train_data) + len(val_data)):.2f} bytes each on average")
@@ -2050,8 +2135,15 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context")
     say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x {c.block_size} "
         f"tokens each, on {Device.DEFAULT}" + (f" ({CORES} cores)" if model.ops is Fast else "")
-        + f"; about {clock(seconds)} min if nothing else runs\n")
+        + f"; about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
+    log = read_log(out_dir / "log.csv")
+    if curve := chart(column(log, "val_bpb")):
+        say(f"\nbits per byte on the validation text\n{curve}")
+    steps_a_second = statistics.median([row["tokens_per_s"] for row in log] or [0]) / (
+        config.grad_accum * config.batch_size * c.block_size)
+    say(f"\n{flops / 1e9:.1f} GFLOP a step, {flops * steps_a_second / 1e9:.0f} GFLOP a second: "
+        f"{flops * steps_a_second / limit:.0%} of this machine's rate for a matrix product in numpy")
     folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
     if stop:
         say(f"stopped; to go on: python minimiggy.py --resume{folder}")
@@ -2083,14 +2175,20 @@ def run_sample(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
-    global CORES, PLAIN
+    global CORES, DEVICES, PLAIN
     try:
         args = make_parser().parse_args(argv)
         if MISSING_COMPILER:
             raise UserError(MISSING_COMPILER)
         if args.devices is not None and not 1 <= args.devices <= 1024:
             raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
-        CORES, PLAIN = args.devices or CORES, args.plain
+        PLAIN = args.plain
+        if default_ops() is Fast:
+            CORES = args.devices or CORES
+        else:
+            DEVICES = args.devices or 1
+            if (args.batch_size or DEFAULTS["batch_size"]) % DEVICES:
+                raise UserError(f"--devices {DEVICES} must divide the batch: choose a --batch-size that it divides")
         if args.train or args.resume:
             with alone(Path(args.out_dir)), finishing_the_step() as stop:
                 return run_train(args, Path(args.out_dir), stop)
@@ -2098,6 +2196,9 @@ def main(argv: list[str] | None = None) -> int:
             run_sample(args)
         elif args.eval_only:
             run_eval(args)
+        elif args.plot:
+            plot(args.plot, Path(args.plot[0]) / "plot.png")
+            say(f"drew {Path(args.plot[0]) / 'plot.png'}")
         elif args.gradcheck:
             return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
         else:

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -793,6 +794,117 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeyp
     error = capsys.readouterr().err
     assert error.startswith("minimiggy: ") and error.count("\n") == 1 and names in error
     assert not (tmp_path / "checkpoints").exists()
+
+
+# ------------------------------------------------------------------------------------------- what people expect
+
+def test_prompts_from_a_file_and_from_standard_input_and_several_samples(run, tmp_path, monkeypatch, capsys):
+    flags = ["--out-dir", str(run[2]), "--max-tokens", "9", "--seed", "5"]
+    (tmp_path / "prompt.txt").write_text("ROMEO:\n")
+    assert main(["--sample", "ROMEO:\n", *flags]) == 0
+    want = capsys.readouterr().out
+    assert main(["--sample", f"FILE:{tmp_path / 'prompt.txt'}", *flags]) == 0 and capsys.readouterr().out == want
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"ROMEO:\n")))
+    assert main(["--sample", "-", "--num-samples", "3", *flags]) == 0
+    samples = capsys.readouterr().out
+    assert samples.startswith(want) and samples.count("ROMEO:\n") >= 3
+    assert main(["--sample", "FILE:nowhere.txt", *flags]) == 2 and "nowhere.txt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", ["", "é\n", "👩", "b", "no such text", "x" * 300])
+def test_streaming_never_tears_a_character_and_ends_before_the_stop(run, stop, monkeypatch, capsys):
+    text = "ab 👩‍👩‍👧 é\nnext b"
+    monkeypatch.setattr(minimiggy, "stream", lambda *args, **how: iter(text.encode()))  # a token for each byte
+    prints = []
+    monkeypatch.setattr("builtins.print", lambda *args, **how: prints.append(args[0]))
+    minimiggy.sample(run[0], "", 99, 0, stop)
+    assert "".join(prints) == (text.split(stop)[0] if stop else text) and "\ufffd" not in "".join(prints)
+
+
+def test_eval_only_gives_the_loss_of_the_whole_validation_text(run, tmp_path, capsys):
+    model, _, folder = run
+    (tmp_path / "my.txt").write_text(TEXT[:9000])
+    assert main(["--eval-only", "--out-dir", str(folder), "--data", str(tmp_path / "my.txt")]) == 0
+    ids = model.tokenizer.encode(TEXT[8100:9000])
+    p = {name: array.astype(np.float64) for name, array in model.unpack(model.flat.numpy()).items()}
+    windows = np.array([ids[i:i + 9] for i in range(len(ids) - 8)])
+    want = numpy_loss(p, windows[:, :-1], windows[:, 1:], TINY.n_layer, TINY.n_head)
+    got = float(re.search(r": ([0-9.]+) nats", capsys.readouterr().out)[1])
+    assert got == pytest.approx(want, abs=0.02)  # the reference reads every place at every distance
+
+
+def test_two_devices_train_like_one(ids, monkeypatch):
+    config = dataclasses.replace(TINY, dropout=0.1, n_layer=1)
+    runs = []
+    for devices in (1, 2):
+        monkeypatch.setattr(minimiggy, "DEVICES", devices)
+        model = GPT(config)
+        model.ops = Plain
+        optimizer = AdamW(model, QUICK)
+        runs.append([optimizer(ids, i) for i in range(4)])
+    assert runs[0] == [pytest.approx(pair, rel=1e-5) for pair in runs[1]]
+    assert main(["--train", "--plain", "--devices", "2", "--batch-size", "3"]) == 2
+
+
+def write_run(folder, height):
+    """A log of 400 steps whose loss falls from a spike of 9 nats, evaluated and kept at 200, evaluated at 400."""
+    lines = [",".join(minimiggy.COLUMNS)]
+    for step in range(10, 401, 10):
+        train, val = height + 2 + 7 * 0.5 ** (step / 20 - 0.5), height + 2.5 - step / 1000
+        lines.append(",".join(map(str, [step, train, *([val, val / 2] if step % 200 == 0 else ["", ""]), 1e-3, 1, 9, train / 2])))
+    folder.mkdir()
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    (folder / "ckpt_200.safetensors").touch()
+    return folder
+
+
+def test_plot_draws_the_logs(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [write_run(tmp_path / "first", 0), write_run(tmp_path / "second", 0.01)]
+    top, bottom = minimiggy.plot(runs, tmp_path / "p.png").axes
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for i, folder in enumerate(runs):
+        rows = minimiggy.read_log(folder / "log.csv")
+        for line, name, n in ((top.lines[3 * i], "train_bpb", 40), (top.lines[3 * i + 1], "val_bpb", 2),
+                              (bottom.lines[i], "lr", 40)):
+            assert list(map(tuple, line.get_xydata())) == minimiggy.column(rows, name) and len(line.get_xydata()) == n
+        assert top.lines[3 * i + 2].get_xydata().tolist() == [[200, rows[19]["val_bpb"]]]  # there is a checkpoint
+    low, high = top.get_ylim()
+    assert low < 1.05 < high < top.lines[0].get_ydata()[0]  # the spike at the start does not squash the rest
+    (_, a), (_, b) = (text.get_position() for text in top.texts)
+    assert b - a > (high - low) / 25  # runs that end alike: their names do not overlap
+
+
+def test_plot_without_matplotlib_or_a_log_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "log.csv").write_text("step,train_loss,lr\n10,x,1\n")
+    for folder in (tmp_path / "none", tmp_path):
+        assert main(["--plot", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert str(folder) in error and error.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--plot", str(tmp_path)]) == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [[(100, 3.0), (200, 2.0), (1000, 1.5)], [(1, 2.0), (9, 2.0)]])
+def test_the_chart_has_its_extremes_at_the_corners(rows):
+    lines = minimiggy.chart(rows).splitlines()
+    assert len(lines) == 10 and all(len(line) == 64 for line in lines)
+    assert lines[0].split()[0] == f"{rows[0][1]:.3f}" and lines[7].split()[0] == f"{rows[-1][1]:.3f}"
+    assert ord(lines[0][8]) & 9 and lines[9].split() == [str(rows[0][0]), "step", str(rows[-1][0])]
+    assert all(any(ord(line[x]) > 0x2800 for line in lines[:8]) for x in range(8, 64))  # an unbroken curve
+    assert minimiggy.chart(rows[:1]) == ""
+
+
+def test_help_version_and_any_directory(tmp_path):
+    def run(*flags):
+        return subprocess.run([sys.executable, str(HERE / "minimiggy.py"), *flags], capture_output=True, text=True,
+                              cwd=tmp_path, check=False)
+
+    help = run("--help")
+    assert help.returncode == 0 and "examples:" in help.stdout and all(len(f"{x}") < 100 for x in help.stdout.splitlines())
+    assert run("--version").stdout == f"minimiggy {minimiggy.VERSION}\n"
+    wrong = run("--sample", "x")
+    assert wrong.returncode == 2 and wrong.stdout == "" and "--train" in wrong.stderr and not list(tmp_path.iterdir())
 
 
 def test_bench_prints_json_last(capsys):
