@@ -14,8 +14,9 @@ Read it from top to bottom, like a short book. No chapter uses an idea that an e
      6. Adam and the training step    how the numbers get better, and what one sees meanwhile
      7. Checkpoints                   one file that holds everything, written so that nothing is lost
      8. Sampling                      one token at a time, remembering what was computed
-     9. Proving it                    gradients checked by finite differences, speed against the machine
-    10. The command line              flags made from chapter 1, and errors that help
+     9. At home elsewhere             from GPT-2's weights, and to the tools that others use
+    10. Seeing it and proving it      curves, gradients checked by finite differences, speed against the machine
+    11. The command line              flags made from chapter 1, and errors that help
 
 Shapes stand in comments as (B, T, C): B sequences side by side in a batch, T tokens each, C channels a token
 (n_embd). V is the vocabulary's size, H the number of attention heads, D = C / H a head's width.
@@ -136,7 +137,7 @@ HERE = Path(__file__).resolve().parent
 # Chapter 1. The two configs
 #
 # Everything that can be chosen stands here once: what the model is (GPTConfig) and how it learns (TrainConfig). Each
-# field carries its help text and the range of values that make sense, and the command line of chapter 10 is made
+# field carries its help text and the range of values that make sense, and the command line of chapter 11 is made
 # from these classes, so the flags, their help and the checks cannot drift apart.
 
 def knob(default, low, high, help):
@@ -210,21 +211,41 @@ DATA = HERE / "data"
 SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
 
-def download(url: str, path: Path, sha256: str) -> None:
-    """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors)."""
+TIMEOUT = (5, 30)  # seconds until a server must have answered, and between two pieces of its file
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors).
+    What has come until then stays beside it in a .part file, and the next attempt goes on from there. Without a
+    `sha256`, what came must have the one that the server announces, as Hugging Face's hub does."""
     import requests  # here and not above: most runs need no network, and the import costs 0.2 s
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest, got = hashlib.sha256(), 0
-    with requests.get(url, stream=True, timeout=(5, 30)) as response, whole(path) as file:
-        response.raise_for_status()
-        total = int(response.headers.get("content-length", 0))
-        for chunk in response.iter_content(1 << 16):
-            file.write(chunk)
-            digest.update(chunk)
-            got += len(chunk)
-            show(f"downloading {path.name}: {got / 1e6:.1f}" + (f" of {total / 1e6:.1f} MB" if total else " MB"))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"{got} bytes came that are not the file we expect (wrong SHA-256)")
+    unfinished = path.with_name(f"{path.name}.part")
+    got = unfinished.stat().st_size if unfinished.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={got}-"} if got else {})
+    try:
+        if sha256 is None:  # the hub's answer points to a store, and tells in quotes what lies there
+            answer = requests.head(url, allow_redirects=False, timeout=TIMEOUT)
+            answer.raise_for_status()
+            sha256 = answer.headers.get("x-linked-etag", answer.headers.get("etag", "")).strip('"')
+            if len(sha256) != 64: raise OSError("the server announces no SHA-256")
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code != 416:  # which says that there is no more: all of it came last time
+                response.raise_for_status()
+                with open(unfinished, "ab" if response.status_code == 206 else "wb") as file:
+                    left = response.headers.get("content-length")
+                    of = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left else ""
+                    for chunk in response.iter_content(1 << 16):
+                        file.write(chunk)
+                        show(f"downloading {path.name}: {file.tell() / 1e6:.1f}{of} MB")
+                    os.fsync(file.fileno())
+        with open(unfinished, "rb") as file:
+            right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if not right:
+            unfinished.unlink()
+            raise OSError("what came is not the file we expect (wrong SHA-256)")
+        unfinished.replace(path)
+    finally:
+        show("")
 
 def read_text(path: Path, replace: bool = False) -> bytearray:
     """A text file as UTF-8, without a byte-order mark and with "\\n" at the ends of lines, a megabyte at a time: a text
@@ -1652,6 +1673,17 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     write_safetensors(path, arrays, metadata)
     return path
 
+def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarray:
+    """The arrays of a file whose names begin with `prefix`, as one vector like model.flat; UserError if one is unfit."""
+    for name, shape in model.shapes.items():
+        array = arrays.get(prefix + name)
+        if array is None or array.shape != shape or array.dtype.kind != "f":
+            found = "missing" if array is None else f"{array.dtype} {array.shape}"
+            raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not float {shape}")
+        if not np.isfinite(array).all():
+            raise UserError(f"{path} is damaged: {prefix + name} has numbers that are not finite")
+    return model.pack((name, arrays[prefix + name]) for name in model.shapes)
+
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError, and nothing has
     changed, unless everything fits."""
@@ -1660,20 +1692,11 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
     for name in arrays.keys() - {part + name for part in PARTS for name in model.shapes}:
         raise UserError(f"{path} does not fit this model, which has no {name}")
-    vectors = {}
-    for part in PARTS if optimizer else PARTS[:1]:
-        for name, shape in model.shapes.items():
-            array = arrays.get(part + name)
-            if array is None or array.shape != shape or array.dtype != np.float32:
-                found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise UserError(f"{path} does not fit this model: {part + name} is {found}, not float32 {shape}")
-        vectors[part] = model.pack((name, arrays[part + name]) for name in model.shapes)
-        if not np.isfinite(vectors[part]).all():
-            raise UserError(f"{path} is damaged: it has numbers that are not finite")
-    model.set(vectors[""])
+    vectors = [gather(model, arrays, part, path) for part in (PARTS if optimizer else PARTS[:1])]
+    model.set(vectors[0])
     if optimizer:
-        put(optimizer.m, vectors[PARTS[1]])
-        put(optimizer.v, vectors[PARTS[2]])
+        put(optimizer.m, vectors[1])
+        put(optimizer.v, vectors[2])
     return int(metadata["iter_num"])
 
 GPT.save_checkpoint, GPT.load_checkpoint = save_checkpoint, load_checkpoint
@@ -1830,8 +1853,6 @@ GPT.generate = generate
 
 def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how) -> None:
     """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`."""
-    if model.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer, so its model cannot be talked to")
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     # A character may be spread over several tokens: it is printed when its last byte has come. And the beginning of
     # what may become `stop` waits until that is decided.
@@ -1848,7 +1869,122 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how
     print(printable(waiting + decoder.decode(b"", final=True)))
 
 # ====================================================================================================================
-# Chapter 9. Seeing it and proving it
+# Chapter 9. At home elsewhere
+#
+# Chapter 4 kept GPT-2's arithmetic and Hugging Face's names so that weights can travel: GPT-2 as OpenAI trained it is
+# trained on here, and a model of ours runs wherever a GPT-2 does. The numbers go over unchanged; two things need care.
+# What weights do not say: a GPT-2 with another activation, or other heads, has the same names and shapes. It would
+# load, and babble. So what its config.json says is held against what chapter 4 is.
+#
+# And what tokens are made of. tiktoken joins any two neighbours that together are a token, the lowest id first; Hugging
+# Face has a list of pairs and joins only these, in its order. One pair a token makes them agree on every text: the last
+# two parts when the token's own bytes are merged. For as long as nothing has joined bytes inside a stretch of text with
+# bytes outside, the stretch merges as if it stood alone; so wherever a token arises, it is from the same two parts.
+
+HUB, HUB_MODELS = "https://huggingface.co/openai-community", ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2 = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
+        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False]}
+# The files write bytes as letters: printable ones as in Latin-1, the others as those from 256 on (a space is "Ġ").
+LETTERS = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b == 32 or not chr(b).isprintable())}
+
+def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
+    """All tokens, in these letters, and their ids."""
+    return {tokenizer.decode_bytes(i).decode("latin-1").translate(LETTERS): i for i in range(tokenizer.vocab_size)}
+
+def last_parts(token: str, ids: dict[str, int]) -> list[str]:
+    """A token's letters, merged until two parts are left, or as far as that goes."""
+    parts = list(token)
+    while len(parts) > 2:
+        best, i = min((ids.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+        if best == math.inf: break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+def export(model: GPT, folder: Path) -> None:
+    """Write a folder that Hugging Face's transformers load: the model, and its tokenizer if it has one."""
+    c, tokenizer = model.config, model.tokenizer
+    end = 50256 if tokenizer and tokenizer.name == "gpt2" else None  # GPT-2's <|endoftext|>; we learn no such token
+    config = {key: values[0] for key, values in GPT2.items()} | {"architectures": ["GPT2LMHeadModel"], "n_inner": None,
+        "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
+        "n_layer": c.n_layer, "n_head": c.n_head, "attn_pdrop": 0.0, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
+        "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end}
+    files = {"config.json": json.dumps(config, indent=2)}
+    if tokenizer:
+        ids = vocabulary(tokenizer)
+        merges = [" ".join(parts) for token in ids if len(parts := last_parts(token, ids)) == 2]
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # SPLIT's
+        bpe = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": True}  # for a word that is a token
+        fast = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": bpe}
+        # (left to itself, this class sends token_type_ids along, and a GPT-2 would add their embeddings)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+                 "model_max_length": c.block_size, "clean_up_tokenization_spaces": False, "add_prefix_space": False}
+        files |= {"vocab.json": json.dumps(ids), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+                  "tokenizer.json": json.dumps(fast), "tokenizer_config.json": json.dumps(about, indent=2)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with whole(folder / name) as file: file.write(text.encode())
+    arrays = {f"transformer.{name}": array for name, array in model.unpack(fetch(model.flat)).items()}
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})  # last: where it is, all is
+
+def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
+    """The tokenizer in a folder if it is one of ours or GPT-2's; where there is none, GPT-2's for its 50257 tokens."""
+    fast, table, merges = folder / "tokenizer.json", folder / "vocab.json", []
+    if not fast.exists() and not table.exists(): return BPETokenizer("gpt2") if vocab_size == 50257 else None
+    with suppress(ValueError, KeyError, TypeError, AttributeError, StopIteration):  # it may be of another kind
+        ids = json.loads(read_text(fast))["model"]["vocab"] if fast.exists() else json.loads(read_text(table))
+        gpt2 = ids.get("<|endoftext|>") == 50256
+        for i, token in enumerate(() if gpt2 else sorted(ids, key=ids.get)[256:], 256):  # any two earlier ones will do
+            cuts = ((ids.get(token[:n], i), ids.get(token[n:], i)) for n in range(1, len(token)))
+            merges.append(next(cut for cut in cuts if max(cut) < i))
+        tokenizer = BPETokenizer("gpt2") if gpt2 else BPETokenizer("bpe", merges)
+        if vocabulary(tokenizer) == ids and len(ids) == vocab_size: return tokenizer
+    say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
+
+def from_hub(name: str) -> Path:
+    """The weights of one of HUB_MODELS, downloaded into the cache if they are not there yet."""
+    url, path = f"{HUB}/{name}/resolve/main/model.safetensors", CACHE / name / "model.safetensors"
+    try:
+        if not path.exists(): download(url, path)
+    except OSError as e:
+        reason = e if type(e) is OSError else type(e).__name__
+        raise UserError(f"could not download {name} ({reason}): try again, or bring {url} to {path}") from e
+    return path
+
+def init_from(source: str, block_size: int | None = None) -> GPT:
+    """A GPT with the weights of a FILE.safetensors, of the model.safetensors in a folder, or of one of HUB_MODELS; cut
+    to the first `block_size` positions, without dropout. UserError if the file is not such a model."""
+    path = from_hub(source) if source in HUB_MODELS and not Path(source).exists() else Path(source)
+    path = path / "model.safetensors" if path.is_dir() else path
+    arrays, about = read_safetensors(path)[0], path.with_name("config.json")
+    prefix = "transformer." if any(name.startswith("transformer.") for name in arrays) else ""
+    wte, wpe = (arrays.get(f"{prefix}{kind}.weight", np.zeros(0)) for kind in ("wte", "wpe"))
+    if wte.ndim != 2 or wpe.ndim != 2: raise UserError(f"{path} has no matrices {prefix}wte.weight, {prefix}wpe.weight")
+    (V, C), T = wte.shape, len(wpe)
+    L = len({name.removeprefix(prefix).split(".")[1] for name in arrays if name.startswith(f"{prefix}h.")}) or 1
+    try:
+        told = {"n_head": 12} | json.loads(read_text(about)) if about.exists() else {"n_head": C / 64}  # as OpenAI's
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{about} is damaged: {e}") from e
+    fits = GPT2 | {"vocab_size": [V], "n_positions": [T], "n_ctx": [T], "n_embd": [C], "n_layer": [L],
+                   "n_inner": [None, 4 * C], "n_head": [n for n in range(1, C + 1) if C % n == 0]}
+    for key, values in fits.items():
+        if key in told and told[key] not in values:
+            where = about if about.exists() else f"{path}, without a config.json beside it"
+            needed = " or ".join(map(json.dumps, values))
+            raise UserError(f"{where}: {key} is {json.dumps(told[key])}; these weights and chapter 4 need {needed}")
+    if not np.array_equal(arrays.pop("lm_head.weight", wte), wte): raise UserError(f"{path}: lm_head.weight is untied")
+    if block_size and block_size > T: raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
+    config = GPTConfig(T if block_size is None else block_size, V, L, int(told["n_head"]), C)
+    model, arrays[f"{prefix}wpe.weight"] = GPT(config, read_tokenizer(path.parent, V), seed=None), wpe[:block_size]
+    for name, array in arrays.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")): continue  # old files hold the causal mask, too
+        if name.removeprefix(prefix) not in model.shapes: raise UserError(f"{path} has {name}, which no GPT-2 has")
+        if array.dtype == np.uint16: arrays[name] = (array.astype(np.uint32) << 16).view(np.float32)  # from bfloat16
+    model.set(gather(model, arrays, prefix, path))
+    return model
+
+# ====================================================================================================================
+# Chapter 10. Seeing it and proving it
 #
 # What a run has learned is drawn from its log: one curve in the terminal when it ends, and with matplotlib a picture of
 # several runs to compare.
@@ -1999,7 +2135,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
     print(json.dumps(result | {"peak_mb": peak_mb(), "blas_gflops": blas_gflops()}))
 
 # ====================================================================================================================
-# Chapter 10. The command line
+# Chapter 11. The command line
 #
 # Every field of the configs is a flag. Where a flag is not given, the command line has defaults of its own: they make a
 # first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
@@ -2012,8 +2148,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
 
 def make_parser() -> Parser:
-    parser = Parser(prog="minimiggy.py", description="Train, sample and read a GPT in one file.", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
+    parser = Parser(usage="python minimiggy.py WHAT [flags]", description="Train, sample and read a GPT in one file.",
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
   python minimiggy.py --train                             learn from tiny Shakespeare
   python minimiggy.py --train --data my.txt               learn from your own text
   python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
@@ -2025,6 +2161,7 @@ def make_parser() -> Parser:
     what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint "
                       "(FILE:name takes the prompt from a file, - from standard input)")
     what.add_argument("--eval-only", action="store_true", help="the loss on the whole validation text")
+    what.add_argument("--export", metavar="DIR", help="write the newest checkpoint's model for Hugging Face's transformers")
     what.add_argument("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -2038,6 +2175,8 @@ def make_parser() -> Parser:
     group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
                        "(default: checkpoints)")
     group.add_argument("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
+    group.add_argument("--init-from", metavar="GPT2", help="begin with, or use, these weights instead: a .safetensors file "
+                       f"of a GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
     group.add_argument("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
     group = parser.add_argument_group("the machine")
     group.add_argument("--devices", type=int, metavar="N", help="CPU cores to use (default: all, "
@@ -2084,21 +2223,27 @@ def finishing_the_step():
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
 
-def open_model(args: argparse.Namespace) -> tuple[str, GPT, TrainConfig, int]:
-    """The model that the flags ask for, and where it came from."""
-    if args.checkpoint:
-        path, *opened = args.checkpoint, *open_checkpoint(Path(args.checkpoint))
+def open_model(args: argparse.Namespace) -> tuple[str | Path, GPT, TrainConfig, int]:
+    """The model that the flags ask for, and where it came from; UserError if flags speak of another one."""
+    free = ()
+    if args.init_from:
+        source, free = args.init_from, ("block_size", "dropout")  # what may be chosen anew
+        opened = init_from(source, args.block_size), chosen(args, TrainConfig), 0
+        opened[0].config.dropout = args.dropout or 0.0
+    elif args.checkpoint:
+        source, opened = args.checkpoint, open_checkpoint(Path(args.checkpoint))
     else:
-        path, *opened = newest(Path(args.out_dir))
-    model = opened[0]
-    kind = "bytes" if model.tokenizer and model.tokenizer.vocab_size == 256 else getattr(model.tokenizer, "name", None)
+        source, *opened = newest(Path(args.out_dir))
+    tokenizer, has = opened[0].tokenizer, dataclasses.asdict(opened[0].config)
+    has["tokenizer"] = "bytes" if tokenizer and tokenizer.vocab_size == 256 else tokenizer and tokenizer.name
     flags = given(args, GPTConfig) | ({"tokenizer": args.tokenizer} if args.tokenizer else {})
     for name, value in flags.items():
-        here = kind if name == "tokenizer" else getattr(model.config, name)
-        if value != here:
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {path}, whose model has {here}: leave the "
-                            "flag away, or --train a new model")
-    return path, *opened
+        if value != has[name] and name not in free:
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {source}, whose model has {has[name]}: leave "
+                            "the flag away, or --train a new model")
+    if tokenizer is None and not args.export:
+        raise UserError(f"{source} has no tokenizer that we know, so its model cannot be talked to")
+    return source, *opened
 
 def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
     """--train and --resume; returns the exit code."""
@@ -2112,17 +2257,20 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         model.load_checkpoint(path, optimizer)
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
+        if args.init_from:
+            _, model, _, _ = open_model(args)
     text, name = load_text(args.data or (model.data if args.resume else None), args.replace_bad_bytes)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
     parts, n_bytes = split_text(text), len(text)
-    if not args.resume:
+    if not args.resume and not args.init_from:
         # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
         places = range(0, len(parts[0]), max(1 << 20, len(parts[0]) // 10))
         tokenizer = BPETokenizer("gpt2") if args.tokenizer == "gpt2" else BPETokenizer.train(
             "".join(str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places),
             256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
+    if not args.resume:
         set_aside(out_dir)
     train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
     c, tokenizer, model.data = model.config, model.tokenizer, name
@@ -2196,6 +2344,10 @@ def main(argv: list[str] | None = None) -> int:
             run_sample(args)
         elif args.eval_only:
             run_eval(args)
+        elif args.export:
+            source, model, _, _ = open_model(args)
+            export(model, Path(args.export))
+            say(f"wrote {source} to {args.export}, as a GPT-2 that transformers load")
         elif args.plot:
             plot(args.plot, Path(args.plot[0]) / "plot.png")
             say(f"drew {Path(args.plot[0]) / 'plot.png'}")
