@@ -665,124 +665,105 @@ class GPT:
 # with numbers that are in its *registers*; fetching one from the cache takes several times as long as using it, and
 # from memory a hundred times. Three things go wrong in the plain form:
 #
-# - Products. In a product of N x N matrices each number is used N times. The C loops that tinygrad writes by itself
-#   fetch it nearly every time: 15 billion operations a second. Ours keep a tile of the result in registers and a panel
-#   of one matrix in the cache: 80 to 110 billion, on each core.
+# - Products. In a product of N x N matrices each number is used N times. tinygrad's own C loops fetch it nearly every
+#   time: 15 billion operations a second. Ours keep a tile of the result in registers and a panel of one matrix in the
+#   cache: 80 to 110 billion, on each core.
 # - Fusion. tinygrad merges operations into one loop to save trips to memory, and so computes a GELU anew for every
 #   *column* of the product that follows it. Our kernels begin and end where they should.
-# - Cores. tinygrad 0.14 uses one. Our kernels share their outermost loop among all.
+# - Cores. tinygrad 0.14 uses one. Our kernels share a loop among all.
 #
 # The kernels are written in UOps, the language that tinygrad itself compiles to C. Each has its way back (the gradient)
-# beside it, and the tests hold both against chapter 4's. Values lie in memory as (B * T, C), a row for each token.
+# beside it, and the tests hold both against chapter 4's.
 
 # 5.1 A kernel, statement by statement
+# ruff: noqa: B023  (a lambda that reads a loop's variable is called in the same turn of the loop)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROWS, COLS = (4, 64) if WIDE else (4, 16)  # the tile of a product: half of a core's vector registers
-LANES, KEYS, DEPTH = (32 if WIDE else 16), 64, 1024  # queries and keys in a block of attention; height of a panel
+ROWS, COLS, DEPTH = 4, 64 if WIDE else 16, 1024  # a product's tile, half of a core's vector registers; a panel's height
+LANES = 32 if WIDE else 16  # queries in a block of attention
 
-def get(a: UOp, *index) -> UOp:
-    """An element of an argument that the kernel only reads."""
-    flat, place = Kernel.at(a, index)
-    return flat[place]
+class Array:
+    """An argument of a kernel or a local array: a[i, j] reads and a[i, j] = x writes an element, in the order of the
+    program text. (What is read goes into the very next write: later, it might be read again.) The first index counts
+    through all leading dimensions, so a[i, c] is in row i of an array (B, T, C) seen as (B * T, C)."""
+
+    def __init__(self, kernel: Kernel, memory: UOp):
+        self.kernel, self.shape, self.rows = kernel, memory.shape, math.prod(memory.shape[:-1])
+        self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
+
+    def at(self, place, *index) -> UOp:
+        for i, n in zip(index, self.shape[len(self.shape) - len(index):], strict=True): place = place * n + i
+        return self.flat.after(*self.kernel.last)[place]
+
+    def __getitem__(self, index) -> UOp:
+        return self.at(*index) if isinstance(index, tuple) else self.at(index)
+
+    def __setitem__(self, index, value) -> None:
+        self.kernel.last = (self[index].store(value),)
 
 class Kernel:
-    """Writes a kernel down like a C function: each read and write comes after the last write, each loop is a C loop.
+    """Writes a kernel down like a C function: every statement comes after the `last` one, inside the loops `open`."""
 
-    Two rules: what is read goes into the very next write, and no bare write stands before a loop.
-    """
+    def __init__(self):
+        self.ids, self.last, self.open = itertools.count(1000), (), ()
 
-    def __init__(self, name: str, *sizes: int):
-        self.name, self.ids, self.last, self.open = "_".join([name, *map(str, sizes)]), 0, (), []
-
-    def array(self, *shape: int, dtype=dtypes.float) -> UOp:
+    def array(self, *shape: int, dtype=dtypes.float) -> Array:
         """A local array: in registers if it is small, else on the stack."""
-        self.ids += 1
-        return UOp.placeholder(shape, dtype, 1000 + self.ids, addrspace=AddrSpace.REG)
+        return Array(self, UOp.placeholder(shape, dtype, next(self.ids), addrspace=AddrSpace.REG))
 
-    @staticmethod
-    def at(a: UOp, index) -> tuple[UOp, UOp]:
-        """The flat memory behind `a`, and an element's place in it: rows one after the other."""
-        place = 0
-        for i, n in zip(index, a.shape, strict=True): place = place * n + i
-        return (a.src[0] if a.op is Ops.RESHAPE else a), place
+    def loop(self, end, *more):
+        """`for i, j in k.loop(m, n): ...` is a C loop over i < m around one over j < n: Python goes through the body
+        once, to write it down. An end that only the running kernel knows must be at least 1."""
+        if more:
+            for i in self.loop(end):
+                for j in self.loop(*more): yield (i, *j) if len(more) > 1 else (i, j)
+            return
+        if self.last and self.last[0].op is Ops.STORE:  # a loop of one turn keeps it from slipping into the next loop
+            self.last = (self.last[0].end(UOp.range(1, next(self.ids))), *self.open)
+        loop, again, outer = UOp.range(end, next(self.ids)), (), self.open
+        if own_counter := not isinstance(end, int) and end.ranges:
+            # The end depends on an outer loop, which tinygrad's ranges cannot: do { ... } while (++counter < end).
+            counter, loop = self.array(1, dtype=dtypes.int), UOp.loop(next(self.ids))
+            counter[0] = 0
+            loop = loop.replace(src=loop.src + self.last)
+        self.open, self.last = (*outer, loop), (*self.last, loop)
+        yield counter[0].load() if own_counter else loop
+        if own_counter:
+            counter[0] += 1
+            again = (counter[0] < end,)
+        self.open, self.last = outer, (self.last[0].end(loop, *again), *outer)
 
-    def read(self, a: UOp, *index) -> UOp:
-        flat, place = self.at(a, index)
-        return flat.after(*self.last)[place]
-
-    def write(self, a: UOp, index, value) -> None:
-        flat, place = self.at(a, index)
-        self.last = (flat.after(*self.last)[place].store(value),)
-
-    def add(self, a: UOp, index, value) -> None:
-        self.write(a, index, self.read(a, *index) + value)
-
-    @contextmanager
-    def loop(self, *ends):
-        """Nested loops from 0 to each of `ends`; an end that only the running kernel knows must be at least 1."""
-        nest = []
-        for end in ends:
-            self.ids += 1
-            if isinstance(end, int) or not end.ranges:
-                loop, count = UOp.range(end if isinstance(end, int) else end.cast(dtypes.int), self.ids), None
-            else:  # the end depends on an outer loop: do { ... } while (++count[0] < count[1])
-                loop, count = UOp.loop(self.ids), self.array(2, dtype=dtypes.int)
-                self.write(count, (0,), 0)
-                self.write(count, (1,), end.cast(dtypes.int))
-                loop = loop.replace(src=loop.src + self.last)
-            self.last += (loop,)
-            self.open.append(loop)
-            nest.append((loop, count, loop if count is None else self.read(count, 0).load()))
-        yield nest[0][2] if len(nest) == 1 else tuple(i for _, _, i in nest)
-        for loop, count, i in reversed(nest):
-            self.open.pop()
-            if count is not None: self.write(count, (0,), i + 1)
-            again = () if count is None else (self.read(count, 0) < self.read(count, 1),)
-            self.last = (self.last[0].end(loop, *again), *self.open)
-
-    def each(self, *ends, do) -> None:
-        """Loops around one statement."""
-        with self.loop(*ends) as i: do(*(i if isinstance(i, tuple) else (i,)))
-
-    def fill(self, a: UOp, value) -> None:
-        """a[index] = value(index) for every index."""
-        self.each(*a.shape, do=lambda *index: self.write(a, index, value(*index)))
-
-    @staticmethod
-    def core(n: int) -> UOp:
-        """Which core this is, of those that share(n). tinygrad calls a kernel that asks for it once for each core."""
-        return UOp.variable("core_id", 0, divisor(n, CORES) - 1, dtypes.int, param=True)
-
-    @contextmanager
     def share(self, n: int):
-        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by."""
-        with self.loop(n // divisor(n, CORES)) as i: yield self.core(n) * (n // divisor(n, CORES)) + i
+        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by. (A kernel that
+        asks for its core_id is called once for each core.)"""
+        cores = divisor(n, CORES)
+        core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
+        for i in self.loop(n // cores): yield core * (n // cores) + i
 
-    def product(self, rows: int, cols: int, depth, a, b, start=lambda r, j: 0.0) -> UOp:
-        """acc[r, j] = start(r, j) + the sum over k of a(r, k) * b(k, j): the one place in this file where matrices are
-        multiplied. Rows are unrolled here; columns are left to clang, which makes vectors of them. For each k, a vector
-        of b is fetched once for all rows, and a number of a once for all columns."""
-        acc = self.array(rows, cols)
-        with self.loop(cols) as j:
-            for r in range(rows): self.write(acc, (r, j), start(r, j))
-        with self.loop(depth, cols) as (k, j):
-            b_kj = b(k, j)
-            for r in range(rows): self.add(acc, (r, j), a(r, k) * b_kj)
-        return acc
+    def product(self, M: int, N: int, K: int, a, b, rows: int = 0, share: bool = False):
+        """For i < M and j < N: i, j and the sum over k < K of a(i, k) * b(k, j); the one place in this file where
+        matrices are multiplied. A tile of `rows` x N sums is in registers; for each k, a vector of b is fetched once
+        for all its rows, and a number of a once for all columns. Rows are unrolled here; columns are left to clang,
+        which makes vectors of them. With `share`, each core takes some tiles."""
+        rows = rows or divisor(M, 8)
+        sums = self.array(rows, N)
+        for tile in (self.share if share else self.loop)(-(-M // rows)):
+            numbered = [(r, step_back(tile, rows, M) + r) for r in range(rows)]
+            for j in self.loop(N):
+                for r, _ in numbered: sums[r, j] = 0.0
+            for k, j in self.loop(K, N):
+                b_kj = b(k, j)
+                for r, i in numbered: sums[r, j] += a(i, k) * b_kj
+            for j in self.loop(N):
+                for r, i in numbered: yield i, j, sums[r, j]
 
-    def sums(self, n: int, *terms) -> list[UOp]:
-        """The sum of term(i) over i < n for each of `terms`, in up to 16 lanes; a compiler may not reorder it."""
-        lanes, numbered = divisor(n, 16), list(enumerate(terms))
-        acc = self.array(len(terms), lanes)
-        self.fill(acc, lambda t, lane: 0.0)
-        with self.loop(n // lanes, lanes) as (i, lane):
-            for t, term in numbered: self.add(acc, (t, lane), term(i * lanes + lane))
-        return [sum(self.read(acc, t, lane) for lane in range(lanes)) for t, _ in numbered]
-
-    def done(self) -> UOp:
-        info = KernelInfo(name=self.name, opts_to_apply=(), estimates=Estimates())
-        return self.last[0].sink(arg=info, tag=1)  # with a tag, tinygrad leaves the loops as they are
+    def sum(self, n: int, term) -> UOp:
+        """The sum of term(i) over i < n, in up to 16 lanes (a compiler may not reorder a sum)."""
+        lanes = divisor(n, 16)
+        sums = self.array(lanes)
+        for lane in self.loop(lanes): sums[lane] = 0.0
+        for i, lane in self.loop(n // lanes, lanes): sums[lane] += term(i * lanes + lane)
+        return sum(sums[lane] for lane in range(lanes))
 
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
@@ -801,428 +782,304 @@ def exp(x: UOp) -> UOp:
         power = power * f + math.log(2) ** k / math.factorial(k)
     return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n goes into the bits of the exponent
 
-def token(ids: UOp, i) -> UOp:
-    """An element of an integer array, as an index."""
-    return get(ids, i).load().cast(dtypes.weakint)
+@functools.cache
+def written_down(kernel, *arguments: UOp, **options) -> UOp:
+    k = Kernel()
+    kernel(k, *(Array(k, memory) for memory in arguments), **options)
+    name = "_".join(map(str, (kernel.__name__, *arguments[0].shape)))
+    return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)  # (tag: as it is)
+
+def run(kernel, *arguments: Tensor, back=None, **options) -> list[Tensor]:
+    """Run a kernel on tensors, outputs first; `back` is its gradient."""
+    fxn = functools.partial(written_down, kernel, **options)
+    return arguments[0].custom_kernel(*arguments[1:], fxn=fxn, grad_fxn=back)
 
 # 5.2 Matrix products
 
-@functools.cache
-def matmul(C, A, B, *extra, name: str, adds=0, finish=None, a_transposed=False, b_transposed=False, column_sums=False):
-    """C = A @ B, (M, N) = (M, K) @ (K, N), either one transposed in memory if so said. The first `adds` of `extra` are
-    added: a vector to every row, or a matrix. `finish` does something else with a result than writing it to C.
+def matmul(k, C, A, B, *more, a_transposed=False, b_transposed=False, column_sums=None):
+    """C = A @ B, (M, N) = (M, K) @ (K, N), either one transposed in memory if so said, plus what is in `more`: a vector
+    for every row, or a matrix. `column_sums` is where the sums of B's columns go, if they are wanted.
 
     A panel of B, DEPTH x COLS, is packed into a copy without gaps, which stays in the cache while A streams past;
-    without it, rows that lie 4 KB apart compete for the same places in the cache, at half the speed. Packing also
-    transposes B and, for the gradient of a bias, sums its columns.
-    """
-    (M, N), K = C.shape, A.shape[0 if a_transposed else 1]
+    without it, rows that lie 4 KB apart compete for the same places in the cache, at half the speed."""
+    M, N, K = C.rows, C.shape[-1], A.rows if a_transposed else A.shape[-1]
     rows, cols, blocks = min(ROWS, M), min(COLS, N), -(-K // DEPTH)
-    if blocks > 1:  # then sums go on in C, and no tile may overlap another
-        rows, cols = divisor(M, rows), divisor(N, cols)
-    deep, panels, tiles = -(-K // blocks), -(-N // cols), -(-M // rows)
-    k, by_panels = Kernel(name, M, K, N), divisor(panels, CORES) >= divisor(tiles, CORES)
-    panel, sums = k.array(deep, cols), k.array(cols)
-    with (k.share(panels) if by_panels else k.loop(panels)) as panel_number:
-        j0 = step_back(panel_number, cols, N)
-        if column_sums: k.fill(sums, lambda j: 0.0)
-        with k.loop(blocks) as block:
-            k0, depth = block * deep, deep if K % deep == 0 else (K - block * deep).minimum(deep)
-            with k.loop(*((cols, depth) if b_transposed else (depth, cols))) as (outer, inner):
+    if blocks > 1: rows, cols = divisor(M, rows), divisor(N, cols)  # sums go on in C: no two tiles may overlap
+    depth, panels = -(-K // blocks), -(-N // cols)
+    by_panels = divisor(panels, CORES) >= divisor(-(-M // rows), CORES)  # else the cores share the tiles
+    panel, sums = k.array(depth, cols), k.array(cols)
+    for number in (k.share if by_panels else k.loop)(panels):
+        j0 = step_back(number, cols, N)
+        for j in k.loop(cols): sums[j] = 0.0
+        for block in k.loop(blocks):
+            k0 = step_back(block, depth, K)
+            for outer, inner in k.loop(*((cols, depth) if b_transposed else (depth, cols))):  # the order of memory
                 kk, j = (inner, outer) if b_transposed else (outer, inner)
-                k.write(panel, (kk, j), get(B, j0 + j, k0 + kk) if b_transposed else get(B, k0 + kk, j0 + j))
-                if column_sums: k.add(sums, (j,), k.read(panel, kk, j))
-            with (k.loop(tiles) if by_panels else k.share(tiles)) as tile:
-                i0 = step_back(tile, rows, M)
+                value = B[j0 + j, k0 + kk] if b_transposed else B[k0 + kk, j0 + j]
+                panel[kk, j] = value if K % depth == 0 else (k0 + kk < block * depth).where(0.0, value)  # none twice
+                if column_sums: sums[j] += panel[kk, j]
+            a = lambda i, kk: A[k0 + kk, i] if a_transposed else A[i, k0 + kk]
+            for i, j, value in k.product(M, cols, depth, a, panel.at, rows, share=not by_panels):
+                start = sum((e[j0 + j] if len(e.shape) == 1 else e[i, j0 + j] for e in more), 0.0)
+                C[i, j0 + j] = value + (start if blocks == 1 else (block > 0).where(C[i, j0 + j], start))
+        if column_sums:
+            for j in k.loop(cols): column_sums[j0 + j] = sums[j]
 
-                def start(r, j):
-                    value = sum((get(e, j0 + j) if e.ndim == 1 else get(e, i0 + r, j0 + j) for e in extra[:adds]), 0.0)
-                    return value if blocks == 1 else (block > 0).where(k.read(C, i0 + r, j0 + j), value)
-                acc = k.product(rows, cols, depth, lambda r, kk: get(A, k0 + kk, i0 + r) if a_transposed else
-                                get(A, i0 + r, k0 + kk), lambda kk, j: k.read(panel, kk, j), start)
-                with k.loop(cols) as j:
-                    for r in range(rows):
-                        result = k.read(acc, r, j)
-                        if finish is None:
-                            k.write(C, (i0 + r, j0 + j), result)
-                        else:
-                            finish(k, i0 + r, j0 + j, result, block > blocks - 2, C, *extra[adds:])
-        if column_sums: k.each(cols, do=lambda j: k.write(extra[0], (j0 + j,), k.read(sums, j)))
-    return k.done()
+def weights_back(k, dw, db, x, dy):
+    """The gradients of a product's weight, x^T @ dy, and of its bias."""
+    matmul(k, dw, x, dy, a_transposed=True, column_sums=db)
 
-@functools.cache
-def matvec(y, x, w, *extra, name: str, adds=0, finish=None):
-    """The same for a single row, y (1, N), as sampling needs it. Here every weight is used once, and all depends on how
+def matvec(k, y, x, w, *more):
+    """The same for a single row, y (N), as sampling needs it. Here every weight is used once, and all depends on how
     quickly they come from memory: eight rows far apart are read side by side (26 GB/s on one core; one by one, 17)."""
-    (K, N), k = w.shape, Kernel(name, *w.shape)
-    streams, cores = divisor(K, 8), divisor(N, CORES)
-    n, out = N // cores, k.array(N // cores)
-    j0 = k.core(N) * n
-    k.fill(out, lambda j: sum((get(e, j0 + j) if e.ndim == 1 else get(e, 0, j0 + j) for e in extra[:adds]), 0.0))
-    with k.loop(K // streams, n) as (i, j):
+    (K, N), streams = w.shape, divisor(w.shape[0], 8)
+    for j in k.share(N): y[j] = sum(e[j] for e in more)
+    for i in k.loop(K // streams):
         rows = [i + s * (K // streams) for s in range(streams)]
-        k.write(out, (j,), sum((get(x, 0, r) * get(w, r, j0 + j) for r in rows), k.read(out, j)))
-    with k.loop(n) as j:
-        if finish is None: k.write(y, (0, j0 + j), k.read(out, j))
-        else: finish(k, 0, j0 + j, k.read(out, j), True, y, *extra[adds:])
-    return k.done()
-
-def gelu(u):
-    """GELU and its derivative: u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten."""
-    z = u * (u * u * 0.044715 + 1.0) * (2 * math.sqrt(2 / math.pi))
-    e = exp(-(z < 0).where(-z, z))
-    s = (z < 0).where(e, 1.0) / (e + 1.0)
-    return u * s, s + u * s * (1.0 - s) * (u * u * (3 * 0.044715) + 1.0) * (2 * math.sqrt(2 / math.pi))
-
-def gelu_finish(k, i, j, result, last, u, g):
-    k.write(u, (i, j), result)
-    k.write(g, (i, j), gelu(k.read(u, i, j))[0])
-
-def slope_finish(k, i, j, result, last, du, u):
-    k.write(du, (i, j), last.where(result * gelu(get(u, i, j))[1], result))  # (not before the last part of a sum)
+        for j in k.share(N): y[j] = sum((x[r] * w[r, j] for r in rows), y[j])
 
 # 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
 #
 # The plain form writes a T x T matrix of scores, reads it for the softmax, writes that and reads it again. Here a block
 # of queries meets one block of keys after the other and keeps three things: the largest score so far, the sum of
 # exponentials relative to it, and the sum of values weighted by them. When a larger score turns up, both sums fade by
-# the factor that they were too large. Memory grows with T, not with its square. On the way back the scores are
-# computed again from the saved logarithm of each sum: that is quicker than reading them would be.
-#
-# All is transposed, so that the queries of a block lie across the lanes of the vector registers: no softmax needs a sum
-# across lanes, and keys and values are used as they lie in memory, one number at a time for all queries.
+# the factor that they were too large. Memory grows with T, not with its square. On the way back the scores are computed
+# again from the saved logarithm of each sum: quicker than reading them. All is transposed, so that the Q queries of a
+# block lie across the lanes of the vector registers: no softmax needs a sum across lanes, and keys and values are used
+# as they lie in memory, one number at a time for all queries.
 
-@functools.cache
-def flash(y, lse, qkv, B: int, T: int, H: int):
-    """qkv (B*T, 3C) -> y (B*T, C), and lse (B*H*T), the logarithm of each query's sum of exponentials."""
-    C, k = y.shape[1], Kernel("flash", B, T, H, y.shape[1])
-    D, Q, R = C // H, min(LANES, T), 8
-    RD = divisor(D, 8)
-    query, score, out = k.array(D, Q), k.array(KEYS, Q), k.array(D, Q)
-    top, new_top, total, fade = (k.array(Q) for _ in range(4))
+def flash(k, y, lse, qkv):
+    """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of exponentials."""
+    (B, T, _, H, D), Q = qkv.shape, divisor(qkv.shape[1], LANES)
+    query, score, out = k.array(D, Q), k.array(Q, Q), k.array(D, Q)
+    top, old_top, total, fade = (k.array(Q) for _ in range(4))
+    for bh in k.share(B * H):
+        for block in k.loop(T // Q):
+            b, h, i0 = bh // H, bh % H, block * Q
+            for i in k.loop(Q): top[i], total[i] = -1e30, 0.0
+            for d, i in k.loop(D, Q): query[d, i], out[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5, 0.0
+            for key_block in k.loop(block + 1):  # of those that some query here may see
+                j0 = key_block * Q
+                for i in k.loop(Q): old_top[i] = top[i]
+                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 1, h, d], query.at):
+                    score[j, i] = (j0 + j <= i0 + i).where(s, -1e30)
+                    top[i] = top[i].maximum(score[j, i])
+                for i in k.loop(Q):
+                    fade[i] = exp(old_top[i] - top[i])
+                    total[i] *= fade[i]
+                for j, i in k.loop(Q, Q):
+                    score[j, i] = exp(score[j, i] - top[i])
+                    total[i] += score[j, i]
+                for d, i, s in k.product(D, Q, Q, lambda d, j: qkv[b, j0 + j, 2, h, d], score.at):
+                    out[d, i] = out[d, i] * fade[i] + s
+            for i, d in k.loop(Q, D): y[b, i0 + i, h, d] = out[d, i] / total[i]
+            for i in k.loop(Q): lse[b, h, i0 + i] = top[i] + total[i].log()
 
-    def row(j):  # rows past the end are masked below, but must be readable
-        return j if T % R == 0 else j.minimum(T - 1)
-    with k.share(B * H) as bh, k.loop(-(-T // Q)) as qt:
-        b, h, i0 = bh // H, bh % H, step_back(qt, Q, T)
-        x = lambda part, t, d: get(qkv, b * T + t, part * C + h * D + d)
-        k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
-        k.fill(top, lambda i: -1e30)
-        k.fill(total, lambda i: 0.0)
-        k.fill(out, lambda d, i: 0.0)
-        with k.loop((i0 + Q + KEYS - 1) // KEYS) as key_block:  # only those that some query here may see
-            k0 = key_block * KEYS
-            tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
-            k.fill(new_top, lambda i: k.read(top, i))
-            with k.loop(tiles) as jt:
-                acc = k.product(R, Q, D, lambda r, d: x(1, row(k0 + jt * R + r), d), lambda d, i: k.read(query, d, i))
-                with k.loop(Q) as i:
-                    for r in range(R):
-                        seen = k0 + jt * R + r <= i0 + i
-                        k.write(score, (jt * R + r, i), seen.where(k.read(acc, r, i), -1e30))
-                        k.write(new_top, (i,), k.read(new_top, i).maximum(k.read(score, jt * R + r, i)))
-            k.fill(fade, lambda i: exp(k.read(top, i) - k.read(new_top, i)))
-            k.fill(total, lambda i: k.read(total, i) * k.read(fade, i))
-            k.fill(top, lambda i: k.read(new_top, i))
-            k.fill(out, lambda d, i: k.read(out, d, i) * k.read(fade, i))
-            with k.loop(tiles * R, Q) as (j, i):
-                k.write(score, (j, i), exp(k.read(score, j, i) - k.read(top, i)))
-                k.add(total, (i,), k.read(score, j, i))
-            with k.loop(D // RD) as dt:
-                acc = k.product(RD, Q, tiles * R, lambda r, j: x(2, row(k0 + j), dt * RD + r),
-                                lambda j, i: k.read(score, j, i))
-                k.each(RD, Q, do=lambda r, i: k.add(out, (dt * RD + r, i), k.read(acc, r, i)))
-        k.each(Q, D, do=lambda i, d: k.write(y, (b * T + i0 + i, h * D + d), k.read(out, d, i) / k.read(total, i)))
-        k.each(Q, do=lambda i: k.write(lse, (bh * T + i0 + i,), k.read(top, i) + k.read(total, i).log2() * math.log(2)))
-    return k.done()
-
-@functools.cache
-def flash_back(dqkv, dy, y, lse, qkv, B: int, T: int, H: int):
-    """dqkv (B*T, 3C), from dy and y (B*T, C), lse and qkv. With p the softmax: dv = p^T dy, ds = p * (dy v^T - dy . y),
-    dq = ds k, dk = ds^T q."""
-    C, k = y.shape[1], Kernel("flash_back", B, T, H, y.shape[1])
-    D, Q, R, RK = C // H, min(LANES, T), 8, 4
-    RD = divisor(D, 8)
+def flash_back(k, dqkv, dy, y, lse, qkv):
+    """With p the softmax and s the scores: dv = p^T dy, ds = p * (dy v^T - dy . y), dq = ds k, dk = ds^T q."""
+    (B, T, _, H, D), Q = qkv.shape, divisor(qkv.shape[1], LANES)
     query, grad, dquery = (k.array(D, Q) for _ in range(3))
-    prob, dscore, norm, dot = k.array(KEYS, Q), k.array(KEYS, Q), k.array(Q), k.array(Q)
-    row = lambda j: j if T % R == 0 else j.minimum(T - 1)
-    with k.share(B * H) as bh:
+    prob, dscore, dot = k.array(Q, Q), k.array(Q, Q), k.array(Q)
+    for bh in k.share(B * H):
         b, h = bh // H, bh % H
-        x = lambda part, t, d: get(qkv, b * T + t, part * C + h * D + d)
-        g = lambda t, d: get(dy, b * T + t, h * D + d)
-        with k.loop(T, D) as (t, d):
-            for part in range(3): k.write(dqkv, (b * T + t, part * C + h * D + d), 0.0)
-        with k.loop(-(-T // Q)) as qt:
-            i0 = step_back(qt, Q, T)
-            k.fill(query, lambda d, i: x(0, i0 + i, d) * D ** -0.5)
-            k.fill(grad, lambda d, i: g(i0 + i, d))
-            # A query that the last block meets a second time must not count twice: its probabilities become 0.
-            k.fill(norm, lambda i: (i0 + i < qt * Q).where(1e30, get(lse, bh * T + i0 + i)))
-            k.fill(dot, lambda i: 0.0)
-            k.fill(dquery, lambda d, i: 0.0)
-            k.each(D, Q, do=lambda d, i: k.add(dot, (i,), k.read(grad, d, i) * get(y, b * T + i0 + i, h * D + d)))
-            with k.loop((i0 + Q + KEYS - 1) // KEYS) as key_block:
-                k0 = key_block * KEYS
-                tiles = ((i0 + Q - k0).minimum(KEYS) + R - 1) // R
-                with k.loop(tiles) as jt:
-                    j0 = k0 + jt * R
-                    score = k.product(R, Q, D, lambda r, d: x(1, row(j0 + r), d), lambda d, i: k.read(query, d, i))
-                    dprob = k.product(R, Q, D, lambda r, d: x(2, row(j0 + r), d), lambda d, i: k.read(grad, d, i))
-                    with k.loop(Q) as i:
-                        for r in range(R):
-                            at, p = (jt * R + r, i), exp(k.read(score, r, i) - k.read(norm, i))
-                            k.write(prob, at, (j0 + r <= i0 + i).where(p, 0.0))
-                            k.write(dscore, at, k.read(prob, *at) * (k.read(dprob, r, i) - k.read(dot, i)))
-                with k.loop(D // RD) as dt:
-                    acc = k.product(RD, Q, tiles * R, lambda r, j: x(1, row(k0 + j), dt * RD + r),
-                                    lambda j, i: k.read(dscore, j, i))
-                    k.each(RD, Q, do=lambda r, i: k.add(dquery, (dt * RD + r, i), k.read(acc, r, i)))
-                with k.loop(tiles * (R // RK)) as jt:
-                    j = jt * RK
-                    dkey = k.product(RK, D, Q, lambda r, i: k.read(dscore, j + r, i), lambda i, d: x(0, i0 + i, d))
-                    dvalue = k.product(RK, D, Q, lambda r, i: k.read(prob, j + r, i), lambda i, d: g(i0 + i, d))
-                    with k.loop(D) as d:
-                        for r in range(RK):
-                            place = b * T + row(k0 + j + r)
-                            k.add(dqkv, (place, C + h * D + d), k.read(dkey, r, d) * D ** -0.5)
-                            k.add(dqkv, (place, 2 * C + h * D + d), k.read(dvalue, r, d))
-            k.each(Q, D, do=lambda i, d: k.add(dqkv, (b * T + i0 + i, h * D + d), k.read(dquery, d, i) * D ** -0.5))
-    return k.done()
+        for t, part, d in k.loop(T, 3, D): dqkv[b, t, part, h, d] = 0.0
+        for block in k.loop(T // Q):
+            i0 = block * Q
+            for i in k.loop(Q): dot[i] = 0.0
+            for d, i in k.loop(D, Q):
+                query[d, i], dquery[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5, 0.0
+                grad[d, i] = dy[b, i0 + i, h, d]
+                dot[i] += grad[d, i] * y[b, i0 + i, h, d]
+            for key_block in k.loop(block + 1):
+                j0 = key_block * Q
+                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 1, h, d], query.at):
+                    prob[j, i] = (j0 + j <= i0 + i).where(exp(s - lse[b, h, i0 + i]), 0.0)
+                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 2, h, d], grad.at):
+                    dscore[j, i] = prob[j, i] * (s - dot[i])
+                for d, i, s in k.product(D, Q, Q, lambda d, j: qkv[b, j0 + j, 1, h, d], dscore.at):
+                    dquery[d, i] += s
+                for j, d, s in k.product(Q, D, Q, dscore.at, lambda i, d: qkv[b, i0 + i, 0, h, d]):
+                    dqkv[b, j0 + j, 1, h, d] += s * D**-0.5
+                for j, d, s in k.product(Q, D, Q, prob.at, lambda i, d: dy[b, i0 + i, h, d]):
+                    dqkv[b, j0 + j, 2, h, d] += s
+            for i, d in k.loop(Q, D): dqkv[b, i0 + i, 0, h, d] = dquery[d, i] * D**-0.5
 
-# 5.4 Layer norm, embeddings, cross-entropy
+# 5.4 GELU, layer norm, embeddings, cross-entropy
 
-@functools.cache
-def norm(y, stats, x, w, b):
+def gelu(k, out, u, *dg):
+    """u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten; or, given dg, dg * slope."""
+    c = 2 * math.sqrt(2 / math.pi)
+    for i in k.share(u.rows * u.shape[-1]):
+        z = u[i] * (u[i] * u[i] * 0.044715 + 1.0) * c
+        e = exp(-(z < 0).where(-z, z))
+        s = (z < 0).where(e, 1.0) / (e + 1.0)
+        slope = s + u[i] * s * (1.0 - s) * (u[i] * u[i] * (3 * 0.044715) + 1.0) * c
+        out[i] = dg[0][i] * slope if dg else u[i] * s
+
+def norm(k, y, stats, x, w, b):
     """y (M, C), and stats (M, 2): the mean of each row of x (M, C), and one over its standard deviation."""
-    (M, C), k = x.shape, Kernel("norm", *x.shape)
-    with k.share(M) as i:
-        k.each(1, do=lambda _: k.write(stats, (i, 0), k.sums(C, lambda c: get(x, i, c))[0] * (1 / C)))
-        centred = lambda c: get(x, i, c) - k.read(stats, i, 0)
-        k.each(1, do=lambda _: k.write(stats, (i, 1), (k.sums(C, lambda c: centred(c) * centred(c))[0] * (1 / C)
-                                                       + 1e-5).sqrt().reciprocal()))
-        k.each(C, do=lambda c: k.write(y, (i, c), centred(c) * k.read(stats, i, 1) * get(w, c) + get(b, c)))
-    return k.done()
+    M, C = x.rows, x.shape[-1]
+    for i in k.share(M):
+        mean = k.sum(C, lambda c: x[i, c]) * (1 / C)
+        scale = (k.sum(C, lambda c: (x[i, c] - mean).square()) * (1 / C) + 1e-5).rsqrt()
+        for c in k.loop(C): y[i, c] = (x[i, c] - mean) * scale * w[c] + b[c]
+        stats[i, 0], stats[i, 1] = mean, scale
 
-@functools.cache
-def norm_back(dx, parts, dy, x, w, stats):
-    """dx (M, C); parts (cores, 2, C): each core's share of the gradients of scale and shift."""
-    (M, C), k = x.shape, Kernel("norm_back", *x.shape)
-    means, core = k.array(2), k.core(M)
-    k.each(2, C, do=lambda n, c: k.write(parts, (core, n, c), 0.0))
-    with k.share(M) as i:
-        hat = lambda c: (get(x, i, c) - get(stats, i, 0)) * get(stats, i, 1)
-        g = lambda c: get(dy, i, c) * get(w, c)
-        with k.loop(1):
-            for n, total in enumerate(k.sums(C, g, lambda c: g(c) * hat(c))): k.write(means, (n,), total * (1 / C))
-        with k.loop(C) as c:
-            k.add(parts, (core, 0, c), get(dy, i, c) * hat(c))
-            k.add(parts, (core, 1, c), get(dy, i, c))
-            k.write(dx, (i, c), (g(c) - k.read(means, 0) - hat(c) * k.read(means, 1)) * get(stats, i, 1))
-    return k.done()
+def norm_back(k, dx, dy, x, w, stats):
+    M, C = x.rows, x.shape[-1]
+    for i in k.share(M):
+        mean, scale = stats[i, 0], stats[i, 1]
+        hat = lambda c: (x[i, c] - mean) * scale
+        g = lambda c: dy[i, c] * w[c]
+        along, across = (k.sum(C, term) * (1 / C) for term in (g, lambda c: g(c) * hat(c)))
+        for c in k.loop(C): dx[i, c] = (g(c) - along - hat(c) * across) * scale
 
-@functools.cache
-def norm_gather(dw, db, parts):
-    """The sum of all cores' shares."""
-    k = Kernel("norm_gather", *parts.shape)
-    with k.loop(parts.shape[2]) as c:
-        for n, out in enumerate((dw, db)):
-            k.write(out, (c,), sum(get(parts, core, n, c) for core in range(parts.shape[0])))
-    return k.done()
+def norm_weights_back(k, dw, db, dy, x, stats):
+    """Sums over rows. Each core takes columns of its own, so no two meet in a sum."""
+    M, C = x.rows, x.shape[-1]
+    for c in k.share(C): dw[c], db[c] = 0.0, 0.0
+    for i in k.loop(M):
+        mean, scale = stats[i, 0], stats[i, 1]
+        for c in k.share(C):
+            dw[c] += dy[i, c] * (x[i, c] - mean) * scale
+            db[c] += dy[i, c]
 
-@functools.cache
-def embed(x, wte, wpe, idx, *start, T: int):
-    k = Kernel("embed", *x.shape)
-    with k.share(x.shape[0] // T) as b, k.loop(T, x.shape[1]) as (t, c):
-        place = t + (token(start[0], 0) if start else 0)
-        k.write(x, (b * T + t, c), get(wte, token(idx, b * T + t), c) + get(wpe, place, c))
-    return k.done()
+def embed(k, x, wte, wpe, idx, *start):
+    B, T, C = x.shape
+    for b in k.share(B):
+        for t, c in k.loop(T, C): x[b, t, c] = wte[idx[b * T + t], c] + wpe[start[0][0] if start else t, c]
 
-@functools.cache
-def embed_back(dwte, dwpe, dx, idx, T: int):
-    """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so two
-    cores must not meet in a row: each takes columns of its own."""
-    (M, C), k = dx.shape, Kernel("embed_back", *dx.shape)
-    width = divisor(C, 16)
-    with k.share(C // width) as strip:
-        k.each(dwpe.shape[0], width, do=lambda t, c: k.write(dwpe, (t, strip * width + c), 0.0))
-        with k.loop(M // T, T, width) as (b, t, lane):
-            c = strip * width + lane
-            k.add(dwte, (token(idx, b * T + t), c), get(dx, b * T + t, c))
-            k.add(dwpe, (t, c), get(dx, b * T + t, c))
-    return k.done()
+def embed_back(k, dwte, dwpe, dx, idx):
+    """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so here,
+    too, each core takes columns of its own."""
+    B, T, C = dx.shape
+    for t in k.loop(dwpe.shape[0]):
+        for c in k.share(C): dwpe[t, c] = 0.0
+    for b, t in k.loop(B, T):
+        for c in k.share(C):
+            dwte[idx[b * T + t], c] += dx[b, t, c]
+            dwpe[t, c] += dx[b, t, c]
 
-@functools.cache
-def cross_entropy(logits, loss, targets, *_):
+def cross_entropy(k, logits, loss, targets, *_):
     """Logits as columns, (V, M), and targets (M,) -> the loss of each token (M,). The logits are overwritten with the
     gradient of that loss, softmax - 1 at the target: they are the largest array there is, so there is only one."""
-    (V, M), k = logits.shape, Kernel("cross_entropy", *logits.shape)
-    Q = divisor(M, COLS)
+    (V, M), Q = logits.shape, divisor(logits.shape[1], COLS)
     top, total = k.array(Q), k.array(Q)
-    with k.share(M // Q) as strip:
+    for strip in k.share(M // Q):
         j0 = strip * Q
-        k.fill(top, lambda j: -1e30)
-        k.fill(total, lambda j: 0.0)
-        k.each(V, Q, do=lambda v, j: k.write(top, (j,), k.read(top, j).maximum(k.read(logits, v, j0 + j))))
-        k.each(V, Q, do=lambda v, j: k.add(total, (j,), exp(k.read(logits, v, j0 + j) - k.read(top, j))))
-        k.each(Q, do=lambda j: k.write(loss, (j0 + j,), k.read(top, j) + k.read(total, j).log2() * math.log(2)
-                                       - k.read(logits, token(targets, j0 + j), j0 + j)))
-        k.each(V, Q, do=lambda v, j: k.write(logits, (v, j0 + j), exp(k.read(logits, v, j0 + j) - k.read(top, j))
-                                             / k.read(total, j) - get(targets, j0 + j).eq(v).where(1.0, 0.0)))
-    return k.done()
+        for j in k.loop(Q): top[j], total[j] = -1e30, 0.0
+        for v, j in k.loop(V, Q): top[j] = top[j].maximum(logits[v, j0 + j])
+        for v, j in k.loop(V, Q): total[j] += exp(logits[v, j0 + j] - top[j])
+        for j in k.loop(Q): loss[j0 + j] = top[j] + total[j].log() - logits[targets[j0 + j], j0 + j]
+        for v, j in k.loop(V, Q):
+            logits[v, j0 + j] = exp(logits[v, j0 + j] - top[j]) / total[j] - targets[j0 + j].eq(v).where(1.0, 0.0)
 
-@functools.cache
-def cached_attention(y, keys, values, qkv, position):
-    """Attention of one new token, qkv (1, 3C) -> y (1, C), which first takes its place in the caches (H, P, D)."""
-    (H, P, D), C, k = keys.shape, y.shape[1], Kernel("cached_attention", *keys.shape)
-    score, top, total, last = k.array(P), k.array(1), k.array(1), get(position, 0).load()
-    with k.share(H) as h:
-        k.each(D, do=lambda d: k.write(keys, (h, last, d), get(qkv, 0, C + h * D + d)))
-        k.each(D, do=lambda d: k.write(values, (h, last, d), get(qkv, 0, 2 * C + h * D + d)))
-        k.fill(top, lambda _: -1e30)
-        k.fill(total, lambda _: 0.0)
-        with k.loop(last + 1, 1) as (j, _):
-            k.write(score, (j,), k.sums(D, lambda d: get(qkv, 0, h * D + d) * k.read(keys, h, j, d))[0] * D ** -0.5)
-        k.each(last + 1, do=lambda j: k.write(top, (0,), k.read(top, 0).maximum(k.read(score, j))))
-        k.each(last + 1, do=lambda j: k.write(score, (j,), exp(k.read(score, j) - k.read(top, 0))))
-        k.each(last + 1, do=lambda j: k.add(total, (0,), k.read(score, j)))
-        k.each(D, do=lambda d: k.write(y, (0, h * D + d), 0.0))
-        k.each(last + 1, D, do=lambda j, d: k.add(y, (0, h * D + d), k.read(score, j) / k.read(total, 0)
-                                                  * k.read(values, h, j, d)))
-    return k.done()
+def cached_attention(k, y, keys, values, qkv, position):
+    """Attention of one new token, qkv (3, H, D) -> y (H, D), which first takes its place in the caches (H, P, D)."""
+    H, P, D = keys.shape
+    score, top, total, last = k.array(P), k.array(1), k.array(1), position[0]
+    for h in k.share(H):
+        for d in k.loop(D): keys[h, last, d], values[h, last, d], y[h, d] = qkv[H + h, d], qkv[2 * H + h, d], 0.0
+        top[0], total[0] = -1e30, 0.0
+        for j in k.loop(last + 1): score[j] = k.sum(D, lambda d: qkv[h, d] * keys[h, j, d]) * D**-0.5
+        for j in k.loop(last + 1): top[0] = top[0].maximum(score[j])
+        for j in k.loop(last + 1): score[j] = exp(score[j] - top[0])
+        for j in k.loop(last + 1): total[0] += score[j]
+        for j, d in k.loop(last + 1, D): y[h, d] += score[j] / total[0] * values[h, j, d]
 
-@functools.cache
-def dot_rows(logits, x, wte):
-    """logits (V,), of one token x (1, C): each row of the table (V, C) times x."""
-    (V, C), k = wte.shape, Kernel("dot_rows", *wte.shape)
-    share = -(-V // CORES)
-    first = step_back(k.core(CORES), share, V)
-    with k.loop(share) as i:
-        v = first + i
-        k.each(1, do=lambda _: k.write(logits, (v,), k.sums(C, lambda c: get(wte, v, c) * get(x, 0, c))[0]))
-    return k.done()
+def dot_rows(k, logits, x, wte):
+    """logits (V,), of one token x (C,): each row of the table (V, C) times x."""
+    (V, C), part = wte.shape, -(-wte.shape[0] // CORES)
+    for core in k.share(CORES):  # V may be odd
+        first = step_back(core, part, V)
+        for i in k.loop(part): logits[first + i] = k.sum(C, lambda c: wte[first + i, c] * x[c])
 
 # 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
 
 BLOCK = 1024  # numbers; the flat vectors have a multiple of CORES such blocks, so that all cores get equal shares
 
-@functools.cache
-def square_sums(parts, grad):
+def square_sums(k, parts, grad):
     """parts (cores,): each core's share of the gradient's squared length."""
-    k, blocks = Kernel("square_sums", *grad.shape), grad.shape[0] // BLOCK
-    sums, core = k.array(16), k.core(blocks)
-    k.fill(sums, lambda lane: 0.0)
-    with k.share(blocks) as block, k.loop(BLOCK // 16, 16) as (i, lane):
-        g = get(grad, block * BLOCK + i * 16 + lane)
-        k.add(sums, (lane,), g * g)
-    k.each(1, do=lambda _: k.write(parts, (core,), sum(k.read(sums, lane) for lane in range(16))))
-    return k.done()
+    n = grad.shape[0] // parts.shape[0]
+    for core in k.share(parts.shape[0]): parts[core] = k.sum(n, lambda i: grad[core * n + i].square())
 
-@functools.cache
-def adamw(theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: float, grad_clip: float, decay: float):
+def adamw(k, theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: float, grad_clip: float, decay: float):
     """One step of AdamW in place (AdamW.step has the formulas). A gradient that is not finite changes nothing."""
-    k, blocks = Kernel("adamw", *theta.shape), theta.shape[0] // BLOCK
-    scale = k.array(2)
-    with k.loop(1):
-        norm = sum(get(parts, core) for core in range(parts.shape[0])).sqrt()
-        k.write(scale, (0,), (norm < grad_clip).where(1.0, grad_clip / norm))
-        k.write(scale, (1,), (norm < math.inf).where(1.0, 0.0))
-    with k.share(blocks) as block, k.loop(BLOCK) as lane:
-        i = block * BLOCK + lane
-        fine, g = k.read(scale, 1) > 0, get(grad, i) * k.read(scale, 0)
-        k.write(m, (i,), fine.where(k.read(m, i) * beta1 + g * (1 - beta1), k.read(m, i)))
-        k.write(v, (i,), fine.where(k.read(v, i) * beta2 + g * g * (1 - beta2), k.read(v, i)))
-        change = k.read(m, i) * get(rates, 1) / ((k.read(v, i) * get(rates, 2)).sqrt() + 1e-8)
-        change = change + (i < n_decay).where(decay, 0.0) * k.read(theta, i)
-        k.write(theta, (i,), fine.where(k.read(theta, i) - get(rates, 0) * change, k.read(theta, i)))
-    return k.done()
+    norm = sum(parts[core] for core in range(parts.shape[0])).sqrt()
+    fine, scale = norm < math.inf, (norm < grad_clip).where(1.0, grad_clip / norm)
+    rate, unbias_m, unbias_v = rates[0], rates[1], rates[2]
+    for i in k.share(theta.shape[0]):
+        g = grad[i] * scale
+        m[i] = fine.where(m[i] * beta1 + g * (1 - beta1), m[i])
+        v[i] = fine.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
+        change = m[i] * unbias_m / ((v[i] * unbias_v).sqrt() + 1e-8) + (i < n_decay).where(decay, 0.0) * theta[i]
+        theta[i] = fine.where(theta[i] - rate * change, theta[i])
 
 # 5.6 The operations of chapter 4, made of these kernels
-
-def run(kernel, *args: Tensor, back=None, **options) -> list[Tensor]:
-    """Run a kernel on tensors, outputs first; `back` is its gradient."""
-    return args[0].custom_kernel(*args[1:], fxn=functools.partial(kernel, **options), grad_fxn=back)
-
-def gradient_of(w: Tensor) -> Tensor:
-    """Where a parameter's gradient goes: its window on the model's vector of gradients, else memory of its own."""
-    return Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad
 
 class Fast:
     """Plain's operations by the kernels of this chapter: the same arguments and results, to float32's rounding."""
     written: list[UOp] = []  # noqa: RUF012  the parameters' gradients in the making, for flat_gradient to collect
 
-    def give(*gradients: Tensor) -> tuple[UOp, ...]:
-        Fast.written += [g.uop for g in gradients]
-        return tuple(g.uop for g in gradients)
+    def give(kernel, parameters, *arguments: Tensor, **options) -> list[UOp]:
+        """Run a kernel that writes gradients of parameters: into their windows on the model's vector of gradients, if
+        there is one."""
+        outs = [Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad for w in parameters]
+        given = [g.uop for g in run(kernel, *outs, *arguments, **options)[:len(outs)]]
+        Fast.written += given
+        return given
 
     def embed(idx, wte, wpe, start=None):
-        (B, T), C, args = idx.shape, wte.shape[1], [idx.flatten()] + ([] if start is None else [start])
-
         def back(dx, _):
-            dwte, dwpe = run(embed_back, gradient_of(wte), gradient_of(wpe), Tensor(dx), *args, T=T)[:2]
-            return None, *Fast.give(dwte, dwpe), None
-        return run(embed, Tensor.empty(B * T, C), wte, wpe, *args, back=back, T=T)[0].reshape(B, T, C)
+            return None, *Fast.give(embed_back, (wte, wpe), Tensor(dx), idx), None
+        more = () if start is None else (start,)
+        return run(embed, Tensor.empty(*idx.shape, wte.shape[1]), wte, wpe, idx, *more, back=back)[0]
 
     def layer_norm(x, ln):
-        M, C = math.prod(x.shape[:-1]), x.shape[-1]
-        x2 = x.reshape(M, C)
-
         def back(dy, call):
-            stats, parts = Tensor(call.src[2].after(call)), Tensor.empty(divisor(M, CORES), 2, C)
-            dx, parts = run(norm_back, Tensor.empty(M, C), parts, Tensor(dy), x2, ln.weight, stats)[:2]
-            dw, db, _ = run(norm_gather, gradient_of(ln.weight), gradient_of(ln.bias), parts)
-            return None, None, dx.uop, *Fast.give(dw, db)
-        return run(norm, Tensor.empty(M, C), Tensor.empty(M, 2), x2, ln.weight, ln.bias, back=back)[0].reshape(x.shape)
-
-    def weight_gradients(dy: Tensor, x: Tensor, layer: Layer) -> tuple[UOp, ...]:
-        """dw = x^T @ dy and db, the column sums of dy, in one kernel."""
-        dw, _, _, db = run(matmul, gradient_of(layer.weight), x, dy, gradient_of(layer.bias), name="linear_dw",
-                           a_transposed=True, column_sums=True)
-        return Fast.give(dw, db)
+            dy, stats = Tensor(dy), Tensor(call.src[2].after(call))
+            dx = run(norm_back, Tensor.empty(*x.shape), dy, x, ln.weight, stats)[0]
+            return None, None, dx.uop, *Fast.give(norm_weights_back, (ln.weight, ln.bias), dy, x, stats)
+        return run(norm, Tensor.empty(*x.shape), Tensor.empty(*x.shape[:-1], 2), x, ln.weight, ln.bias, back=back)[0]
 
     def linear(x, layer, residual=None):
-        M, N, x2 = math.prod(x.shape[:-1]), layer.weight.shape[1], x.reshape(-1, x.shape[-1])
-        more = [] if residual is None else [residual.reshape(M, N)]
-
         def back(dy, _):
-            dx = run(matmul, Tensor.empty(*x2.shape), Tensor(dy), layer.weight, name="linear_dx", b_transposed=True)[0]
-            return None, dx.uop, *Fast.weight_gradients(Tensor(dy), x2, layer), *(dy for _ in more)
-        y = run(matmul if M > 1 else matvec, Tensor.empty(M, N), x2, layer.weight, layer.bias, *more, back=back,
-                name="linear", adds=1 + len(more))[0]
-        return y.reshape(*x.shape[:-1], N)
+            dx = run(matmul, Tensor.empty(*x.shape), Tensor(dy), w, b_transposed=True)[0].uop
+            return None, dx, *Fast.give(weights_back, (w, layer.bias), x, Tensor(dy)), *(dy for _ in more)
+        w, more = layer.weight, () if residual is None else (residual,)
+        y, kernel = Tensor.empty(*x.shape[:-1], w.shape[1]), matvec if x.numel() == w.shape[0] else matmul
+        return run(kernel, y, x, w, layer.bias, *more, back=back)[0]
 
-    def gelu(x):
-        return Plain.gelu(x.contiguous()).contiguous()
+    def gelu(u):
+        back = lambda dg, _: (None, run(gelu, Tensor.empty(*u.shape), u, Tensor(dg))[0].uop)
+        return run(gelu, Tensor.empty(*u.shape), u, back=back)[0]
 
     def attention(qkv, n_head):
-        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        x, sizes = qkv.reshape(B * T, 3 * C), {"B": B, "T": T, "H": n_head}
-
         def back(dy, call):
             y, lse = (Tensor(out.after(call)) for out in call.src[1:3])
-            return None, None, run(flash_back, Tensor.empty(*x.shape), Tensor(dy), y, lse, x, **sizes)[0].uop
-        outputs = Tensor.empty(B * T, C), Tensor.empty(B * n_head * T)
-        return run(flash, *outputs, x, back=back, **sizes)[0].reshape(B, T, C)
+            return None, None, run(flash_back, Tensor.empty(*x.shape), Tensor(dy), y, lse, x)[0].uop
+        (B, T, C3), H = qkv.shape, n_head
+        x = qkv.reshape(B, T, 3, H, C3 // 3 // H)
+        return run(flash, Tensor.empty(B, T, H, x.shape[-1]), Tensor.empty(B, H, T), x, back=back)[0].reshape(B, T, -1)
 
     def cached_attention(qkv, n_head, keys, values, position):
-        return run(cached_attention, Tensor.empty(1, qkv.shape[2] // 3), keys, values, qkv.reshape(1, -1),
-                   position)[0].reshape(1, 1, -1)
+        y, x = Tensor.empty(n_head, keys.shape[2]), qkv.reshape(3 * n_head, -1)
+        return run(cached_attention, y, keys, values, x, position)[0].reshape(1, 1, -1)
 
     def logits(x, wte):
-        return run(dot_rows, Tensor.empty(wte.shape[0]), x.reshape(1, -1), wte)[0]
+        return run(dot_rows, Tensor.empty(wte.shape[0]), x, wte)[0]
 
     def loss(x, wte, targets):
-        M, (V, C) = math.prod(x.shape[:-1]), wte.shape
-        x2 = x.reshape(M, C)
-        logits = run(matmul, Tensor.empty(V, M), wte.detach(), x2.detach(), name="logits", b_transposed=True)[0]
-
         def back(dloss, call):
-            # The kernel has left the gradient of each token's loss in the logits; `dloss` (M,) scales it.
-            scale, dlogits = Tensor(dloss).reshape(M, 1), Tensor(call.src[1].after(call))
-            dwte = run(matmul, gradient_of(wte), dlogits, (x2 * scale).contiguous(), name="head_dw")[0]
-            dlogits = Tensor(dlogits.uop.after(dwte.uop))  # so dwte is written before embed_back, far below, adds to it
-            dx = run(matmul, Tensor.empty(M, C), dlogits, wte, name="head_dx", a_transposed=True)[0]
-            return None, None, None, (dx * scale).uop, *Fast.give(dwte)
-        return run(cross_entropy, logits, Tensor.empty(M), targets.flatten(), x2, wte, back=back)[1].mean()
+            # The kernel has left the gradient of each token's loss in the logits; `dloss` (B * T,) scales it.
+            scale, dlogits = Tensor(dloss).reshape(*targets.shape, 1), Tensor(call.src[1].after(call))
+            dwte, = Fast.give(matmul, (wte,), dlogits, (x * scale).contiguous())
+            dlogits = Tensor(dlogits.uop.after(dwte))  # so dwte is written before embed_back, far below, adds to it
+            dx = run(matmul, Tensor.empty(*x.shape), dlogits, wte, a_transposed=True)[0]
+            return None, None, None, (dx * scale).uop, dwte
+        logits = Tensor.empty(wte.shape[0], targets.numel())
+        logits = run(matmul, logits, wte.detach(), x.detach(), b_transposed=True)[0]
+        return run(cross_entropy, logits, Tensor.empty(targets.numel()), targets, x, wte, back=back)[1].mean()
 
 PLAIN = False  # --plain sets it
 
@@ -1232,88 +1089,73 @@ def default_ops():
     return Fast if tried and not PLAIN else Plain
 
 # 5.7 Compiled once
-#
-# tinygrad keeps clang's results on disk, but not those of its own Python, a tenth of a second a kernel. With both kept,
-# the second run on a machine starts in two seconds instead of five.
 
 class Programs(dict):
-    """tinygrad's table of compiled kernels, with a copy in tinygrad's cache on disk."""
+    """tinygrad's table of compiled kernels, with a copy in tinygrad's cache on disk. By itself it keeps there only
+    what clang made, not what its own Python did, a tenth of a second a kernel: with both, a second run starts in two
+    seconds instead of five."""
 
-    @staticmethod
-    def name(key: tuple) -> str:
-        return hashlib.sha256(repr((key[0], str(key[2]), key[3:])).encode()).hexdigest()
+    def on_disk(self, key: tuple) -> tuple[str, str]:
+        return "minimiggy", hashlib.sha256(repr((key[0], str(key[2]), key[3:])).encode()).hexdigest()
+
+    def get(self, key):
+        if not super().__contains__(key): super().__setitem__(key, diskcache_get(*self.on_disk(key)))
+        return self[key]
 
     def __contains__(self, key) -> bool:
         return self.get(key) is not None
 
-    def get(self, key, default=None):
-        if not super().__contains__(key) and (found := diskcache_get("minimiggy", self.name(key))) is not None:
-            super().__setitem__(key, found)
-        return super().get(key, default)
-
     def __setitem__(self, key, program) -> None:
         super().__setitem__(key, program)
-        sink, linear, source, binary = program.src
-        arguments = tuple(u for u in linear.src if u.op is Ops.PARAM)
-        diskcache_put("minimiggy", self.name(key), program.replace(
-            src=(UOp.sink(arg=sink.arg), linear.replace(src=arguments), source, binary)))
+        sink, linear, *code = program.src  # what running does not need is left out: it would take long to read
+        arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
+        diskcache_put(*self.on_disk(key), program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code)))
 
 codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
 # 5.8 All cores at once
-#
-# A TinyJit's recording is a list of kernels and of the memory that each works on. tinygrad goes down that list in
-# Python, 40 microseconds a kernel, and where a kernel asks for several cores it calls it for one after the other.
-# Instead, each core gets a thread that goes down a list of its own in compiled code, and after each kernel waits until
-# the other cores have come as far: 1.4 microseconds a kernel.
 
 class Crew:
-    """Replays what a TinyJit has recorded, on `threads` cores: all, or one."""
+    """Replays what a TinyJit has recorded, a list of kernels and of the memory that each works on, on `threads` cores.
+    tinygrad goes down that list in Python, 40 microseconds a kernel, and calls a shared kernel for one core after the
+    other. Here each core gets a thread that goes down a list of its own in compiled code, and after each kernel waits
+    until the other cores have come as far: 1.4 microseconds a kernel."""
 
     def __init__(self, jit: TinyJit, threads: int):
-        self.jit, self.threads, lists = jit, threads, [[] for _ in range(threads)]
-        nothing = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # the C library's "let others run"
+        self.jit, self.done, lists = jit, np.zeros((threads, 8), np.uint64), [[] for _ in range(threads)]
+        rest = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # the C library's "let others run"
         for call in jit.captured.linear.src:
-            program, info = get_runtime("CPU", call.src[0]), call.src[0].arg
-            buffers = [get_call_arg_uops(call)[i].buffer.ensure_allocated() for i in info.globals]
-            words = [program.addr] + [buffer.get_buf("CPU").va_addr for buffer in buffers]
-            shared = "core_id" in program.runtimevars  # its last argument
-            shares = [words + [core] * shared for core in range(info.global_size[0] if shared else 1)]
-            shares += [[nothing]] * (-len(shares) % threads)  # a thread without a share idles
-            for thread, lines in enumerate(lists):
-                lines += shares[thread::threads]
-        self.width = max(len(line) for lines in lists for line in lines)
-        self.lists = np.array([[line + [0] * (self.width - len(line)) for line in lines] for lines in lists], np.uint64)
-        self.arrived, self.before = np.zeros((threads, 8), np.uint64), np.zeros(1, np.uint64)
-        self.nothing, length = np.array([nothing], np.uint64), self.lists.shape[1]
-        self.program = Device["CPU"].runtime(to_program(self.replay(length), Device["CPU"].renderer).to_elf())
-        pairs = zip(self.lists, self.arrived, strict=True)
-        arrays = [(lines, self.before, self.nothing, self.arrived, mine) for lines, mine in pairs]
-        self.args = [[ctypes.c_uint64(array.ctypes.data) for array in row] for row in arrays]
+            program, info, args = get_runtime("CPU", call.src[0]), call.src[0].arg, get_call_arg_uops(call)
+            words = [args[i].buffer.ensure_allocated().get_buf("CPU").va_addr for i in info.globals]
+            lines = [[program.addr, *words, core] for core in range(info.global_size[0])]  # core_id comes last
+            lines += [[rest]] * (-len(lines) % threads)  # a thread without a share rests
+            for i, line in enumerate(lines): lists[i % threads].append(line)
+        width = max(map(len, itertools.chain(*lists)))
+        self.lists = np.array([[x + [0] * (width - len(x)) + [rest] for x in lines] for lines in lists], np.uint64)
+        self.program = Device["CPU"].runtime(to_program(self.replay(), Device["CPU"].renderer).to_elf())
+        self.arguments = [[ctypes.c_uint64(array.ctypes.data) for array in (lines, mine, self.done)]
+                          for lines, mine in zip(self.lists, self.done, strict=True)]
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
-    def replay(self, length: int) -> UOp:
-        """The loop that each core runs: call a kernel, tell that it is done, wait for the others."""
-        calls, before, nothing = (UOp.param(slot, dtypes.uint64, (size,), volatile=volatile) for slot, size, volatile in
-                                  ((0, length * self.width, False), (1, 1, False), (2, 1, True)))
-        arrived, mine = (UOp.param(slot, dtypes.uint64, (8 * self.threads,), volatile=True) for slot in (3, 4))
-        n = UOp.range(length, 0)
-        line = [calls.after(n)[n * self.width + word].load() for word in range(self.width)]
-        count = before[0].load() + n.cast(dtypes.uint64) + 1
-        last = UOp(Ops.BARRIER, src=(line[0].call(*line[1:], ret_dtype=dtypes.void),))
-        last = mine.after(last)[0].store(count)
-        for core in range(self.threads):
-            loop = UOp.loop(1 + core)
-            nap = nothing.after(last, loop)[0].load().call(ret_dtype=dtypes.void)
-            seen = arrived.after(last, nap)[core * 8].load()
+    def replay(self) -> UOp:
+        """The loop that each thread runs: call a kernel, tell that it is done, wait for the others."""
+        (threads, length, width), n = self.lists.shape, UOp.range(self.lists.shape[1], 0)
+        lines, mine, done = (UOp.param(slot, dtypes.uint64, (size,), volatile=True) for slot, size in
+                             enumerate((length * width, 1, 8 * threads)))  # 8: a cache line for each thread
+        count, line = n.cast(dtypes.uint64) + 1, [lines.after(n)[n * width + word].load() for word in range(width - 1)]
+        last = mine.after(UOp(Ops.BARRIER, src=(line[0].call(*line[1:], ret_dtype=dtypes.void),)))[0].store(count)
+        for thread in range(threads):
+            loop = UOp.loop(1 + thread)
+            nap = lines.after(last, loop)[n * width + width - 1].load().call(ret_dtype=dtypes.void)
+            seen = done.after(last, nap)[thread * 8].load()
             last = seen.end(loop, seen < count)
         return UOp(Ops.BARRIER, src=(last,)).end(n).sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
 
     def __call__(self):
-        others = [self.pool.submit(self.program.fxn, *args) for args in self.args[1:]]
-        self.program.fxn(*self.args[0])
+        self.done[:] = 0
+        others = [self.pool.submit(self.program.fxn, *arguments) for arguments in self.arguments[1:]]
+        self.program.fxn(*self.arguments[0])
         for other in others: other.result()
-        self.before += np.uint64(self.lists.shape[1])
         return self.jit.captured.ret
 
 # ====================================================================================================================
