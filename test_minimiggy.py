@@ -530,6 +530,7 @@ def kill_and_resume(kills, folder):
     """Kill a short run at random moments, every second time inside a save, and resume it; how many of them end with the
     checkpoint and the log of the run that was never stopped, to the last bit? Also a command: see README."""
     rng, folder, fsync = random_numbers.Random(kills), Path(folder), os.fsync
+    BPETokenizer.train("", 256)  # what is imported now, no child need import
     (folder / "my.txt").write_text(TEXT[:20_000])
     start = ["--train", "--data", str(folder / "my.txt"), *SMALL, "--max-iters", "30", "--eval-interval", "6", "--save-every",
              "2", "--dropout", "0.1"]
