@@ -53,6 +53,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 # ====================================================================================================================
 # Chapter 0. Before tinygrad is imported
@@ -476,16 +477,14 @@ class Plain:
         return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
 
     def attention(qkv: Tensor, n_head: int) -> Tensor:
-        """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C).
-
-        Each token asks a question (query), offers a label (key) and a content (value). It takes a weighted average of
-        the values of itself and of the tokens before it; the better key and query match, the larger the weight.
-        """
+        """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C). Each token asks a question (query), offers a label
+        (key) and a content (value). It takes a weighted average of the values of itself and of the tokens before it;
+        the better key and query match, the larger the weight."""
         B, T, C3 = qkv.shape
         q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
-        past = Tensor.ones(T, T, dtype=dtypes.bool).tril().to(qkv.device)
-        scores = past.where(scores, -math.inf)                                           # no future
+        past = Tensor.ones(T, T, dtype=dtypes.bool).tril().to(qkv.device)                 # True: not in the future
+        scores = past.where(scores, -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -512,27 +511,18 @@ class Dropout:
 
     Which elements, is a hash of their position and of `key`, one uint32 that is new at each step: there is no random
     state to keep, so a resumed run draws what the interrupted one would have drawn. Without a key it does nothing:
-    evaluation and sampling have none and cannot forget to switch it off.
-    """
+    evaluation and sampling have none and cannot forget to switch it off."""
 
-    def __init__(self, rate: float, key: Tensor | None):
-        self.rate, self.key, self.places = rate, key, 0
+    def __init__(self, rate: float = 0.0, key: Tensor | None = None):
+        self.rate, self.key, self.places = 0.0 if key is None else rate, key, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.rate == 0 or self.key is None:
-            return x
+        if self.rate == 0: return x
         self.places += 1  # each place in the network gets numbers of its own
         h = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape).shard_like(x)
         h = (h + self.key + self.places * 0x9E3779B9 % 2**32) * 0x85EBCA6B
         h = (h ^ (h >> 15)) * 0xC2B2AE35  # multiply, fold, multiply: the finish of MurmurHash3
-        h = h ^ (h >> 13)
-        return (h >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
-
-    def add(self, x: Tensor, linear, y: Tensor, layer: Layer) -> Tensor:
-        """x + what dropout leaves of linear(y, layer)."""
-        if self.rate == 0 or self.key is None:
-            return linear(y, layer, x)
-        return x + self(linear(y, layer))
+        return ((h ^ (h >> 13)) >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
 
 class Layer:
     """A weight and a bias, without numbers as yet; Plain and Fast say what is done with them."""
@@ -540,29 +530,22 @@ class Layer:
     def __init__(self, *shape: int):
         self.weight, self.bias = Tensor.empty(*shape), Tensor.empty(shape[-1])
 
-class Table:
-    def __init__(self, *shape: int):
-        self.weight = Tensor.empty(*shape)
-
-class Attention:
-    def __init__(self, C: int):
-        self.c_attn = Layer(C, 3 * C)  # query, key and value of all heads in one product
-        self.c_proj = Layer(C, C)
-
-class MLP:
-    def __init__(self, C: int):
-        self.c_fc, self.c_proj = Layer(C, 4 * C), Layer(4 * C, C)
-
 class Block:
+    """Two sublayers, each with a normalisation before it."""
+
     def __init__(self, C: int):
-        self.ln_1, self.attn, self.ln_2, self.mlp = Layer(C), Attention(C), Layer(C), MLP(C)
+        self.ln_1, self.ln_2 = Layer(C), Layer(C)
+        self.attn = SimpleNamespace(c_attn=Layer(C, 3 * C), c_proj=Layer(C, C))  # c_attn: all queries, keys and values
+        self.mlp = SimpleNamespace(c_fc=Layer(C, 4 * C), c_proj=Layer(4 * C, C))
 
     def __call__(self, x: Tensor, ops, drop: Dropout, attention) -> Tensor:
         """(B, T, C) -> (B, T, C). Only `attention` looks at other tokens; all else works on each by itself."""
+        def add(x: Tensor, y: Tensor, layer: Layer) -> Tensor:
+            return x + drop(ops.linear(y, layer)) if drop.rate else ops.linear(y, layer, residual=x)
         qkv = ops.linear(ops.layer_norm(x, self.ln_1), self.attn.c_attn)                   # (B, T, 3C)
-        x = drop.add(x, ops.linear, attention(qkv), self.attn.c_proj)
+        x = add(x, attention(qkv), self.attn.c_proj)
         u = ops.gelu(ops.linear(ops.layer_norm(x, self.ln_2), self.mlp.c_fc))              # (B, T, 4C)
-        return drop.add(x, ops.linear, u, self.mlp.c_proj)
+        return add(x, u, self.mlp.c_proj)
 
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
@@ -575,69 +558,59 @@ class GPT:
     __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
 
     def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
-        if MISSING_COMPILER:
-            raise UserError(MISSING_COMPILER)
+        if MISSING_COMPILER: raise UserError(MISSING_COMPILER)
         self.config, self.tokenizer, self.ops, self.data, C = config, tokenizer, default_ops(), None, config.n_embd
-        self.wte, self.wpe = Table(config.vocab_size, C), Table(config.block_size, C)
+        self.wte = SimpleNamespace(weight=Tensor.empty(config.vocab_size, C))
+        self.wpe = SimpleNamespace(weight=Tensor.empty(config.block_size, C))
         self.h, self.ln_f = [Block(C) for _ in range(config.n_layer)], Layer(C)
         # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
         # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
         named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
-        self.shapes, self.starts, end = {name: tensor.shape for name, tensor in named}, {}, 0
+        self.shapes, self.places, end = {name: tensor.shape for name, tensor in named}, {}, 0
         for name, shape in self.shapes.items():
-            self.starts[name], end = end, end + -(-math.prod(shape) // 16) * 16
-            if len(shape) == 2:
-                self.n_decay = end
+            self.places[name], end = slice(end, end + math.prod(shape)), end + -(-math.prod(shape) // 16) * 16
+            if len(shape) == 2: self.n_decay = end
         self.flat, self.grad, self.size = None, None, -(-end // (BLOCK * CORES)) * BLOCK * CORES
-        if seed is not None:
-            self.set(self.pack(self.first_weights(np.random.default_rng(seed))))
+        if seed is not None: self.set(self.pack(self.first_weights(np.random.default_rng(seed))))
 
     def first_weights(self, rng: np.random.Generator):
         """GPT-2's start, as pairs of name and array."""
         for name, shape in self.shapes.items():
-            if len(shape) == 1:
-                yield name, np.full(shape, name.endswith("weight"), np.float32)  # a norm's scale is 1, a bias 0
-            else:
-                # What 2 n_layer sublayers add to the stream would grow with depth; a smaller start keeps it level.
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
-                yield name, np.float32(std) * rng.standard_normal(shape, np.float32)
+            # What 2 n_layer sublayers add to the stream would grow with depth; a smaller start keeps it level.
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
+            yield name, (np.float32(std) * rng.standard_normal(shape, np.float32) if len(shape) == 2 else
+                         np.full(shape, name.endswith("weight"), np.float32))  # the scales of norms are 1, biases 0
 
     def set(self, flat: np.ndarray) -> None:
         """Give all parameters their numbers."""
-        if self.flat is not None:
-            put(self.flat, flat)  # into the memory that recorded kernels know
-        else:
-            self.flat = Tensor(flat).realize()
-            for parameter, window in self.windows(self.flat):
-                parameter.replace(window)
+        if self.flat is not None: return put(self.flat, flat)  # into the memory that recorded kernels know
+        self.flat = Tensor(flat).realize()
+        for parameter, window in self.windows(self.flat): parameter.replace(window)
 
     def windows(self, vector: Tensor):
         """Each parameter, and a tensor that shares its memory with the parameter's stretch of `vector`. (A slice would
         do for reading, but tinygrad copies slices before it hands them to a kernel.)"""
         parameters = get_state_dict(self)
         for name, shape in self.shapes.items():
-            start = self.starts[name] * vector.dtype.itemsize
+            start = self.places[name].start * vector.dtype.itemsize
             part = UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))
             yield parameters[name], Tensor(part).reshape(shape)
 
     def make_room_for_gradients(self) -> None:
         """Give each parameter's .grad a window on the vector `grad` (a model that is only sampled needs none)."""
-        if self.grad is None:
-            self.grad = Tensor(np.zeros(self.flat.shape, np.float32)).realize()
-            for parameter, window in self.windows(self.grad):
-                parameter.grad = window
+        if self.grad is not None: return
+        self.grad = Tensor(np.zeros(self.size, np.float32)).realize()
+        for parameter, window in self.windows(self.grad): parameter.grad = window
 
     def pack(self, arrays) -> np.ndarray:
         """One vector of arrays (pairs of name and array), in the order and with the gaps of `flat`."""
         flat = np.zeros(self.size, np.float32)
-        for name, array in arrays:
-            flat[self.starts[name]:self.starts[name] + array.size] = array.ravel()
+        for name, array in arrays: flat[self.places[name]] = array.ravel()
         return flat
 
     def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """The opposite: cut a vector of parameters (or of gradients, or of Adam's averages) into arrays by name."""
-        return {name: flat[self.starts[name]:self.starts[name] + math.prod(shape)].reshape(shape)
-                for name, shape in self.shapes.items()}
+        return {name: flat[self.places[name]].reshape(shape) for name, shape in self.shapes.items()}
 
     def hidden(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C)."""
@@ -1179,8 +1152,7 @@ def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int)
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rise over the warm-up (Adam's averages are poor at first), then fall along half a cosine to min_lr."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    if step < config.warmup_steps: return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
     return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -1204,8 +1176,7 @@ def recorded(ops, function, threads: int | None = None):
         nonlocal replay
         if replay is None:
             result = jit()
-            if jit.captured is not None:
-                replay = Crew(jit, threads or CORES) if ops is Fast else jit
+            if jit.captured is not None: replay = Crew(jit, threads or CORES) if ops is Fast else jit
             return result
         return replay()
     return call
@@ -1231,8 +1202,7 @@ DEVICES = 1  # --devices sets it, where Plain runs
 def spread_loss(model: GPT, x: Tensor, y: Tensor, key: Tensor) -> Tensor:
     """The loss of a batch (B, T), computed on DEVICES devices. Each gets a share of the sequences and a copy of all
     parameters; tinygrad sums their gradients on the first. (Fast's kernels share their loops among cores instead.)"""
-    if DEVICES == 1 or model.ops is Fast:
-        return model.loss(x, y, key)
+    if DEVICES == 1 or model.ops is Fast: return model.loss(x, y, key)
     devices, parameters = tuple(f"{Device.DEFAULT}:{n}" for n in range(DEVICES)), get_state_dict(model).values()
     before = [Tensor(parameter.uop) for parameter in parameters]
     for parameter in parameters: parameter.replace(parameter.shard(devices))
@@ -1340,7 +1310,7 @@ class TrainingFailed(Exception):
     """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
 def examine(model: GPT, config: TrainConfig, data: np.ndarray, val: np.ndarray | None, step: int) -> dict[str, float]:
-    """The losses at an evaluation. In the end all of the validation text is read (of 20 MB, a part); on the way less."""
+    """The losses at an evaluation. In the end all validation text is read (of 20 MB, a part); on the way less."""
     losses = {"train_loss": evaluate(model, data, config.batch_size, config.eval_iters)}
     if val is not None:
         most = math.ceil(len(val) / (config.batch_size * model.config.block_size))
@@ -1356,25 +1326,27 @@ def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[
         model.save_checkpoint(step, optimizer, out_dir)
         prune(out_dir, optimizer.config.keep, rows)
 
+def checked(name: str, ids, config: GPTConfig) -> np.ndarray | None:
+    """Token ids as an array; UserError if they do not suit the model."""
+    ids = None if ids is None else np.asarray(ids)
+    if ids is not None and len(ids) <= config.block_size:
+        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {config.block_size} needs "
+                        f"{config.block_size + 1}: bring more text or choose a smaller block")
+    if ids is not None and ids.max() >= config.vocab_size:
+        raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {config.vocab_size - 1}")
+    return ids
+
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
           out_dir: str | Path | None = None, stop=()) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the optimizer.
 
-    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, log.csv and checkpoints
-    are written there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a save.
-    """
+    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, log.csv and
+    checkpoints are written there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a
+    save."""
     T, tokenizer = model.config.block_size, model.tokenizer
-    data, val = np.asarray(train_data), None if val_data is None else np.asarray(val_data)
-    for name, ids in (("training", data), ("validation", val)):
-        if ids is not None and len(ids) < T + 1:
-            raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs {T + 1}: "
-                            "bring more text or choose a smaller block")
-        if ids is not None and ids.max() >= model.config.vocab_size:
-            raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at "
-                            f"{model.config.vocab_size - 1}")
+    data, val = checked("training", train_data, model.config), checked("validation", val_data, model.config)
     optimizer, out_dir = optimizer or AdamW(model, config), None if out_dir is None else Path(out_dir)
-    if out_dir:
-        out_dir.mkdir(parents=True, exist_ok=True)
+    if out_dir: out_dir.mkdir(parents=True, exist_ok=True)
     rows, unsaved = log_rows(out_dir / "log.csv", start) if out_dir else [], None
     bpb, val_bpb = (bits_per_byte(tokenizer, ids) if tokenizer and ids is not None else None for ids in (data, val))
     tokens_a_step, began = config.grad_accum * config.batch_size * T, time.perf_counter()
@@ -1386,9 +1358,9 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         row = {"step": step, "train_loss": loss, "lr": learning_rate(config, i), "grad_norm": norm}
         if not math.isfinite(loss + norm):  # the optimizer has not taken such a step
             raise TrainingFailed(
-                f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} its batch has a loss of "
-                f"{loss} and a gradient of length {norm}. The step was not taken and the last checkpoint is intact; to go "
-                f"on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+                f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} its batch has a "
+                f"loss of {loss} and a gradient of length {norm}. The step was not taken and the last checkpoint is "
+                f"intact; to go on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
         last = step == config.max_iters
         evaluating = step % config.eval_interval == 0 or last
         saving = step % (config.save_every or config.eval_interval) == 0 or last or bool(stop)
@@ -1403,8 +1375,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         if evaluating:
             row |= examine(model, config, data, val, step)
             line = f"step {step:5}  train {row['train_loss']:.3f}"
-            if val is not None:
-                line += f"  val {row['val_loss']:.3f}"
+            if val is not None: line += f"  val {row['val_loss']:.3f}"
             if val_bpb:
                 row["val_bpb"] = row["val_loss"] * val_bpb
                 line += f" = {row['val_bpb']:.3f} bits/byte"
@@ -1424,11 +1395,9 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
                 say(f"{unsaved}; training goes on, what was saved before is intact, and the next save is tried")
         if evaluating or saving:  # this was not training: leave it out of tokens a second
             last_time, last_step = time.perf_counter(), step
-        if stop:
-            break
+        if stop: break
     show("")
-    if unsaved:
-        raise TrainingFailed(f"{unsaved}; what was saved before is intact")
+    if unsaved: raise TrainingFailed(f"{unsaved}; what was saved before is intact")
     return optimizer
 
 # ====================================================================================================================
@@ -1471,8 +1440,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     """The arrays of a file, as windows on it that are read when they are used, and its metadata. (bfloat16 comes as
     uint16.) UserError unless the header describes the file to the last byte, and the file is what its writer wrote."""
     try:
-        if not path.is_file():
-            raise FileNotFoundError(0, "there is no such file")
+        if not path.is_file(): raise FileNotFoundError(0, "there is no such file")
         data = np.memmap(path, np.uint8, "r")
         length = int.from_bytes(data[:8].tobytes(), "little")
         if length > min(len(data) - 8, 32 << 20):  # (GPT-2's largest has a header of 0.1 MB)
@@ -1491,8 +1459,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if "sha256" in metadata and metadata["sha256"] != sha256_of(header, metadata, [body]):
             raise ValueError("its bytes are not those that were written (wrong SHA-256)")
         return arrays, metadata
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path} is damaged: {e}") from e
 
@@ -1504,19 +1471,16 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
-    if model.tokenizer:
-        metadata["tokenizer"] = model.tokenizer.to_json()
-    if model.data:
-        metadata["data"] = model.data
-    if optimizer:
-        metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
+    if model.tokenizer: metadata["tokenizer"] = model.tokenizer.to_json()
+    if model.data: metadata["data"] = model.data
+    if optimizer: metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
     vectors = zip(PARTS, [model.flat, optimizer.m, optimizer.v] if optimizer else [model.flat])
     arrays = {part + name: array for part, vector in vectors for name, array in model.unpack(fetch(vector)).items()}
     write_safetensors(path, arrays, metadata)
     return path
 
 def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarray:
-    """The arrays of a file whose names begin with `prefix`, as one vector like model.flat; UserError if one is unfit."""
+    """The arrays of a file whose names begin with `prefix`, as one vector like model.flat; UserError if one fails."""
     for name, shape in model.shapes.items():
         array = arrays.get(prefix + name)
         if array is None or array.shape != shape or array.dtype.kind != "f":
@@ -1571,8 +1535,7 @@ def newest(out_dir: Path) -> tuple[Path, GPT, TrainConfig, int]:
         except UserError as e:
             error = e
             say(f"skipped: {error}")
-        else:
-            return opened
+        else: return opened
     raise error
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
@@ -1633,7 +1596,7 @@ def decoder(model: GPT):
         for block, cache in zip(model.h, caches, strict=True):
             def attention(qkv: Tensor, cache=cache) -> Tensor:
                 return ops.cached_attention(qkv, H, *cache, position)
-            x = block(x, ops, Dropout(0, None), attention)
+            x = block(x, ops, Dropout(), attention)
         return ops.logits(ops.layer_norm(x, model.ln_f), model.wte.weight).contiguous().realize()
 
     def start() -> Tensor:
@@ -1643,7 +1606,7 @@ def decoder(model: GPT):
                 _, k, v = qkv.reshape(half, 3, H, -1).permute(1, 2, 0, 3)                  # three of (H, T / 2, D)
                 kept.extend([keys[:, :half].assign(k), values[:, :half].assign(v)])
                 return ops.attention(qkv, H)
-            x = block(x, ops, Dropout(0, None), attention)
+            x = block(x, ops, Dropout(), attention)
         logits = ops.logits(ops.layer_norm(x, model.ln_f)[:, -1:].contiguous(), model.wte.weight).contiguous()
         Tensor.realize(logits, *kept)
         return logits
@@ -1661,8 +1624,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 0.8,
     """Logits (V,) -> a token. Temperature 0 takes the likeliest, 1 is the model's own opinion, above that it grows
     bolder; top_k leaves only the k likeliest to choose from, top_p the fewest that have this share of all probability
     ("nucleus sampling", arXiv:1904.09751)."""
-    if temperature == 0:
-        return int(logits.argmax())
+    if temperature == 0: return int(logits.argmax())
     logits = logits.astype(np.float64) / temperature
     if top_k or top_p < 1:
         likeliest = np.argsort(-logits)[:top_k or None]
@@ -1678,8 +1640,7 @@ def stream(model: GPT, ids: list[int], max_tokens: int, seed, **how):
     half = max(1, T // 2)
     text, done = ids[-T:], 0                         # what the model is to see, and how much of it is in the cache
     for _ in range(max_tokens):
-        if len(text) > T:
-            text, done = text[-half:], 0
+        if len(text) > T: text, done = text[-half:], 0
         while done < len(text):
             n = half if done == 0 and len(text) >= half else 1
             logits, done = step(text[done:done + n], done), done + n
@@ -1922,9 +1883,9 @@ def gradcheck(seed: int) -> bool:
         return loss().item()
 
     differences, h = np.zeros(theta.shape), 1e-5
-    for name, start in model.starts.items():
+    for name, place in model.places.items():
         show(f"nudging {name}")
-        for i in range(start, start + math.prod(model.shapes[name])):
+        for i in range(place.start, place.stop):
             differences[i] = (loss_at(i, theta[i] + h) - loss_at(i, theta[i] - h)) / (2 * h)
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
@@ -2003,7 +1964,7 @@ def make_parser() -> Parser:
     what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint "
                       "(FILE:name takes the prompt from a file, - from standard input)")
     what.add_argument("--eval-only", action="store_true", help="the loss on the whole validation text")
-    what.add_argument("--export", metavar="DIR", help="write the newest checkpoint's model for Hugging Face's transformers")
+    what.add_argument("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
     what.add_argument("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -2017,12 +1978,12 @@ def make_parser() -> Parser:
     group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
                        "(default: checkpoints)")
     group.add_argument("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
-    group.add_argument("--init-from", metavar="GPT2", help="begin with, or use, these weights instead: a .safetensors file "
-                       f"of a GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    group.add_argument("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of "
+                       f"a GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
     group.add_argument("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N", help="CPU cores to use (default: all, "
-                       f"{CORES} here); on other devices, and with --plain, how many of them share a batch (default: 1)")
+    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES} here); on "
+                       "other devices, and with --plain, how many of them share a batch (default: 1)")
     group.add_argument("--plain", action="store_true", help="chapter 4's operations, without chapter 5's kernels")
     for title, config in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         group = parser.add_argument_group(title)
@@ -2043,8 +2004,7 @@ def chosen(args: argparse.Namespace, config: type):
     """A config from the user's flags, else the command line's defaults, else the class's own."""
     defaults = {f.name: DEFAULTS[f.name] for f in dataclasses.fields(config) if f.name in DEFAULTS}
     values = defaults | given(args, config)
-    if config is TrainConfig and args.min_lr is None:
-        values["min_lr"] = values["learning_rate"] / 10
+    if config is TrainConfig and args.min_lr is None: values["min_lr"] = values["learning_rate"] / 10
     return config(**values)
 
 @contextmanager
@@ -2054,8 +2014,7 @@ def finishing_the_step():
     caught, wanted = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def catch(number, frame):
-        if caught:
-            os._exit(128 + number)
+        if caught: os._exit(128 + number)
         caught.append(number)
         with suppress(OSError):
             os.write(2, b"\nfinishing this step, then saving (the same again stops at once)\n")
@@ -2072,17 +2031,15 @@ def open_model(args: argparse.Namespace) -> tuple[str | Path, GPT, TrainConfig, 
         source, free = args.init_from, ("block_size", "dropout")  # what may be chosen anew
         opened = init_from(source, args.block_size), chosen(args, TrainConfig), 0
         opened[0].config.dropout = args.dropout or 0.0
-    elif args.checkpoint:
-        source, opened = args.checkpoint, open_checkpoint(Path(args.checkpoint))
-    else:
-        source, *opened = newest(Path(args.out_dir))
+    elif args.checkpoint: source, opened = args.checkpoint, open_checkpoint(Path(args.checkpoint))
+    else: source, *opened = newest(Path(args.out_dir))
     tokenizer, has = opened[0].tokenizer, dataclasses.asdict(opened[0].config)
     has["tokenizer"] = "bytes" if tokenizer and tokenizer.vocab_size == 256 else tokenizer and tokenizer.name
     flags = given(args, GPTConfig) | ({"tokenizer": args.tokenizer} if args.tokenizer else {})
     for name, value in flags.items():
         if value != has[name] and name not in free:
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {source}, whose model has {has[name]}: leave "
-                            "the flag away, or --train a new model")
+            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {source}, whose model has {has[name]}: "
+                            "leave the flag away, or --train a new model")
     if tokenizer is None and not args.export:
         raise UserError(f"{source} has no tokenizer that we know, so its model cannot be talked to")
     return source, *opened
@@ -2099,11 +2056,9 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         model.load_checkpoint(path, optimizer)
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
-        if args.init_from:
-            _, model, _, _ = open_model(args)
+        if args.init_from: _, model, _, _ = open_model(args)
     text, name = load_text(args.data or (model.data if args.resume else None), args.replace_bad_bytes)
-    if not text:
-        raise UserError(f"{name} is empty: there is nothing to learn from")
+    if not text: raise UserError(f"{name} is empty: there is nothing to learn from")
     parts, n_bytes = split_text(text), len(text)
     if not args.resume and not args.init_from:
         # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
@@ -2112,8 +2067,7 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
             "".join(str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places),
             256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
-    if not args.resume:
-        set_aside(out_dir)
+    if not args.resume: set_aside(out_dir)
     train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
     c, tokenizer, model.data = model.config, model.tokenizer, name
     del text, parts  # 200 MB of text need not stay
@@ -2128,8 +2082,7 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         + f"; about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
     log = read_log(out_dir / "log.csv")
-    if curve := chart(column(log, "val_bpb")):
-        say(f"\nbits per byte on the validation text\n{curve}")
+    if curve := chart(column(log, "val_bpb")): say(f"\nbits per byte on the validation text\n{curve}")
     steps_a_second = statistics.median([row["tokens_per_s"] for row in log] or [0]) / (
         config.grad_accum * config.batch_size * c.block_size)
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {flops * steps_a_second / 1e9:.0f} GFLOP a second: "
@@ -2139,7 +2092,8 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         say(f"stopped; to go on: python minimiggy.py --resume{folder}")
         return 128 + stop[0]
     if config.keep:
-        say(f"\nsaved {list(checkpoints(out_dir).values())[-1]}; now try: python minimiggy.py --sample \"ROMEO:\"{folder}")
+        say(f"\nsaved {out_dir / f'ckpt_{config.max_iters}.safetensors'}; now try: python minimiggy.py --sample \"ROMEO:\""
+            f"{folder}")
     return 0
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -2148,33 +2102,28 @@ def run_eval(args: argparse.Namespace) -> None:
     text, name = load_text(args.data or model.data, args.replace_bad_bytes)
     val_data = model.tokenizer.encode_array(split_text(text)[1])
     loss = evaluate(model, val_data, config.batch_size)
-    say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the last "
-        f"tenth of {name}, {len(val_data):,} tokens")
+    say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the "
+        f"last tenth of {name}, {len(val_data):,} tokens")
 
 def run_sample(args: argparse.Namespace) -> None:
     """--sample."""
     how, prompt = dataclasses.asdict(chosen(args, SampleConfig)), args.sample
     _, model, _, _ = open_model(args)
-    if prompt.startswith("FILE:"):
-        prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
-    elif prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if prompt.startswith("FILE:"): prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
+    elif prompt == "-": prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     seed = time.time_ns() if args.seed is None else args.seed
-    for n in range(how.pop("num_samples")):
-        sample(model, prompt, seed=(seed, n), stop=args.stop, **how)
+    for n in range(how.pop("num_samples")): sample(model, prompt, seed=(seed, n), stop=args.stop, **how)
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
     global CORES, DEVICES, PLAIN
     try:
         args = make_parser().parse_args(argv)
-        if MISSING_COMPILER:
-            raise UserError(MISSING_COMPILER)
+        if MISSING_COMPILER: raise UserError(MISSING_COMPILER)
         if args.devices is not None and not 1 <= args.devices <= 1024:
             raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
         PLAIN = args.plain
-        if default_ops() is Fast:
-            CORES = args.devices or CORES
+        if default_ops() is Fast: CORES = args.devices or CORES
         else:
             DEVICES = args.devices or 1
             if (args.batch_size or DEFAULTS["batch_size"]) % DEVICES:
@@ -2182,10 +2131,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.train or args.resume:
             with alone(Path(args.out_dir)), finishing_the_step() as stop:
                 return run_train(args, Path(args.out_dir), stop)
-        if args.sample is not None:
-            run_sample(args)
-        elif args.eval_only:
-            run_eval(args)
+        if args.sample is not None: run_sample(args)
+        elif args.eval_only: run_eval(args)
         elif args.export:
             source, model, _, _ = open_model(args)
             export(model, Path(args.export))
@@ -2193,20 +2140,15 @@ def main(argv: list[str] | None = None) -> int:
         elif args.plot:
             plot(args.plot, Path(args.plot[0]) / "plot.png")
             say(f"drew {Path(args.plot[0]) / 'plot.png'}")
-        elif args.gradcheck:
-            return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
-        else:
-            bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
+        elif args.gradcheck: return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
+        else: bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
         return 0
     except BrokenPipeError:  # as in `... | head`: who listened has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        code, e = 130, "stopped"
-    except TrainingFailed as failure:
-        code, e = 1, failure
-    except (UserError, OSError) as mistake:
-        code, e = 2, mistake
+    except KeyboardInterrupt: code, e = 130, "stopped"
+    except TrainingFailed as failure: code, e = 1, failure
+    except (UserError, OSError) as mistake: code, e = 2, mistake
     show("")
     print(f"minimiggy: {e}", file=sys.stderr)
     return code
