@@ -10,6 +10,7 @@ import os
 import random as random_numbers
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1260,6 +1261,44 @@ def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
     right = minimiggy.flat_gradient
     monkeypatch.setattr(minimiggy, "flat_gradient", lambda model, loss: right(model, loss) * 1.01)
     assert main(["--gradcheck"]) == 1
+
+
+def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(exported, tmp_path, monkeypatch, capsys):
+    import tiktoken
+    table = (HERE / "README.md").read_text().split("Whoever comes from nanoGPT")[1].split("\n\n")[1]
+    commands = re.findall(r"`python minimiggy.py (.*?)`", table)
+    assert len(commands) == 11
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=minimiggy.SPLIT, special_tokens={},
+                             mergeable_ranks={bytes([b]): b for b in range(256)})  # no network: a stand-in
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
+    monkeypatch.setattr(minimiggy, "DATA", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.txt", "tinyshakespeare.txt"):
+        Path(name).write_text(TEXT[:9000])
+    Path("prompt.txt").write_text("JULIET:\n")
+    for i, command in enumerate(commands):
+        flags = shlex.split(command.replace("--init-from gpt2", f"--init-from {exported[1]}"))
+        if flags[0] in ("--train", "--bench"):
+            small = SMALL if "--init-from" not in flags else SMALL[-6:]  # (its size is the model's own)
+            flags += ["--max-tokens", "9", *small]
+        assert main([*flags, "--max-iters", str(4 + i)] if flags[0] == "--resume" else flags) == 0, command
+        said = {"--train": "saved", "--resume": "saved", "--eval-only": "bits/byte", "--bench": "ms_per_step"}
+        assert said.get(flags[0], flags[1].removeprefix("FILE:prompt.txt")) in capsys.readouterr().out, command
+
+
+def test_fine_tuning_starts_where_the_models_own_evaluation_says_and_falls(run, tmp_path, capsys):
+    text, folder = tmp_path / "my.txt", tmp_path / "export"
+    text.write_text(TEXT[60_000:75_000])
+    assert main(["--export", str(folder), "--out-dir", str(run[2])]) == 0
+    assert main(["--eval-only", "--init-from", str(folder), "--data", str(text)]) == 0
+    said = float(re.search(r": ([0-9.]+) nats", capsys.readouterr().out)[1])
+    assert main(["--train", "--init-from", str(folder), "--data", str(text), "--max-iters", "20", "--learning-rate", "1e-2",
+                 "--warmup-steps", "0", "--eval-interval", "20", "--out-dir", str(tmp_path / "tuned")]) == 0
+    ids = run[0].tokenizer.encode_array(minimiggy.split_text(text.read_bytes())[0])
+    x, y = minimiggy.get_batch(ids, TrainConfig(batch_size=12), TINY.block_size, 0)
+    began = run[0].loss(Tensor(x[0]), Tensor(y[0])).item()  # the first batch, as the model that was exported sees it
+    assert began == pytest.approx(said, rel=0.1)
+    assert minimiggy.read_log(tmp_path / "tuned" / "log.csv")[-1]["val_loss"] < said - 0.3
 
 
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
