@@ -1217,14 +1217,19 @@ def test_plot_draws_the_logs(tmp_path):
     assert b - a > (high - low) / 25  # runs that end alike: their names do not overlap
 
 
-def test_plot_without_matplotlib_or_a_log_is_one_line(tmp_path, monkeypatch, capsys):
+def test_plot_without_a_log_is_one_line(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     (tmp_path / "log.csv").write_text("step,train_loss,lr\n10,x,1\n")
     for folder in (tmp_path / "none", tmp_path):
         assert main(["--plot", str(folder)]) == 2
         error = capsys.readouterr().err
         assert str(folder) in error and error.count("\n") == 1
+
+
+def test_plot_without_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["--plot", str(tmp_path)]) == 2 and "pip install matplotlib" in capsys.readouterr().err
+    assert main(["--plot", str(write_run(tmp_path / "run", 0))]) == 2
+    assert capsys.readouterr().err == "minimiggy: --plot needs matplotlib: pip install matplotlib\n"
 
 
 @pytest.mark.parametrize("rows", [[(100, 3.0), (200, 2.0), (1000, 1.5)], [(1, 2.0), (9, 2.0)]])
