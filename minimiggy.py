@@ -571,7 +571,7 @@ class GPT:
             self.places[name], end = slice(end, end + math.prod(shape)), end + -(-math.prod(shape) // 16) * 16
             if len(shape) == 2: self.n_decay = end
         self.flat, self.grad, self.size = None, None, -(-end // (BLOCK * CORES)) * BLOCK * CORES
-        if seed is not None: self.set(self.pack(self.first_weights(np.random.default_rng(seed))))
+        if seed is not None: self.set(self.first_weights(np.random.default_rng(seed)))
 
     def first_weights(self, rng: np.random.Generator):
         """GPT-2's start, as pairs of name and array."""
@@ -581,11 +581,17 @@ class GPT:
             yield name, (np.float32(std) * rng.standard_normal(shape, np.float32) if len(shape) == 2 else
                          np.full(shape, name.endswith("weight"), np.float32))  # the scales of norms are 1, biases 0
 
-    def set(self, flat: np.ndarray) -> None:
-        """Give all parameters their numbers."""
-        if self.flat is not None: return put(self.flat, flat)  # into the memory that recorded kernels know
-        self.flat = Tensor(flat).realize()
-        for parameter, window in self.windows(self.flat): parameter.replace(window)
+    def set(self, arrays, dtype=np.float32) -> None:
+        """Give the parameters their numbers: pairs of name and array."""
+        if self.flat is None:
+            self.flat = Tensor(np.zeros(self.size, dtype)).realize()
+            for parameter, window in self.windows(self.flat): parameter.replace(window)
+        self.fill(self.flat, arrays)
+
+    def fill(self, vector: Tensor, arrays) -> None:
+        """Copy arrays (pairs of name and array) to their places in a vector like `flat`."""
+        windows = dict(zip(self.shapes, self.windows(vector), strict=True))
+        for name, array in arrays: put(windows[name][1], array)
 
     def windows(self, vector: Tensor):
         """Each parameter, and a tensor that shares its memory with the parameter's stretch of `vector`. (A slice would
@@ -602,14 +608,8 @@ class GPT:
         self.grad = Tensor(np.zeros(self.size, np.float32)).realize()
         for parameter, window in self.windows(self.grad): parameter.grad = window
 
-    def pack(self, arrays) -> np.ndarray:
-        """One vector of arrays (pairs of name and array), in the order and with the gaps of `flat`."""
-        flat = np.zeros(self.size, np.float32)
-        for name, array in arrays: flat[self.places[name]] = array.ravel()
-        return flat
-
     def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """The opposite: cut a vector of parameters (or of gradients, or of Adam's averages) into arrays by name."""
+        """The opposite: cut such a vector (of parameters, of gradients, of Adam's averages) into arrays by name."""
         return {name: flat[self.places[name]].reshape(shape) for name, shape in self.shapes.items()}
 
     def hidden(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
@@ -1158,7 +1158,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def put(tensor: Tensor, array: np.ndarray) -> None:
     """Copy an array of the tensor's dtype into its own memory, where recorded kernels will look for it."""
-    buffer = tensor.uop.buffer
+    buffer = tensor.uop.base.buffer.ensure_allocated()
     buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
 
 def fetch(tensor: Tensor) -> np.ndarray:
@@ -1441,7 +1441,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     uint16.) UserError unless the header describes the file to the last byte, and the file is what its writer wrote."""
     try:
         if not path.is_file(): raise FileNotFoundError(0, "there is no such file")
-        data = np.memmap(path, np.uint8, "r")
+        data = np.memmap(path, np.uint8, "c")  # ("copy on write": tinygrad copies only from writable memory)
         length = int.from_bytes(data[:8].tobytes(), "little")
         if length > min(len(data) - 8, 32 << 20):  # (GPT-2's largest has a header of 0.1 MB)
             raise ValueError("it is cut off, or not a safetensors file")
@@ -1479,8 +1479,8 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     write_safetensors(path, arrays, metadata)
     return path
 
-def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarray:
-    """The arrays of a file whose names begin with `prefix`, as one vector like model.flat; UserError if one fails."""
+def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -> list[tuple[str, np.ndarray]]:
+    """The arrays of a file whose names begin with `prefix`, by the model's names; UserError if one does not fit."""
     for name, shape in model.shapes.items():
         array = arrays.get(prefix + name)
         if array is None or array.shape != shape or array.dtype.kind != "f":
@@ -1488,7 +1488,7 @@ def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -
             raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not float {shape}")
         if not np.isfinite(array).all():
             raise UserError(f"{path} is damaged: {prefix + name} has numbers that are not finite")
-    return model.pack((name, arrays[prefix + name]) for name in model.shapes)
+    return [(name, arrays[prefix + name].astype(np.float32, copy=False)) for name in model.shapes]
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError, and nothing has
@@ -1498,11 +1498,10 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
     for name in arrays.keys() - {part + name for part in PARTS for name in model.shapes}:
         raise UserError(f"{path} does not fit this model, which has no {name}")
-    vectors = [gather(model, arrays, part, path) for part in (PARTS if optimizer else PARTS[:1])]
-    model.set(vectors[0])
-    if optimizer:
-        put(optimizer.m, vectors[1])
-        put(optimizer.v, vectors[2])
+    found = [gather(model, arrays, part, path) for part in (PARTS if optimizer else PARTS[:1])]
+    model.set(found[0])
+    for average, named in zip((optimizer.m, optimizer.v) if optimizer else (), found[1:], strict=True):
+        model.fill(average, named)
     return int(metadata["iter_num"])
 
 GPT.save_checkpoint, GPT.load_checkpoint = save_checkpoint, load_checkpoint
@@ -1873,7 +1872,7 @@ def gradcheck(seed: int) -> bool:
     put(model.flat, theta)
     gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
     model.ops, model.flat, theta = Plain, None, theta.astype(np.float64)
-    model.set(theta)
+    model.set(model.unpack(theta).items(), np.float64)
     loss = recorded(Plain, lambda: model.loss(x, y).realize())
 
     def loss_at(i: int, value: float) -> float:

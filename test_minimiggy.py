@@ -318,7 +318,9 @@ def test_adamw_agrees_with_numpy(ids):
         gradient *= min(1, 0.5 / np.linalg.norm(gradient))
         m, v = 0.9 * m + 0.1 * gradient, 0.99 * v + 0.01 * gradient**2
         rate = minimiggy.learning_rate(config, i)
-        decay = model.pack((name, np.full(shape, 0.1 * (len(shape) == 2))) for name, shape in model.shapes.items())
+        decay = np.zeros(model.size)
+        for name, place in model.places.items():
+            decay[place] = 0.1 * (len(model.shapes[name]) == 2)
         theta -= rate * (m / (1 - 0.9**(i + 1)) / (np.sqrt(v / (1 - 0.99**(i + 1))) + 1e-8) + decay * theta)
         assert np.abs(model.flat.numpy() - theta).max() < 2e-5
 
@@ -822,7 +824,7 @@ def shaken(tokenizer, vocab_size=None, **sizes):
     rng = np.random.default_rng(0)
     arrays = {name: 0.3 * rng.standard_normal(shape) + name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
               for name, shape in model.shapes.items()}
-    minimiggy.put(model.flat, model.pack(arrays.items()))
+    model.set((name, array.astype(np.float32)) for name, array in arrays.items())
     return model
 
 
