@@ -33,7 +33,6 @@ import fcntl
 import functools
 import hashlib
 import heapq
-import importlib.util
 import itertools
 import json
 import math
@@ -43,11 +42,10 @@ import resource
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import time
-import unicodedata
+import timeit
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -60,9 +58,8 @@ from types import SimpleNamespace
 #
 # A tensor library such as tinygrad does not come with a thousand compiled operations. It *writes a small C program*
 # for whatever we ask it to compute and hands that to a C compiler: on a CPU, clang. Few laptops have clang, but the
-# Python package `ziglang` contains a whole one, so `pip install` is all that is needed. tinygrad reads the
-# environment variables CC (which compiler?) and DEV (which device?) when it is imported, so we settle both first,
-# and leave alone whatever the user has set.
+# Python package `ziglang` contains a whole one, so `pip install` is all that is needed. tinygrad reads the environment
+# variables CC (which compiler?) and DEV (which device?) when it is imported, so we set first what the user has not.
 
 class UserError(Exception):
     """A mistake that its reader can mend: the command line prints the text as one line and exits with code 2."""
@@ -70,10 +67,9 @@ class UserError(Exception):
 @contextmanager
 def whole(path: Path):
     """A binary file to write, which takes the place of `path` whole when the block ends well, or else not at all.
-
     A laptop's lid closes in the middle of a save. So everything that this program keeps is written under another name,
-    flushed to the disk, and then renamed: a rename happens or does not, and nobody ever reads half a file.
-    """
+    flushed to the disk, and then renamed: a rename happens or does not, and nobody ever reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -81,37 +77,34 @@ def whole(path: Path):
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    finally: unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk as well
     os.fsync(folder)
     os.close(folder)
 
+VERSION = "1.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy"
 
 def find_compiler() -> str | None:
     """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
-    if "CC" in os.environ or shutil.which("clang"):
-        return None
-    package = importlib.util.find_spec("ziglang")
-    if package is None or not package.submodule_search_locations:
-        return "no C compiler: `pip install ziglang` brings one (or install clang, or set CC to one)"
-    zig = Path(package.submodule_search_locations[0]) / "zig"
+    if "CC" in os.environ or shutil.which("clang"): return None
+    try:
+        import ziglang
+    except ImportError: return "no C compiler: `pip install ziglang` brings one (or install clang, or set CC to one)"
+    zig = Path(ziglang.__path__[0]) / "zig"
     # CC must name one program, but zig's clang is called as `zig clang ...`: a two-line launcher joins them. Its name
     # carries a hash of its text, so two virtual environments never overwrite each other's.
     script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'.encode()
-    for choose in (lambda: CACHE, lambda: Path(tempfile.mkdtemp(prefix="minimiggy-"))):  # the second if HOME is read-only
-        try:
-            launcher = choose() / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
-            launcher.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (CACHE, None):
+        with suppress(OSError):
+            folder = folder or Path(tempfile.mkdtemp(prefix="minimiggy-"))  # where HOME is read-only
+            launcher = folder / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
             if not launcher.exists():
                 with whole(launcher) as file:
                     file.write(script)
                     os.fchmod(file.fileno(), 0o755)
             os.environ["CC"] = str(launcher)
             return None
-        except OSError:
-            continue
     return f"no C compiler: set CC to a script that runs `{zig} clang`"
 
 # Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...). By itself
@@ -131,15 +124,11 @@ from tinygrad.nn.state import get_state_dict
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops
 
-VERSION = "1.0"
-VERSION = "1.0"
-HERE = Path(__file__).resolve().parent
 # ====================================================================================================================
 # Chapter 1. The two configs
 #
-# Everything that can be chosen stands here once: what the model is (GPTConfig) and how it learns (TrainConfig). Each
-# field carries its help text and the range of values that make sense, and the command line of chapter 11 is made
-# from these classes, so the flags, their help and the checks cannot drift apart.
+# Everything that can be chosen stands here once, with its help text and the range of values that make sense. The
+# command line of chapter 11 is made from these classes, so the flags, their help and the checks cannot drift apart.
 
 def knob(default, low, high, help):
     """A config field: its default, its smallest and largest sensible value, and a help text that names the unit."""
@@ -150,7 +139,7 @@ class Config:
         """Raise UserError for the first field of another type or outside its range (as a NaN is)."""
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if type(value) not in ((int,) if f.type == "int" else (int, float)) or not low <= value <= high:
+            if type(value) not in (int, type(f.default)) or not low <= value <= high:
                 raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
 
 @dataclass
@@ -166,8 +155,7 @@ class GPTConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.n_embd % self.n_head:
-            raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}: each head takes an equal "
-                            "share of the channels")
+            raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd} into equal shares")
 
 @dataclass
 class TrainConfig(Config):
@@ -204,49 +192,49 @@ class SampleConfig(Config):
 # go wrong in many ways (no network, a cut, a login page in place of the file), so it is checked against a known SHA-256
 # before it gets its name. Without a network, a play written for this project stands in: the first run always works.
 #
-# The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the
-# model has learned the language or merely the lines. We cut by position and not at random: neighbouring passages
-# resemble each other, and a random cut would let the model peek.
+# The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the model
+# has learned the language or merely the lines. We cut by position and not at random: neighbouring passages resemble
+# each other, and a random cut would let the model peek.
 
-DATA = HERE / "data"
+DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-
 TIMEOUT = (5, 30)  # seconds until a server must have answered, and between two pieces of its file
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch `url` into `path`, or raise OSError and leave nothing under that name (requests' errors are OSErrors).
-    What has come until then stays beside it in a .part file, and the next attempt goes on from there. Without a
-    `sha256`, what came must have the one that the server announces, as Hugging Face's hub does."""
+    """Fetch `url` into `path` if nothing is there; else raise OSError and leave nothing under that name. What has come
+    until then stays beside it in a .part file, and the next attempt goes on from there. Without a `sha256`, what came
+    must have the one that the server announces, as Hugging Face's hub does."""
+    if path.exists(): return
     import requests  # here and not above: most runs need no network, and the import costs 0.2 s
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")
-    got = unfinished.stat().st_size if unfinished.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={got}-"} if got else {})
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        got = unfinished.stat().st_size if unfinished.exists() else 0
         if sha256 is None:  # the hub's answer points to a store, and tells in quotes what lies there
-            answer = requests.head(url, allow_redirects=False, timeout=TIMEOUT)
-            answer.raise_for_status()
-            sha256 = answer.headers.get("x-linked-etag", answer.headers.get("etag", "")).strip('"')
+            told = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
+            sha256 = told.get("x-linked-etag", told.get("etag", "")).strip('"')
             if len(sha256) != 64: raise OSError("the server announces no SHA-256")
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={got}-" if got else None}  # (None is not sent)
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             if response.status_code != 416:  # which says that there is no more: all of it came last time
                 response.raise_for_status()
-                with open(unfinished, "ab" if response.status_code == 206 else "wb") as file:
+                with open(unfinished, "ab" if response.status_code == 206 else "wb", buffering=0) as file:
                     left = response.headers.get("content-length")
                     of = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left else ""
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         show(f"downloading {path.name}: {file.tell() / 1e6:.1f}{of} MB")
                     os.fsync(file.fileno())
-        with open(unfinished, "rb") as file:
-            right = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if not right:
+        with open(unfinished, "rb") as file: came = hashlib.file_digest(file, "sha256").hexdigest()
+        if came != sha256:
             unfinished.unlink()
             raise OSError("what came is not the file we expect (wrong SHA-256)")
         unfinished.replace(path)
-    finally:
-        show("")
+    except OSError as e:  # (requests' errors are OSErrors, too)
+        reason = e if type(e) is OSError else type(e).__name__
+        raise OSError(f"could not download {path.name} ({reason}): try again, or bring {url} to {path}") from e
+    finally: show("")
 
 def read_text(path: Path, replace: bool = False) -> bytearray:
     """A text file as UTF-8, without a byte-order mark and with "\\n" at the ends of lines, a megabyte at a time: a text
@@ -262,32 +250,26 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
                 offset = file.buffer.tell() - len(e.object) + e.start
                 raise UserError(f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {offset} "
                                 "(--replace-bad-bytes reads on, with U+FFFD in such places)") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
     return text
 
 def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     """The text that `--data` asks for, and what to ask for to get it again; None asks for the default."""
-    play, local = DATA / "play.txt", DATA / "tinyshakespeare.txt"
-    if data not in (None, "shakespeare", "play"):
-        if not Path(data).is_file():
-            raise UserError(f"no such file: {data} (--data takes a text file, or one of: shakespeare, play)")
-        return read_text(Path(data), replace), str(Path(data).resolve())
-    if data != "play" and not local.exists():
-        try:
-            download(SHAKESPEARE["url"], local, SHAKESPEARE["sha256"])
+    ours, name = {"shakespeare": DATA / "tinyshakespeare.txt", "play": DATA / "play.txt"}, data or "shakespeare"
+    if name == "shakespeare":
+        try: download(path=ours[name], **SHAKESPEARE)
         except OSError as e:
-            reason = f"could not download tiny Shakespeare ({e if type(e) is OSError else type(e).__name__})"
-            if data == "shakespeare":
-                raise UserError(f"{reason}; bring the file to {local}, or use --data play") from e
-            say(f"{reason}: training on data/play.txt, a play that came with this file, instead")
-            data = "play"
-    return (read_text(play), "play") if data == "play" else (read_text(local), "shakespeare")
+            if data: raise UserError(f"{e}, or use --data play") from e
+            say(f"{e}\ntraining on data/play.txt, a play that came with this file, instead")
+            name = "play"
+    path = ours.get(name) or Path(name).resolve()
+    if not path.is_file():
+        raise UserError(f"no such file: {name} (--data takes a text file, or one of: shakespeare, play)")
+    return read_text(path, replace), name if name in ours else str(path)
 
 def border(text: bytes, i: int) -> int:
     """The first place from `i` on that does not lie within a character: bytes 10xxxxxx of UTF-8 continue one."""
-    while i < len(text) and text[i] & 0xC0 == 0x80:
-        i += 1
+    while i < len(text) and text[i] & 0xC0 == 0x80: i += 1
     return i
 
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
@@ -307,7 +289,7 @@ def show(line: str) -> None:
 
 def printable(text: str) -> str:
     """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
-    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
 # ====================================================================================================================
 # Chapter 3. The tokenizer
@@ -320,28 +302,25 @@ def printable(text: str) -> str:
 # Nothing can be out of vocabulary.
 #
 # We learn the merges ourselves, in half a second. Applying them is a solved problem: tiktoken does it, in Rust.
-
+#
 # Merges never cross the borders that this pattern (GPT-2's) draws: it cuts before a space, and keeps letters, digits
 # and punctuation apart, so that "dog", "dog." and "dog!" share a token instead of each learning its own.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class BPETokenizer:
     """Text to token ids and back: `BPETokenizer("gpt2")` is GPT-2's vocabulary, `BPETokenizer.train` learns one.
-
     Attributes: `vocab_size`; `merges`, a list of pairs of ids: token 256 + i is made of the two tokens `merges[i]`
-    (None for GPT-2's). ValueError if merges are not like that.
-    """
+    (None for GPT-2's). ValueError if merges are not like that."""
+    LONGEST = 256  # bytes in a token: a text of a million zeros has one "word", which could double for ever
 
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
         import tiktoken  # here and not above: 0.2 s that `--help` need not wait for
         self.name, self.merges = name, merges
         if name == "gpt2":
-            try:
-                self.encoding = tiktoken.get_encoding("gpt2")
+            try: self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as e:  # tiktoken downloads the vocabulary once; requests, sockets, files can all fail
-                raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe, which "
-                                "learns its own from the text, or --tokenizer bytes; or set TIKTOKEN_CACHE_DIR to a "
-                                "folder that has it") from e
+                raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
+                                "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from e
         else:
             tokens = [bytes([b]) for b in range(256)]
             ranks = {token: i for i, token in enumerate(tokens)}
@@ -352,8 +331,6 @@ class BPETokenizer:
                 ranks[tokens[-1]] = len(ranks)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
-
-    LONGEST = 256  # bytes in a token: a text of a million zeros has one "word", which could double for ever
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
@@ -369,37 +346,31 @@ class BPETokenizer:
             for pair in itertools.pairwise(word):
                 counts[pair] += freqs[i]
                 places[pair].add(i)
-        # A heap yields the most frequent pair; among equals the one with the smallest ids, so that the result does
-        # not depend on chance. Its entries go stale as counts change: a stale one is recognised and thrown away.
-        heap = [(-count, pair) for pair, count in counts.items()]
-        heapq.heapify(heap)
+        # A heap (sorted, to begin with) yields the most frequent pair; among equals the one with the smallest ids, so
+        # that nothing depends on chance. Its entries go stale as counts change: such a one is recognised and dropped.
+        heap = sorted((-count, pair) for pair, count in counts.items())
         tokens, merges = [bytes([b]) for b in range(256)], []
         known = set(tokens)
         while heap and len(tokens) < vocab_size:
             count, (a, b) = heapq.heappop(heap)
             # (the same bytes may be reached by two roads, as in a|bc and ab|c: one token is enough)
-            if -count != counts[a, b] or count > -2 or tokens[a] + tokens[b] in known:
-                continue
-            new = len(tokens)
+            if -count != counts[a, b] or count > -2 or tokens[a] + tokens[b] in known: continue
+            new, touched = len(tokens), set()
             tokens.append(tokens[a] + tokens[b])
             known.add(tokens[new])
             merges.append((a, b))
-            touched = set()
             for i in places.pop((a, b)):
                 word, words[i] = words[i], []
                 for token in word:
-                    if token == b and words[i][-1:] == [a]:
-                        words[i][-1] = new
-                    else:
-                        words[i].append(token)
-                for pairs, sign in ((itertools.pairwise(word), -1), (itertools.pairwise(words[i]), 1)):
-                    for pair in pairs:
+                    if token == b and words[i][-1:] == [a]: words[i][-1] = new
+                    else: words[i].append(token)
+                for form, sign in ((word, -1), (words[i], 1)):
+                    for pair in itertools.pairwise(form):
                         counts[pair] += sign * freqs[i]
                         places[pair].add(i)
                         touched.add(pair)
             for pair in touched:
-                if counts[pair] > 0:
-                    heapq.heappush(heap, (-counts[pair], pair))
+                if counts[pair] > 0: heapq.heappush(heap, (-counts[pair], pair))
         return cls("bpe", merges)
 
     def encode(self, text: str) -> list[int]:
@@ -407,13 +378,12 @@ class BPETokenizer:
         return self.encode_array(text.encode("utf-8", "replace")).tolist()
 
     def encode_array(self, text: bytes) -> np.ndarray:
-        """Token ids (N,), uint16 if they fit, of UTF-8 bytes. A piece at a time keeps Python's lists short, and tiktoken
-        whole: its regular expressions overflow the stack on a million spaces."""
+        """Token ids (N,), uint16 if they fit, of UTF-8 bytes. Encoding by pieces keeps Python's lists short, and
+        tiktoken whole: its regular expressions overflow the stack on a million spaces."""
         ids, n, start = np.empty(len(text), np.uint16 if self.vocab_size <= 1 << 16 else np.int32), 0, 0
         while start < len(text):
             end = border(text, start + (1 << 16))  # or better a little later, before a space: no token goes across
-            if space := re.search(rb"[!-~][ \n]", text[end:end + 1000]):
-                end += space.start() + 1
+            if space := re.search(rb"[!-~][ \n]", text[end:end + 1000]): end += space.start() + 1
             piece = self.encoding.encode_ordinary(str(text[start:end], "utf-8"))
             ids[n:n + len(piece)], n, start = piece, n + len(piece), end
             if n > 1 << 20: show(f"tokenizing: {start / 1e6:.0f} of {len(text) / 1e6:.0f} MB")
@@ -1469,7 +1439,6 @@ PARTS = "", "optimizer.m.", "optimizer.v."  # before the names of the weights an
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path."""
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
     if model.tokenizer: metadata["tokenizer"] = model.tokenizer.to_json()
     if model.data: metadata["data"] = model.data
@@ -1722,7 +1691,6 @@ def export(model: GPT, folder: Path) -> None:
                  "model_max_length": c.block_size, "clean_up_tokenization_spaces": False, "add_prefix_space": False}
         files |= {"vocab.json": json.dumps(ids), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
                   "tokenizer.json": json.dumps(fast), "tokenizer_config.json": json.dumps(about, indent=2)}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         with whole(folder / name) as file: file.write(text.encode())
     arrays = {f"transformer.{name}": array for name, array in model.unpack(fetch(model.flat)).items()}
@@ -1742,31 +1710,23 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
         if vocabulary(tokenizer) == ids and len(ids) == vocab_size: return tokenizer
     say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
 
-def from_hub(name: str) -> Path:
-    """The weights of one of HUB_MODELS, downloaded into the cache if they are not there yet."""
-    url, path = f"{HUB}/{name}/resolve/main/model.safetensors", CACHE / name / "model.safetensors"
-    try:
-        if not path.exists(): download(url, path)
-    except OSError as e:
-        reason = e if type(e) is OSError else type(e).__name__
-        raise UserError(f"could not download {name} ({reason}): try again, or bring {url} to {path}") from e
-    return path
-
 def init_from(source: str, block_size: int | None = None) -> GPT:
-    """A GPT with the weights of a FILE.safetensors, of the model.safetensors in a folder, or of one of HUB_MODELS; cut
-    to the first `block_size` positions, without dropout. UserError if the file is not such a model."""
-    path = from_hub(source) if source in HUB_MODELS and not Path(source).exists() else Path(source)
-    path = path / "model.safetensors" if path.is_dir() else path
+    """A GPT with the weights of a FILE.safetensors, of the model.safetensors in a folder, or of one of HUB_MODELS (kept
+    in the cache); cut to the first `block_size` positions, without dropout. UserError if the file is no such model."""
+    path = Path(source)
+    if source in HUB_MODELS and not path.exists():
+        path = CACHE / source / "model.safetensors"
+        try: download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
+        except OSError as e: raise UserError(str(e)) from e
+    if path.is_dir(): path /= "model.safetensors"
     arrays, about = read_safetensors(path)[0], path.with_name("config.json")
     prefix = "transformer." if any(name.startswith("transformer.") for name in arrays) else ""
     wte, wpe = (arrays.get(f"{prefix}{kind}.weight", np.zeros(0)) for kind in ("wte", "wpe"))
     if wte.ndim != 2 or wpe.ndim != 2: raise UserError(f"{path} has no matrices {prefix}wte.weight, {prefix}wpe.weight")
     (V, C), T = wte.shape, len(wpe)
-    L = len({name.removeprefix(prefix).split(".")[1] for name in arrays if name.startswith(f"{prefix}h.")}) or 1
-    try:
-        told = {"n_head": 12} | json.loads(read_text(about)) if about.exists() else {"n_head": C / 64}  # as OpenAI's
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{about} is damaged: {e}") from e
+    L = sum(name.endswith(".ln_1.weight") for name in arrays) or 1
+    try: told = {"n_head": 12} | json.loads(read_text(about)) if about.exists() else {"n_head": C / 64}  # as OpenAI's
+    except (ValueError, TypeError) as e: raise UserError(f"{about} is damaged: {e}") from e
     fits = GPT2 | {"vocab_size": [V], "n_positions": [T], "n_ctx": [T], "n_embd": [C], "n_layer": [L],
                    "n_inner": [None, 4 * C], "n_head": [n for n in range(1, C + 1) if C % n == 0]}
     for key, values in fits.items():
@@ -1788,8 +1748,7 @@ def init_from(source: str, block_size: int | None = None) -> GPT:
 # ====================================================================================================================
 # Chapter 10. Seeing it and proving it
 #
-# What a run has learned is drawn from its log: one curve in the terminal when it ends, and with matplotlib a picture of
-# several runs to compare.
+# What a run has learned is drawn from its log: a curve in the terminal, and with matplotlib a picture of several runs.
 #
 # Two questions that a reader may ask of any such file. Are the gradients right? The derivative's definition answers:
 # nudge one parameter up and down and see how the loss moves. And is it fast? Milliseconds alone do not tell; the rate
@@ -1804,8 +1763,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         for line in lines:
             rows.append({n: float(cell) for n, cell in zip(names, line.split(","), strict=True) if cell or n == "step"})
         return rows
-    except ValueError as e:
-        raise UserError(f"{path} is not the log of a training run, or is damaged, in the line {line[:40]!r}") from e
+    except ValueError as e: raise UserError(f"{path} is no log of a training run, or damaged, in {line[:40]!r}") from e
 
 def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
     """(step, value) of the rows that have a finite value in this column (a run that blows up leaves others)."""
@@ -1821,7 +1779,7 @@ def chart(rows: list[tuple[float, float]]) -> str:
         for y in range(min(ends), max(ends) + 1):  # where the curve is steep, a column of dots joins its ends
             grid[y // 4, x // 2] |= ((1, 8), (2, 16), (4, 32), (64, 128))[y % 4][x % 2]  # each dot is a bit
     labels = [f"{high:6.3f} ┤", *["       │"] * 6, f"{low:6.3f} ┤"]
-    lines = [label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True)]
+    lines = (label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True))
     return "\n".join([*lines, "       └" + "─" * 56, f"{steps[0]:<20.0f}{'step':^16}{steps[-1]:>20.0f}".rjust(64)])
 
 def plot(folders: list[str | Path], path: Path):
@@ -1829,9 +1787,8 @@ def plot(folders: list[str | Path], path: Path):
     try:
         from matplotlib import figure, rc_context
     except ImportError as e: raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    logs, late, ends = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}, [], []
-    in_bytes = all(column(rows, "val_bpb") for rows in logs.values())
-    unit, title = ("bpb", "bits per byte") if in_bytes else ("loss", "nats per token")
+    logs, late, ends = {folder: read_log(folder / "log.csv") for folder in map(Path, folders)}, [], []
+    unit = "bpb" if all(column(rows, "val_bpb") for rows in logs.values()) else "loss"
     last, peak = (max((y for rows in logs.values() for _, y in column(rows, x)), default=0) for x in ("step", "lr"))
     with rc_context({"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
                      "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}):
@@ -1852,46 +1809,37 @@ def plot(folders: list[str | Path], path: Path):
         for value, color, name in sorted(ends):  # each name at the end of its curve, or above the name that is there
             place = max(value, place + gap)
             top.text(last * 1.03, place, f"{name}  {value:.3f}", color=color, va="center", parse_math=False)
-        top.set(xlim=(0, last * 1.02), ylim=(min(late) - gap, max(late) + gap))
-        top.set_title(f"{title}   (bold: validation, thin: training, ● checkpoint)")
+        measure = "bits per byte" if unit == "bpb" else "nats per token"
+        top.set(xlim=(0, last * 1.02), ylim=(min(late) - gap, max(late) + gap),
+                title=f"{measure}   (bold: validation, thin: training, ● checkpoint)")
         bottom.set(title="learning rate", xlabel="step", ylim=0, yticks=[0, peak], yticklabels=["0", f"{peak:g}"])
         picture.savefig(path, format="png", bbox_inches="tight")
     return picture
 
 def gradcheck(seed: int) -> bool:
-    """Compare the gradient of every parameter of a tiny model with central finite differences, and print a table.
-
-    The differences are of the plain loss in float64, where (loss(p + h) - loss(p - h)) / 2h is good to some nine
-    digits; the gradient held against them is the one that training uses. Returns whether all agree to 1e-4, relative
-    to the largest gradient of that parameter.
-    """
-    config, rng = GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=2, n_embd=6), np.random.default_rng(seed)
-    model = GPT(config, seed=seed)
+    """Print, for every parameter of a tiny model, how far the gradient that training uses is from central finite
+    differences of the plain loss in float64, where (loss(p + h) - loss(p - h)) / 2h is good to some nine digits.
+    Returns whether all agree to 1e-4, relative to the parameter's largest gradient."""
+    model = GPT(GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=2, n_embd=6), seed=seed)
+    rng, h, worst = np.random.default_rng(seed), 1e-5, 0.0
     x, y = (Tensor(rng.integers(0, 11, (2, 5)).astype(np.int32)).realize() for _ in range(2))
     theta = model.flat.numpy() + 0.1 * rng.standard_normal(model.flat.shape, np.float32)  # no bias is zero by accident
     put(model.flat, theta)
-    gradients = model.unpack(flat_gradient(model, model.loss(x, y)).numpy())
+    gradient = flat_gradient(model, model.loss(x, y)).numpy()
     model.ops, model.flat, theta = Plain, None, theta.astype(np.float64)
     model.set(model.unpack(theta).items(), np.float64)
-    loss = recorded(Plain, lambda: model.loss(x, y).realize())
+    loss, every = recorded(Plain, lambda: model.loss(x, y).realize()), np.arange(len(theta))
 
-    def loss_at(i: int, value: float) -> float:
-        theta[i], keep = value, theta[i]
-        put(model.flat, theta)
-        theta[i] = keep
+    def loss_with(i: int, nudge: float) -> float:
+        put(model.flat, theta + nudge * (every == i))
         return loss().item()
 
-    differences, h = np.zeros(theta.shape), 1e-5
-    for name, place in model.places.items():
-        show(f"nudging {name}")
-        for i in range(place.start, place.stop):
-            differences[i] = (loss_at(i, theta[i] + h) - loss_at(i, theta[i] - h)) / (2 * h)
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
-    worst = 0.0
-    for name, difference in model.unpack(differences).items():
-        size, error = np.abs(difference).max(), np.abs(gradients[name] - difference).max()
+    for name, places in model.unpack(every).items():  # where in the vector this parameter's numbers are
+        differences = np.array([loss_with(i, h) - loss_with(i, -h) for i in places.flat]) / (2 * h)
+        size, error = np.abs(differences).max(), np.abs(gradient[places.flat] - differences).max()
         worst = max(worst, error / size)
-        say(f"{name:<24}{str(difference.shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
+        say(f"{name:<24}{str(places.shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
     say(f"largest relative error {worst:.1e}: {'all gradients are right' if worst < 1e-4 else 'SOMETHING IS WRONG'}")
     return worst < 1e-4
 
@@ -1903,38 +1851,25 @@ def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
 
 def blas_gflops() -> float:
     """This machine's float32 matrix product rate in GFLOP/s: the best of five 1024-cubed products in numpy."""
-    a, seconds = np.ones((1024, 1024), np.float32), []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds) / 1e9
-
-def peak_mb() -> float:
-    """The most memory that this process has had, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    a = np.ones((1024, 1024), np.float32)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
 
 def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
     """Time training steps, or sampling, on random data; the last line printed is JSON."""
-    model, rng, seconds = GPT(config), np.random.default_rng(0), []
-    result = {"bench": what, "parameters": sum(map(math.prod, model.shapes.values()))}
+    model = GPT(config)
     if what == "step":
-        data, optimizer = rng.integers(0, config.vocab_size, 200_000), AdamW(model, train_config)
-        for i in range(60):
-            start = time.perf_counter()
-            optimizer(data, i)
-            seconds.append(time.perf_counter() - start)
-        median = statistics.median(seconds[5:])  # the first ones compile and record
-        result |= {"ms_per_step": 1e3 * median, "gflops": step_flops(config, train_config) / median / 1e9}
-    else:
-        warm_up = config.block_size + 1  # until the window has moved once, and everything is compiled
-        for i, _ in enumerate(stream(model, [0], warm_up + 400, seed=0)):
-            if i == warm_up:
-                start = time.perf_counter()
-        rate = 399 / (time.perf_counter() - start)
+        data, optimizer = np.random.default_rng(0).integers(0, config.vocab_size, 200_000), AdamW(model, train_config)
+        work, warm_up, flops = (optimizer(data, i) for i in range(60)), 4, step_flops(config, train_config)
+    else:  # the warm-up ends when the window has moved once, and everything is compiled
+        work, warm_up = stream(model, [0], config.block_size + 401, seed=0), config.block_size + 1
         flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
-        result |= {"tokens_per_s": rate, "gflops": rate * flops / 1e9}
-    print(json.dumps(result | {"peak_mb": peak_mb(), "blas_gflops": blas_gflops()}))
+    seconds = np.diff([time.perf_counter() for _ in work])[warm_up:]
+    # A median passes over what else the machine did; but that the window moves now and then belongs to sampling.
+    second = float(np.median(seconds) if what == "step" else seconds.mean())
+    speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print(json.dumps({"bench": what, "parameters": sum(map(math.prod, model.shapes.values())), **speed,
+                      "gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}))
 
 # ====================================================================================================================
 # Chapter 11. The command line
@@ -1988,7 +1923,7 @@ def make_parser() -> Parser:
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
             names = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"])
-            kind = {"int": int, "float": float}[f.type]
+            kind = type(f.default)
             group.add_argument(*names, dest=f.name, type=kind, metavar="N" if kind is int else "X",
                                help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
     group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
@@ -2082,7 +2017,7 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
     log = read_log(out_dir / "log.csv")
     if curve := chart(column(log, "val_bpb")): say(f"\nbits per byte on the validation text\n{curve}")
-    steps_a_second = statistics.median([row["tokens_per_s"] for row in log] or [0]) / (
+    steps_a_second = float(np.median([row["tokens_per_s"] for row in log] or [0])) / (
         config.grad_accum * config.batch_size * c.block_size)
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {flops * steps_a_second / 1e9:.0f} GFLOP a second: "
         f"{flops * steps_a_second / limit:.0%} of this machine's rate for a matrix product in numpy")

@@ -550,7 +550,11 @@ def kill_and_resume(kills, folder):
                     os.kill(os.getpid(), signal.SIGKILL)
                 fsync(fd)
             os.fsync, sys.stdout = flush, open(os.devnull, "w")  # noqa: SIM115
-            os._exit(main([*flags, "--out-dir", str(out)]))
+            code = 99  # (of an exception)
+            try:
+                code = main([*flags, "--out-dir", str(out)])
+            finally:
+                os._exit(code)
         return pid
 
     def what_is_left(out):
@@ -571,7 +575,8 @@ def kill_and_resume(kills, folder):
             os.kill(pid, signal.SIGKILL)
         killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
         resumable = out.exists() and list(out.glob("ckpt_*.safetensors"))
-        assert os.waitpid(child(["--resume"] if resumable else start, out), 0)[1] == 0 or not killed
+        status = os.waitpid(child(["--resume"] if resumable else start, out), 0)[1]
+        assert status == 0 or (out / "ckpt_30.safetensors").exists(), (n, killed, resumable, status)
         left = what_is_left(out)
         same, saves = same + (left[:2] == want[:2] and not [f for f in left[2] if f.endswith(".tmp")]), saves + (n % 2 and killed)
         shutil.rmtree(out)
