@@ -420,13 +420,12 @@ class BPETokenizer:
 # before each sublayer, biases, learned positions, the tanh form of GELU, and an output head that is the embedding
 # table itself. The names are those of Hugging Face's GPT-2, so a checkpoint is at home there.
 #
-# There are two layers to the code. `Plain` has the operations that a GPT consists of, each in a few lines of ordinary
-# tensor algebra: they are the definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
+# `Plain` has the operations that a GPT consists of, each in a few lines of ordinary tensor algebra: they are the
+# definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
 
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32. The class is
     a mere drawer for functions (no `self`), so that another such drawer can take its place."""
-
     def embed(idx: Tensor, wte: Tensor, wpe: Tensor, start: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands.
         `start`, (1,), is the position of a single token that continues a text; else the first is at 0."""
@@ -454,8 +453,7 @@ class Plain:
         q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
         past = Tensor.ones(T, T, dtype=dtypes.bool).tril().to(qkv.device)                 # True: not in the future
-        scores = past.where(scores, -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+        return (past.where(scores, -math.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
 
     def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
         """The same for a single new token, qkv (1, 1, 3C), at position (1,): sampling (chapter 8) computes no token
@@ -478,12 +476,10 @@ class Plain:
 
 class Dropout:
     """Zeroes a share `rate` of its input and scales the rest up, so that no unit can rely on a single other one.
-
     Which elements, is a hash of their position and of `key`, one uint32 that is new at each step: there is no random
     state to keep, so a resumed run draws what the interrupted one would have drawn. Without a key it does nothing:
     evaluation and sampling have none and cannot forget to switch it off."""
-
-    def __init__(self, rate: float = 0.0, key: Tensor | None = None):
+    def __init__(self, rate: float, key: Tensor | None):
         self.rate, self.key, self.places = 0.0 if key is None else rate, key, 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -496,13 +492,11 @@ class Dropout:
 
 class Layer:
     """A weight and a bias, without numbers as yet; Plain and Fast say what is done with them."""
-
     def __init__(self, *shape: int):
         self.weight, self.bias = Tensor.empty(*shape), Tensor.empty(shape[-1])
 
 class Block:
     """Two sublayers, each with a normalisation before it."""
-
     def __init__(self, C: int):
         self.ln_1, self.ln_2 = Layer(C), Layer(C)
         self.attn = SimpleNamespace(c_attn=Layer(C, 3 * C), c_proj=Layer(C, C))  # c_attn: all queries, keys and values
@@ -519,12 +513,11 @@ class Block:
 
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
-
+    (`save_checkpoint`, `load_checkpoint` and `generate` stand where they are explained, in chapters 7 and 8.)
     Attributes: `config`; `tokenizer` and `data`, what it learns from (saved with it; may be None); `ops`, the
     operations in use (`Plain` or `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`,
     `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; `shapes`, theirs by
-    name; and `flat`, one float32 vector of all of them. Without a `seed` they wait for `set`.
-    """
+    name; and `flat`, one float32 vector of all of them. Without a `seed` they wait for `set`."""
     __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
 
     def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
@@ -555,39 +548,32 @@ class GPT:
         """Give the parameters their numbers: pairs of name and array."""
         if self.flat is None:
             self.flat = Tensor(np.zeros(self.size, dtype)).realize()
-            for parameter, window in self.windows(self.flat): parameter.replace(window)
-        self.fill(self.flat, arrays)
+            for name, parameter in get_state_dict(self).items(): parameter.replace(self.window(self.flat, name))
+        for name, array in arrays: put(self.window(self.flat, name), array)
 
-    def fill(self, vector: Tensor, arrays) -> None:
-        """Copy arrays (pairs of name and array) to their places in a vector like `flat`."""
-        windows = dict(zip(self.shapes, self.windows(vector), strict=True))
-        for name, array in arrays: put(windows[name][1], array)
-
-    def windows(self, vector: Tensor):
-        """Each parameter, and a tensor that shares its memory with the parameter's stretch of `vector`. (A slice would
-        do for reading, but tinygrad copies slices before it hands them to a kernel.)"""
-        parameters = get_state_dict(self)
-        for name, shape in self.shapes.items():
-            start = self.places[name].start * vector.dtype.itemsize
-            part = UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))
-            yield parameters[name], Tensor(part).reshape(shape)
+    def window(self, vector: Tensor, name: str) -> Tensor:
+        """A tensor that shares its memory with a parameter's stretch of a vector like `flat`. (A slice would do for
+        reading, but tinygrad copies slices before it hands them to a kernel.)"""
+        start, shape = self.places[name].start * vector.dtype.itemsize, self.shapes[name]
+        return Tensor(UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))).reshape(shape)
 
     def make_room_for_gradients(self) -> None:
         """Give each parameter's .grad a window on the vector `grad` (a model that is only sampled needs none)."""
         if self.grad is not None: return
         self.grad = Tensor(np.zeros(self.size, np.float32)).realize()
-        for parameter, window in self.windows(self.grad): parameter.grad = window
+        for name, parameter in get_state_dict(self).items(): parameter.grad = self.window(self.grad, name)
 
     def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """The opposite: cut such a vector (of parameters, of gradients, of Adam's averages) into arrays by name."""
         return {name: flat[self.places[name]].reshape(shape) for name, shape in self.shapes.items()}
 
-    def hidden(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
-        """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C)."""
+    def hidden(self, idx: Tensor, key: Tensor | None = None, start: Tensor | None = None, attention=None) -> Tensor:
+        """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C). Sampling says where the
+        ids `start`, and brings an `attention` of its own, a function of a block's number and its qkv."""
+        attention = attention or (lambda i, qkv: self.ops.attention(qkv, self.config.n_head))
         drop = Dropout(self.config.dropout, key)
-        x = drop(self.ops.embed(idx, self.wte.weight, self.wpe.weight))
-        for block in self.h:
-            x = block(x, self.ops, drop, lambda qkv: self.ops.attention(qkv, self.config.n_head))
+        x = drop(self.ops.embed(idx, self.wte.weight, self.wpe.weight, start))
+        for i, block in enumerate(self.h): x = block(x, self.ops, drop, functools.partial(attention, i))
         return self.ops.layer_norm(x, self.ln_f)
 
     def __call__(self, idx: Tensor) -> Tensor:
@@ -597,8 +583,6 @@ class GPT:
     def loss(self, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats, a scalar; `targets` (B, T) is `idx` one place on. `key` switches dropout on."""
         return self.ops.loss(self.hidden(idx, key), self.wte.weight, targets)
-
-    # Its methods save_checkpoint, load_checkpoint and generate stand where they are explained, in chapters 7 and 8.
 
 # ====================================================================================================================
 # Chapter 5. The same model, fast
@@ -1139,16 +1123,13 @@ def fetch(tensor: Tensor) -> np.ndarray:
 
 def recorded(ops, function, threads: int | None = None):
     """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
-    jit, replay = TinyJit(function), None
+    replay = jit = TinyJit(function)
     jit.cnt = 1  # TinyJit counts its calls and runs the first one unrecorded; we need no trial run
-
     def call():
         nonlocal replay
-        if replay is None:
-            result = jit()
-            if jit.captured is not None: replay = Crew(jit, threads or CORES) if ops is Fast else jit
-            return result
-        return replay()
+        result = replay()
+        if ops is Fast and replay is jit and jit.captured is not None: replay = Crew(jit, threads or CORES)
+        return result
     return call
 
 def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
@@ -1161,9 +1142,8 @@ def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
         loss.gradient(model.wpe.weight)
         written = [Tensor(gradient) for gradient in Fast.written]
     else:
-        parameters = list(get_state_dict(model).values())
-        gradients = zip(parameters, loss.gradient(*parameters), strict=True)
-        written = [parameter.grad.assign(gradient) for parameter, gradient in gradients]
+        parameters = get_state_dict(model).values()
+        written = [p.grad.assign(g) for p, g in zip(parameters, loss.gradient(*parameters), strict=True)]
     Tensor.realize(loss, *written)
     return model.grad
 
@@ -1182,7 +1162,6 @@ def spread_loss(model: GPT, x: Tensor, y: Tensor, key: Tensor) -> Tensor:
 
 class AdamW:
     """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
-
     def __init__(self, model: GPT, config: TrainConfig):
         model.make_room_for_gradients()
         self.model, self.config = model, config
@@ -1194,11 +1173,8 @@ class AdamW:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """One training step with the batch in `x` and `y`, ids (grad_accum, B, T); returns the loss (nats) and the
-        gradient's norm before clipping, both scalars.
-
-        `rates` (3,) holds the learning rate and the two bias corrections 1 / (1 - beta ** t), which make up for the
-        averages having started at zero.
-        """
+        gradient's norm before clipping, both scalars. `rates` (3,) holds the learning rate and the two bias corrections
+        1 / (1 - beta ** t), which make up for the averages having started at zero."""
         c, model, losses, grad = self.config, self.model, [], None
         for i in range(c.grad_accum):
             losses.append(spread_loss(model, self.x[i], self.y[i], self.key + i))
@@ -1209,42 +1185,36 @@ class AdamW:
         if model.ops is Fast:
             parts = run(square_sums, Tensor.empty(divisor(grad.shape[0] // BLOCK, CORES)), grad)[0]
             done = run(adamw, model.flat, self.m, self.v, grad, parts, self.rates, n_decay=model.n_decay, beta1=c.beta1,
-                       beta2=c.beta2, grad_clip=c.grad_clip, decay=c.weight_decay)
+                       beta2=c.beta2, grad_clip=c.grad_clip, decay=c.weight_decay)[:3]
             norm = parts.sum().sqrt()
-            Tensor.realize(loss, norm, *done[:3])
-            return loss, norm
-        norm = grad.square().sum().sqrt().contiguous()
-        fine, grad = norm < math.inf, grad * (c.grad_clip / norm).minimum(1)
-        m = c.beta1 * self.m + (1 - c.beta1) * grad
-        v = c.beta2 * self.v + (1 - c.beta2) * grad.square()
-        decay = (Tensor.arange(grad.shape[0]) < model.n_decay).where(c.weight_decay, 0.0)
-        change = self.rates[0] * (m * self.rates[1] / ((v * self.rates[2]).sqrt() + 1e-8) + decay * model.flat)
-        pairs = (self.m, m), (self.v, v), (model.flat, model.flat - change)
-        Tensor.realize(loss, norm, *[old.assign(fine.where(new, old)) for old, new in pairs])
-        return loss, norm
+        else:
+            norm = grad.square().sum().sqrt().contiguous()
+            fine, grad = norm < math.inf, grad * (c.grad_clip / norm).minimum(1)
+            m, v = c.beta1 * self.m + (1 - c.beta1) * grad, c.beta2 * self.v + (1 - c.beta2) * grad.square()
+            decay = (Tensor.arange(grad.shape[0]) < model.n_decay).where(c.weight_decay, 0.0)
+            change = self.rates[0] * (m * self.rates[1] / ((v * self.rates[2]).sqrt() + 1e-8) + decay * model.flat)
+            pairs = (self.m, m), (self.v, v), (model.flat, model.flat - change)
+            done = [old.assign(fine.where(new, old)) for old, new in pairs]
+        return loss.realize(norm, *done), norm
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         """Take step number `i`; return its loss and gradient norm as numbers."""
         c = self.config
         x, y = get_batch(data, c, self.model.config.block_size, i)
-        rates = [learning_rate(c, i), 1 / (1 - c.beta1 ** (i + 1)), 1 / (1 - c.beta2 ** (i + 1))]
-        key = np.random.default_rng((c.seed, i, 1)).integers(2**32, size=1)
-        for tensor, array in ((self.x, x), (self.y, y), (self.rates, np.array(rates, np.float32)),
-                              (self.key, key.astype(np.uint32))):
-            put(tensor, array)
+        rates = learning_rate(c, i), 1 / (1 - c.beta1 ** (i + 1)), 1 / (1 - c.beta2 ** (i + 1))
+        key = np.random.default_rng((c.seed, i, 1)).integers(2**32, size=1).astype(np.uint32)
+        inputs = (self.x, x), (self.y, y), (self.rates, np.array(rates, np.float32)), (self.key, key)
+        for tensor, array in inputs: put(tensor, array)
         loss, norm = self.run()
         return float(fetch(loss)), float(fetch(norm))
 
 def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None = None) -> float:
-    """Mean loss in nats a token over `batches` batches spread evenly over `data`; None: enough to cover all of it.
-
-    The windows are the same each time and no random number is drawn, so evaluating never changes a training run.
-    """
+    """Mean loss in nats a token over `batches` batches spread evenly over `data`; None: enough to cover all of it. The
+    windows are the same each time and no random number is drawn, so evaluating never changes a training run."""
     T = model.config.block_size
     batches = batches or math.ceil(len(data) / (batch_size * T))
-    starts = np.linspace(0, len(data) - T - 1, batches * batch_size).astype(np.int64).reshape(batches, batch_size, 1)
-    x, y, loss = eval_loss(model, batch_size)
-    total = 0.0
+    starts = np.linspace(0, len(data) - T - 1, batches * batch_size, dtype=np.int64).reshape(batches, batch_size, 1)
+    (x, y, loss), total = eval_loss(model, batch_size), 0.0
     for start in starts:
         windows = data[start + np.arange(T + 1)].astype(np.int32)                          # (B, T + 1)
         put(x, windows[:, :-1])
@@ -1279,40 +1249,29 @@ def clock(seconds: float) -> str:
 class TrainingFailed(Exception):
     """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
-def examine(model: GPT, config: TrainConfig, data: np.ndarray, val: np.ndarray | None, step: int) -> dict[str, float]:
-    """The losses at an evaluation. In the end all validation text is read (of 20 MB, a part); on the way less."""
-    losses = {"train_loss": evaluate(model, data, config.batch_size, config.eval_iters)}
-    if val is not None:
-        most = math.ceil(len(val) / (config.batch_size * model.config.block_size))
-        batches = min(most, 50 * config.eval_iters) if step == config.max_iters else config.eval_iters
-        losses["val_loss"] = evaluate(model, val, config.batch_size, batches)
-    return losses
-
 def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], checkpoint: bool) -> None:
     """The log first: whoever goes on from a checkpoint finds all rows up to it."""
-    with whole(out_dir / "log.csv") as file:
-        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+    with whole(out_dir / "log.csv") as file: file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
     if checkpoint and optimizer.config.keep:
         model.save_checkpoint(step, optimizer, out_dir)
         prune(out_dir, optimizer.config.keep, rows)
 
 def checked(name: str, ids, config: GPTConfig) -> np.ndarray | None:
     """Token ids as an array; UserError if they do not suit the model."""
-    ids = None if ids is None else np.asarray(ids)
-    if ids is not None and len(ids) <= config.block_size:
-        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {config.block_size} needs "
-                        f"{config.block_size + 1}: bring more text or choose a smaller block")
-    if ids is not None and ids.max() >= config.vocab_size:
+    if ids is None: return None
+    ids, T = np.asarray(ids), config.block_size
+    if len(ids) <= T:
+        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs {T + 1}: bring "
+                        "more text or choose a smaller block")
+    if ids.max() >= config.vocab_size:
         raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {config.vocab_size - 1}")
     return ids
 
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
           out_dir: str | Path | None = None, stop=()) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the optimizer.
-
-    `train_data` and `val_data` are token ids in a row (list or integer array). With an `out_dir`, log.csv and
-    checkpoints are written there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a
-    save."""
+    The data are token ids in a row (list or integer array). With an `out_dir`, log.csv and checkpoints are written
+    there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a save."""
     T, tokenizer = model.config.block_size, model.tokenizer
     data, val = checked("training", train_data, model.config), checked("validation", val_data, model.config)
     optimizer, out_dir = optimizer or AdamW(model, config), None if out_dir is None else Path(out_dir)
@@ -1327,35 +1286,36 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         step, now = i + 1, time.perf_counter()
         row = {"step": step, "train_loss": loss, "lr": learning_rate(config, i), "grad_norm": norm}
         if not math.isfinite(loss + norm):  # the optimizer has not taken such a step
-            raise TrainingFailed(
-                f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} its batch has a "
-                f"loss of {loss} and a gradient of length {norm}. The step was not taken and the last checkpoint is "
-                f"intact; to go on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+            raise TrainingFailed(f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} "
+                f"its batch has a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
+                "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
+                f"{config.learning_rate / 4:.1e}")
         last = step == config.max_iters
-        evaluating = step % config.eval_interval == 0 or last
-        saving = step % (config.save_every or config.eval_interval) == 0 or last or bool(stop)
-        if step % 10 == 0 or evaluating or step == start + 1:
-            rate = (step - last_step) * tokens_a_step / (now - last_time)
-            last_time, last_step = now, step
+        evaluating = last or step % config.eval_interval == 0
+        logging = evaluating or step % 10 == 0
+        if logging or step == start + 1: rate = (step - last_step) * tokens_a_step / (now - last_time)
         if now - last_shown > 0.1:
             last_shown = now
             show(f"step {step}/{config.max_iters}  loss {loss:.3f}" + (f" = {loss * bpb:.2f} bits/byte" if bpb else "")
                  + f"  lr {row['lr']:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s"
                  + f"  {clock((config.max_iters - step) * tokens_a_step / max(rate, 1))} to go")
         if evaluating:
-            row |= examine(model, config, data, val, step)
-            line = f"step {step:5}  train {row['train_loss']:.3f}"
-            if val is not None: line += f"  val {row['val_loss']:.3f}"
-            if val_bpb:
-                row["val_bpb"] = row["val_loss"] * val_bpb
-                line += f" = {row['val_bpb']:.3f} bits/byte"
-            say(f"{line}  {rate:,.0f} tokens/s  {clock(time.perf_counter() - began)}")
+            row["train_loss"] = evaluate(model, data, config.batch_size, config.eval_iters)
+            if val is not None:  # in the end all of it is read (of 20 MB, a part); on the way less
+                most = min(math.ceil(len(val) / (config.batch_size * T)), 50 * config.eval_iters)
+                row["val_loss"] = evaluate(model, val, config.batch_size, most if last else config.eval_iters)
+            if val_bpb: row["val_bpb"] = row["val_loss"] * val_bpb
+            say(f"step {step:5}  train {row['train_loss']:.3f}"
+                + ("" if val is None else f"  val {row['val_loss']:.3f}")
+                + (f" = {row['val_bpb']:.3f} bits/byte" if val_bpb else "")
+                + f"  {rate:,.0f} tokens/s  {clock(time.perf_counter() - began)}")
             if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
                 ids = list(stream(model, tokenizer.encode("\n"), 50, seed=step))
                 say("    | " + printable(tokenizer.decode(ids)).strip().replace("\n", "\n    | "))
-        if step % 10 == 0 or evaluating:
+        if logging:
             row |= {"tokens_per_s": round(rate)} | ({"train_bpb": row["train_loss"] * bpb} if bpb else {})
             rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
+        saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
         if out_dir and (evaluating or saving):
             try:
                 save_run(model, optimizer, step, out_dir, rows, saving)
@@ -1363,9 +1323,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             except OSError as e:
                 unsaved = f"step {step} could not be saved in {out_dir} ({e.strerror or e})"
                 say(f"{unsaved}; training goes on, what was saved before is intact, and the next save is tried")
-        if evaluating or saving:  # this was not training: leave it out of tokens a second
-            last_time, last_step = time.perf_counter(), step
-        if stop: break
+        if stop and saving: break  # (after a signal that comes too late for this save, one more step is taken)
+        if logging or saving or step == start + 1: last_time, last_step = time.perf_counter(), step
     show("")
     if unsaved: raise TrainingFailed(f"{unsaved}; what was saved before is intact")
     return optimizer
@@ -1470,7 +1429,7 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
     found = [gather(model, arrays, part, path) for part in (PARTS if optimizer else PARTS[:1])]
     model.set(found[0])
     for average, named in zip((optimizer.m, optimizer.v) if optimizer else (), found[1:], strict=True):
-        model.fill(average, named)
+        for name, array in named: put(model.window(average, name), array)
     return int(metadata["iter_num"])
 
 GPT.save_checkpoint, GPT.load_checkpoint = save_checkpoint, load_checkpoint
@@ -1491,27 +1450,24 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
 def checkpoints(out_dir: Path) -> dict[int, Path]:
     """The checkpoints of a folder by iteration, the newest last; UserError, with what to type, if there is none."""
     found = {int(p.stem[5:]): p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdecimal()}
-    if not found:
-        raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
+    if not found: raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
     return dict(sorted(found.items()))
 
 def newest(out_dir: Path) -> tuple[Path, GPT, TrainConfig, int]:
     """The newest checkpoint that is whole, opened; what is skipped is named."""
     for path in reversed(checkpoints(out_dir).values()):
-        try:
-            opened = path, *open_checkpoint(path)
+        try: return path, *open_checkpoint(path)
         except UserError as e:
             error = e
             say(f"skipped: {error}")
-        else: return opened
     raise error
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
     """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss in the log's `rows`."""
     found, columns = checkpoints(out_dir), (row.split(",") for row in rows)
     losses = {int(step): float(val_loss) for step, _, val_loss, *_ in columns if val_loss and int(step) in found}
-    best = [min(losses, key=losses.get)] if losses else []
-    for step in found.keys() - [*list(found)[-keep:], *best]: found[step].unlink()
+    best = sorted(losses, key=losses.get)[:1]
+    for step in found.keys() - {*list(found)[-keep:], *best}: found[step].unlink()
 
 @contextmanager
 def alone(out_dir: Path):
@@ -1520,8 +1476,7 @@ def alone(out_dir: Path):
     is_new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     handle = os.open(out_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: wait for it, or choose another --out-dir") from None
     try:
@@ -1533,12 +1488,11 @@ def alone(out_dir: Path):
 
 def set_aside(out_dir: Path) -> None:
     """Move what an earlier run left into a folder of its own, so that --train never writes over it."""
-    old = [p for p in [*out_dir.glob("ckpt_*.safetensors"), out_dir / "log.csv"] if p.exists()]
-    if old:
-        n = next(n for n in itertools.count(1) if not (out_dir / f"run-{n}").exists())
-        (out_dir / f"run-{n}").mkdir()
-        for path in old: path.rename(out_dir / f"run-{n}" / path.name)
-        say(f"the run that was in {out_dir} is now in {out_dir / f'run-{n}'}")
+    if old := [*out_dir.glob("ckpt_*.safetensors"), *out_dir.glob("log.csv")]:
+        folder = next(f for n in itertools.count(1) if not (f := out_dir / f"run-{n}").exists())
+        folder.mkdir()
+        for path in old: path.rename(folder / path.name)
+        say(f"the run that was in {out_dir} is now in {folder}")
 
 # ====================================================================================================================
 # Chapter 8. Sampling
@@ -1555,40 +1509,29 @@ def decoder(model: GPT):
     """A function (ids, position) -> logits (V,) of the next token, with its own KV cache. `ids` is one token, which
     stands at `position`, or the first block_size / 2 tokens of a text."""
     c, ops, H, half = model.config, model.ops, model.config.n_head, max(1, model.config.block_size // 2)
-    shape = H, c.block_size, c.n_embd // H
-    caches = [[Tensor(np.zeros(shape, np.float32)).realize() for _ in range(2)] for _ in model.h]
     one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((1, 1), (1, half), 1))
-
+    caches = [[Tensor(np.zeros((H, c.block_size, c.n_embd // H), np.float32)).realize() for _ in "kv"] for _ in model.h]
     def step() -> Tensor:
-        x = ops.embed(one, model.wte.weight, model.wpe.weight, position)                   # (1, 1, C)
-        for block, cache in zip(model.h, caches, strict=True):
-            def attention(qkv: Tensor, cache=cache) -> Tensor:
-                return ops.cached_attention(qkv, H, *cache, position)
-            x = block(x, ops, Dropout(), attention)
-        return ops.logits(ops.layer_norm(x, model.ln_f), model.wte.weight).contiguous().realize()
-
+        x = model.hidden(one, None, position, lambda i, qkv: ops.cached_attention(qkv, H, *caches[i], position))
+        return ops.logits(x, model.wte.weight).contiguous().realize()
     def start() -> Tensor:
-        x, kept = ops.embed(many, model.wte.weight, model.wpe.weight), []                  # (1, T / 2, C)
-        for block, (keys, values) in zip(model.h, caches, strict=True):
-            def attention(qkv: Tensor, keys=keys, values=values) -> Tensor:
-                _, k, v = qkv.reshape(half, 3, H, -1).permute(1, 2, 0, 3)                  # three of (H, T / 2, D)
-                kept.extend([keys[:, :half].assign(k), values[:, :half].assign(v)])
-                return ops.attention(qkv, H)
-            x = block(x, ops, Dropout(), attention)
-        logits = ops.logits(ops.layer_norm(x, model.ln_f)[:, -1:].contiguous(), model.wte.weight).contiguous()
-        Tensor.realize(logits, *kept)
-        return logits
+        def attention(i: int, qkv: Tensor) -> Tensor:
+            _, k, v = qkv.reshape(half, 3, H, -1).permute(1, 2, 0, 3)                      # three of (H, T / 2, D)
+            kept.extend(cache[:, :half].assign(new) for cache, new in zip(caches[i], (k, v), strict=True))
+            return ops.attention(qkv, H)
+        kept = []
+        x = model.hidden(many, attention=attention)[:, -1:].contiguous()                   # (1, 1, C)
+        return ops.logits(x, model.wte.weight).contiguous().realize(*kept)
     # To wake a second core takes 50 microseconds: a small model has written its token by then.
     replay_step, replay_start = recorded(ops, step, None if model.flat.shape[0] > 4e6 else 1), recorded(ops, start)
-
     def call(ids: list[int], place: int) -> np.ndarray:
-        put(one if len(ids) == 1 else many, np.array(ids, np.int32))
+        tokens, replay = (one, replay_step) if len(ids) == 1 else (many, replay_start)
+        put(tokens, np.array(ids, np.int32))
         put(position, np.array([place], np.int32))
-        return fetch(replay_step() if len(ids) == 1 else replay_start())
+        return fetch(replay())
     return call
 
-def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 0.8, top_k: int = 0,
-         top_p: float = 1.0) -> int:
+def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest, 1 is the model's own opinion, above that it grows
     bolder; top_k leaves only the k likeliest to choose from, top_p the fewest that have this share of all probability
     ("nucleus sampling", arXiv:1904.09751)."""
@@ -1597,8 +1540,8 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float = 0.8,
     if top_k or top_p < 1:
         likeliest = np.argsort(-logits)[:top_k or None]
         p = np.exp(logits[likeliest] - logits.max())
-        likeliest = likeliest[:1 + (np.cumsum(p)[:-1] < top_p * p.sum()).sum()]
-        return int(rng.choice(likeliest, p=p[:len(likeliest)] / p[:len(likeliest)].sum()))
+        n = 1 + (np.cumsum(p)[:-1] < top_p * p.sum()).sum()
+        return int(rng.choice(likeliest[:n], p=p[:n] / p[:n].sum()))
     # The Gumbel trick: the largest of log-probabilities plus Gumbel noise is a draw from the distribution.
     return int((logits + rng.gumbel(size=len(logits))).argmax())
 
@@ -1634,10 +1577,11 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how
         if stop and stop in waiting:
             waiting = waiting[:waiting.index(stop)]
             break
-        ready = max(0, len(waiting) - max(0, len(stop) - 1))
+        ready = max(0, len(waiting) + 1 - len(stop))
         print(printable(waiting[:ready]), end="", flush=True)
         waiting = waiting[ready:]
-    print(printable(waiting + decoder.decode(b"", final=True)))
+    else: waiting += decoder.decode(b"", final=True)  # the bytes of a character that was not finished
+    print(printable(waiting))
 
 # ====================================================================================================================
 # Chapter 9. At home elsewhere
@@ -1892,53 +1836,48 @@ def make_parser() -> Parser:
   python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
   python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50""")
-    what = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
-    what.add_argument("--train", action="store_true", help="train a model from the start")
-    what.add_argument("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
-    what.add_argument("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint "
-                      "(FILE:name takes the prompt from a file, - from standard input)")
-    what.add_argument("--eval-only", action="store_true", help="the loss on the whole validation text")
-    what.add_argument("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
-    what.add_argument("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
-    what.add_argument("--gradcheck", action="store_true", help="compare all gradients with finite differences")
-    what.add_argument("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
+    def flag(name: str, help: str, **options):
+        group.add_argument(name, help=help, **options or {"action": "store_true"})
+    group = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
+    flag("--train", "train a model from the start")
+    flag("--resume", "go on training from the newest checkpoint in --out-dir")
+    flag("--sample", "write on after PROMPT, with the newest checkpoint (FILE:name takes the prompt from a file, - "
+         "from standard input)", metavar="PROMPT")
+    flag("--eval-only", "the loss on the whole validation text")
+    flag("--export", "write the newest checkpoint for Hugging Face's transformers", metavar="DIR")
+    flag("--plot", "draw the logs of runs into the first one's plot.png", metavar="DIR", nargs="+")
+    flag("--gradcheck", "compare all gradients with finite differences")
+    flag("--bench", "time training steps or sampling, on random data", choices=["step", "sample"])
     parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
     group = parser.add_argument_group("text and files")
-    group.add_argument("--data", metavar="NAME|FILE", help="the text to learn from: shakespeare (the default), play, "
-                       "or a UTF-8 text file")
-    group.add_argument("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
-    group.add_argument("--tokenizer", choices=["bpe", "bytes", "gpt2"], help="learn a vocabulary from the text (the "
-                       "default), use plain bytes, or GPT-2's 50257 tokens")
-    group.add_argument("--out-dir", metavar="DIR", default="checkpoints", help="where checkpoints and log.csv are "
-                       "(default: checkpoints)")
-    group.add_argument("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
-    group.add_argument("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of "
-                       f"a GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
-    group.add_argument("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
+    flag("--data", "the text to learn from: shakespeare (the default), play, or a UTF-8 text file", metavar="NAME|FILE")
+    flag("--replace-bad-bytes", "read bytes that are not UTF-8 as U+FFFD")
+    flag("--tokenizer", "learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens",
+         choices=["bpe", "bytes", "gpt2"])
+    flag("--out-dir", "where checkpoints and log.csv are (default: %(default)s)", metavar="DIR", default="checkpoints")
+    flag("--checkpoint", "use this checkpoint instead of the newest in --out-dir", metavar="FILE")
+    flag("--init-from", "begin with, or use, these weights: a .safetensors file of a GPT-2, a folder that has one, or "
+         f"one of {', '.join(HUB_MODELS)}, which are downloaded", metavar="GPT2")
+    flag("--no-checkpoint", "the same as --keep 0", action="store_const", const=0, dest="keep")
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES} here); on "
-                       "other devices, and with --plain, how many of them share a batch (default: 1)")
-    group.add_argument("--plain", action="store_true", help="chapter 4's operations, without chapter 5's kernels")
+    flag("--devices", f"CPU cores to use (default: all, {CORES} here); on other devices, and with --plain, how many of "
+         "them share a batch (default: 1)", type=int, metavar="N")
+    flag("--plain", "chapter 4's operations, without chapter 5's kernels")
     for title, config in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(config):
-            names = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"])
-            kind = type(f.default)
+            names, kind = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]), type(f.default)
             group.add_argument(*names, dest=f.name, type=kind, metavar="N" if kind is int else "X",
                                help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
-    group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
+    flag("--stop", "end a text before TEXT", metavar="TEXT", default="")
     return parser
 
-def given(args: argparse.Namespace, config: type) -> dict:
-    """The fields of a config class that the user set on the command line."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(config)}
-    return {name: value for name, value in values.items() if value is not None}
-
-def chosen(args: argparse.Namespace, config: type):
-    """A config from the user's flags, else the command line's defaults, else the class's own."""
-    defaults = {f.name: DEFAULTS[f.name] for f in dataclasses.fields(config) if f.name in DEFAULTS}
-    values = defaults | given(args, config)
-    if config is TrainConfig and args.min_lr is None: values["min_lr"] = values["learning_rate"] / 10
+def chosen(args: argparse.Namespace, config: type, saved=None):
+    """A config from the user's flags, else a `saved` one, else the command line's defaults, else the class's own."""
+    fields = dataclasses.fields(config)
+    values = {f.name: getattr(saved, f.name) if saved else DEFAULTS.get(f.name, f.default) for f in fields}
+    values |= {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
+    if config is TrainConfig and not saved and args.min_lr is None: values["min_lr"] = values["learning_rate"] / 10
     return config(**values)
 
 @contextmanager
@@ -1946,64 +1885,58 @@ def finishing_the_step():
     """Yields a list, into which Ctrl-C, `kill` and a closed terminal put their signal instead of ending the program: so
     a training step can be finished and saved. A second signal ends it at once; the last checkpoint is whole."""
     caught, wanted = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
     def catch(number, frame):
         if caught: os._exit(128 + number)
         caught.append(number)
-        with suppress(OSError):
-            os.write(2, b"\nfinishing this step, then saving (the same again stops at once)\n")
+        with suppress(OSError): os.write(2, b"\nfinishing this step, then saving (the same again stops at once)\n")
     before = {n: signal.signal(n, catch) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
-    try:
-        yield caught
+    try: yield caught
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
 
 def open_model(args: argparse.Namespace) -> tuple[str | Path, GPT, TrainConfig, int]:
     """The model that the flags ask for, and where it came from; UserError if flags speak of another one."""
-    free = ()
-    if args.init_from:
-        source, free = args.init_from, ("block_size", "dropout")  # what may be chosen anew
-        opened = init_from(source, args.block_size), chosen(args, TrainConfig), 0
+    if args.init_from:  # here, block_size and dropout may be chosen anew
+        source, opened = args.init_from, (init_from(args.init_from, args.block_size), chosen(args, TrainConfig), 0)
         opened[0].config.dropout = args.dropout or 0.0
     elif args.checkpoint: source, opened = args.checkpoint, open_checkpoint(Path(args.checkpoint))
     else: source, *opened = newest(Path(args.out_dir))
     tokenizer, has = opened[0].tokenizer, dataclasses.asdict(opened[0].config)
     has["tokenizer"] = "bytes" if tokenizer and tokenizer.vocab_size == 256 else tokenizer and tokenizer.name
-    flags = given(args, GPTConfig) | ({"tokenizer": args.tokenizer} if args.tokenizer else {})
-    for name, value in flags.items():
-        if value != has[name] and name not in free:
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts {source}, whose model has {has[name]}: "
+    for name, value in has.items():
+        if (wanted := getattr(args, name)) not in (None, value):
+            raise UserError(f"--{name.replace('_', '-')} {wanted} contradicts {source}, whose model has {value}: "
                             "leave the flag away, or --train a new model")
     if tokenizer is None and not args.export:
         raise UserError(f"{source} has no tokenizer that we know, so its model cannot be talked to")
     return source, *opened
 
-def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
+def run_train(args: argparse.Namespace, stop: list) -> int:
     """--train and --resume; returns the exit code."""
-    start, optimizer = 0, None
+    out_dir, start, optimizer = Path(args.out_dir), 0, None
     if args.resume:
-        path, model, config, start = open_model(args)
-        config = dataclasses.replace(config, **given(args, TrainConfig))
+        path, model, saved, start = open_model(args)
+        config = chosen(args, TrainConfig, saved)
         if start >= config.max_iters:
             raise UserError(f"{path} has all its {config.max_iters} steps: give a higher --max-iters to go on")
         optimizer = AdamW(model, config)
         model.load_checkpoint(path, optimizer)
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
-        if args.init_from: _, model, _, _ = open_model(args)
+        if args.init_from: model = open_model(args)[1]
     text, name = load_text(args.data or (model.data if args.resume else None), args.replace_bad_bytes)
     if not text: raise UserError(f"{name} is empty: there is nothing to learn from")
     parts, n_bytes = split_text(text), len(text)
     if not args.resume and not args.init_from:
         # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
         places = range(0, len(parts[0]), max(1 << 20, len(parts[0]) // 10))
+        pieces = (str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places)
         tokenizer = BPETokenizer("gpt2") if args.tokenizer == "gpt2" else BPETokenizer.train(
-            "".join(str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places),
-            256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
+            "".join(pieces), 256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
     if not args.resume: set_aside(out_dir)
     train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
-    c, tokenizer, model.data = model.config, model.tokenizer, name
+    c, tokenizer, model.data, B = model.config, model.tokenizer, name, config.grad_accum * config.batch_size
     del text, parts  # 200 MB of text need not stay
     flops, limit = step_flops(c, config), 1e9 * blas_gflops()
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
@@ -2011,23 +1944,22 @@ def run_train(args: argparse.Namespace, out_dir: Path, stop: list) -> int:
         f"{n_bytes / (len(train_data) + len(val_data)):.2f} bytes each on average")
     say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, "
         f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context")
-    say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x {c.block_size} "
-        f"tokens each, on {Device.DEFAULT}" + (f" ({CORES} cores)" if model.ops is Fast else "")
-        + f"; about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
+    say(f"training   steps {start + 1} to {config.max_iters}, {B} x {c.block_size} tokens each, on {Device.DEFAULT}"
+        f"{f' ({CORES} cores)' if model.ops is Fast else ''}; "
+        f"about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
     log = read_log(out_dir / "log.csv")
     if curve := chart(column(log, "val_bpb")): say(f"\nbits per byte on the validation text\n{curve}")
-    steps_a_second = float(np.median([row["tokens_per_s"] for row in log] or [0])) / (
-        config.grad_accum * config.batch_size * c.block_size)
-    say(f"\n{flops / 1e9:.1f} GFLOP a step, {flops * steps_a_second / 1e9:.0f} GFLOP a second: "
-        f"{flops * steps_a_second / limit:.0%} of this machine's rate for a matrix product in numpy")
+    speed = flops * np.median([row["tokens_per_s"] for row in log] or [0]) / (B * c.block_size)
+    say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this machine's "
+        "rate for a matrix product in numpy")
     folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
     if stop:
         say(f"stopped; to go on: python minimiggy.py --resume{folder}")
         return 128 + stop[0]
     if config.keep:
-        say(f"\nsaved {out_dir / f'ckpt_{config.max_iters}.safetensors'}; now try: python minimiggy.py --sample \"ROMEO:\""
-            f"{folder}")
+        path = out_dir / f"ckpt_{config.max_iters}.safetensors"
+        say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{folder}')
     return 0
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -2041,8 +1973,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def run_sample(args: argparse.Namespace) -> None:
     """--sample."""
-    how, prompt = dataclasses.asdict(chosen(args, SampleConfig)), args.sample
-    _, model, _, _ = open_model(args)
+    how, prompt, model = dataclasses.asdict(chosen(args, SampleConfig)), args.sample, open_model(args)[1]
     if prompt.startswith("FILE:"): prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
     elif prompt == "-": prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     seed = time.time_ns() if args.seed is None else args.seed
@@ -2063,12 +1994,11 @@ def main(argv: list[str] | None = None) -> int:
             if (args.batch_size or DEFAULTS["batch_size"]) % DEVICES:
                 raise UserError(f"--devices {DEVICES} must divide the batch: choose a --batch-size that it divides")
         if args.train or args.resume:
-            with alone(Path(args.out_dir)), finishing_the_step() as stop:
-                return run_train(args, Path(args.out_dir), stop)
+            with alone(Path(args.out_dir)), finishing_the_step() as stop: return run_train(args, stop)
         if args.sample is not None: run_sample(args)
         elif args.eval_only: run_eval(args)
         elif args.export:
-            source, model, _, _ = open_model(args)
+            source, model, *_ = open_model(args)
             export(model, Path(args.export))
             say(f"wrote {source} to {args.export}, as a GPT-2 that transformers load")
         elif args.plot:
