@@ -84,6 +84,12 @@ def whole(path: Path):
 
 VERSION = "1.0"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy"
+try:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not os.access(CACHE, os.W_OK): raise PermissionError
+except OSError:  # a home that cannot be written to: a temporary folder will do, also for tinygrad's own cache
+    CACHE = Path(tempfile.mkdtemp(prefix="minimiggy-"))
+    os.environ.setdefault("CACHEDB", str(CACHE / "cache.db"))
 
 def find_compiler() -> str | None:
     """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
@@ -95,17 +101,13 @@ def find_compiler() -> str | None:
     # CC must name one program, but zig's clang is called as `zig clang ...`: a two-line launcher joins them. Its name
     # carries a hash of its text, so two virtual environments never overwrite each other's.
     script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'.encode()
-    for folder in (CACHE, None):
-        with suppress(OSError):
-            folder = folder or Path(tempfile.mkdtemp(prefix="minimiggy-"))  # where HOME is read-only
-            launcher = folder / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
-            if not launcher.exists():
-                with whole(launcher) as file:
-                    file.write(script)
-                    os.fchmod(file.fileno(), 0o755)
-            os.environ["CC"] = str(launcher)
-            return None
-    return f"no C compiler: set CC to a script that runs `{zig} clang`"
+    launcher = CACHE / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
+    if not launcher.exists():
+        with whole(launcher) as file:
+            file.write(script)
+            os.fchmod(file.fileno(), 0o755)
+    os.environ["CC"] = str(launcher)
+    return None
 
 # Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...). By itself
 # clang uses only half the width of AVX-512 registers: 107 instead of 166 GFLOP/s on a matrix product.
@@ -146,7 +148,7 @@ class Config:
 class GPTConfig(Config):
     """What the model is. The defaults make a small GPT-2 of about 7 million parameters, most of them embeddings."""
     block_size: int = knob(64, 1, 65536, "tokens that the model sees at once, its context length T")
-    vocab_size: int = knob(50257, 2, 1_000_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)")
+    vocab_size: int = knob(50257, 2, 400_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)")
     n_layer: int = knob(4, 1, 1000, "transformer blocks, one after the other")
     n_head: int = knob(4, 1, 1000, "attention heads in a block; must divide --n-embd")
     n_embd: int = knob(128, 1, 65536, "channels a token is represented by, C")
@@ -262,7 +264,7 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
             if data: raise UserError(f"{e}, or use --data play") from e
             say(f"{e}\ntraining on data/play.txt, a play that came with this file, instead")
             name = "play"
-    path = ours.get(name) or Path(name).resolve()
+    path = ours.get(name) or Path(name.replace("\0", "\ufffd")).resolve()
     if not path.is_file():
         raise UserError(f"no such file: {name} (--data takes a text file, or one of: shakespeare, play)")
     return read_text(path, replace), name if name in ours else str(path)
@@ -391,11 +393,11 @@ class BPETokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
-        return self.encoding.decode(ids, errors="replace")
+        return b"".join(map(self.decode_bytes, ids)).decode("utf-8", "replace")
 
     def decode_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character."""
-        return self.encoding.decode_single_token_bytes(token)
+        return self.encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""
 
     def to_json(self) -> str:
         """All that is needed to build the tokenizer again; goes into a checkpoint."""
@@ -1239,7 +1241,8 @@ COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "toke
 def log_rows(log: Path, start: int) -> list[str]:
     """The rows of log.csv up to step `start`: a run that goes on from there writes what comes after it again."""
     lines = log.read_text(errors="replace").splitlines()[1:] if start and log.exists() else []
-    return [line for line in lines if (step := line.split(",")[0]).isdigit() and int(step) <= start]
+    row = re.compile(r"\d{1,9}" + r"(,(-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?)" * (len(COLUMNS) - 1))
+    return [line for line in lines if row.fullmatch(line) and int(line.split(",")[0]) <= start]
 
 def clock(seconds: float) -> str:
     """75.3 -> "1:15"."""
@@ -1372,7 +1375,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if not path.is_file(): raise FileNotFoundError(0, "there is no such file")
         data = np.memmap(path, np.uint8, "c")  # ("copy on write": tinygrad copies only from writable memory)
         length = int.from_bytes(data[:8].tobytes(), "little")
-        if length > min(len(data) - 8, 32 << 20):  # (GPT-2's largest has a header of 0.1 MB)
+        if length > min(len(data) - 8, 8 << 20):  # (GPT-2's largest has a header of 0.1 MB)
             raise ValueError("it is cut off, or not a safetensors file")
         header, body, place, arrays = json.loads(data[8:8 + length].tobytes()), data[8 + length:], 0, {}
         metadata = header.pop("__metadata__", {})
@@ -1422,7 +1425,8 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
     """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError, and nothing has
     changed, unless everything fits."""
     arrays, metadata = read_safetensors(Path(path))
-    if metadata.get("format") != FORMAT or "sha256" not in metadata or not metadata.get("iter_num", "").isdecimal():
+    if metadata.get("format") != FORMAT or "sha256" not in metadata or not re.fullmatch("[0-9]{1,9}", metadata.get(
+            "iter_num", "")):
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
     for name in arrays.keys() - {part + name for part in PARTS for name in model.shapes}:
         raise UserError(f"{path} does not fit this model, which has no {name}")
@@ -1441,7 +1445,8 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
         config = GPTConfig(**json.loads(metadata["gpt_config"]))
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
         train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
-    except (UserError, KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
+        if tokenizer and tokenizer.vocab_size > config.vocab_size: raise ValueError("its tokenizer has too many tokens")
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise UserError(f"{path} cannot be opened: {e if isinstance(e, UserError) else repr(e)}") from e
     model = GPT(config, tokenizer, seed=None)  # (takes no memory before every shape has been compared)
     model.data = metadata.get("data")
@@ -1449,7 +1454,7 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
 
 def checkpoints(out_dir: Path) -> dict[int, Path]:
     """The checkpoints of a folder by iteration, the newest last; UserError, with what to type, if there is none."""
-    found = {int(p.stem[5:]): p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdecimal()}
+    found = {int(p.stem[5:]): p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdecimal() and p.is_file()}
     if not found: raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
     return dict(sorted(found.items()))
 
@@ -1459,7 +1464,7 @@ def newest(out_dir: Path) -> tuple[Path, GPT, TrainConfig, int]:
         try: return path, *open_checkpoint(path)
         except UserError as e:
             error = e
-            say(f"skipped: {error}")
+            say(printable(f"skipped: {error}"))
     raise error
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
@@ -1467,7 +1472,8 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
     found, columns = checkpoints(out_dir), (row.split(",") for row in rows)
     losses = {int(step): float(val_loss) for step, _, val_loss, *_ in columns if val_loss and int(step) in found}
     best = sorted(losses, key=losses.get)[:1]
-    for step in found.keys() - {*list(found)[-keep:], *best}: found[step].unlink()
+    for step in found.keys() - {*list(found)[-keep:], *best}:
+        with suppress(OSError): found[step].unlink()  # one too many is no harm
 
 @contextmanager
 def alone(out_dir: Path):
@@ -1480,19 +1486,23 @@ def alone(out_dir: Path):
     except BlockingIOError:
         raise UserError(f"another run is at work in {out_dir}: wait for it, or choose another --out-dir") from None
     try:
-        for unfinished in out_dir.glob("*.tmp"): unfinished.unlink()
+        for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp"):
+            for unfinished in out_dir.glob(kind): unfinished.unlink()
         yield
     finally:
         os.close(handle)
         if is_new and not any(out_dir.iterdir()): out_dir.rmdir()
 
-def set_aside(out_dir: Path) -> None:
-    """Move what an earlier run left into a folder of its own, so that --train never writes over it."""
-    if old := [*out_dir.glob("ckpt_*.safetensors"), *out_dir.glob("log.csv")]:
-        folder = next(f for n in itertools.count(1) if not (f := out_dir / f"run-{n}").exists())
-        folder.mkdir()
-        for path in old: path.rename(folder / path.name)
-        say(f"the run that was in {out_dir} is now in {folder}")
+def set_aside(out_dir: Path, start: int) -> None:
+    """Move the checkpoints after step `start` to a folder of their own: of an earlier run (and its log) when a new one
+    starts at 0, or of a future that a run which went back will write anew. Nothing is written over."""
+    old = [path for path in out_dir.glob("ckpt_*.safetensors") if int(re.sub(r"\D", "", path.stem) or 0) > start]
+    if start == 0: old += out_dir.glob("log.csv")
+    if not old: return
+    folder = next(f for n in itertools.count(1) if not (f := out_dir / f"run-{n}").exists())
+    folder.mkdir()
+    for path in old: path.rename(folder / path.name)
+    say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
 
 # ====================================================================================================================
 # Chapter 8. Sampling
@@ -1536,10 +1546,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     bolder; top_k leaves only the k likeliest to choose from, top_p the fewest that have this share of all probability
     ("nucleus sampling", arXiv:1904.09751)."""
     if temperature == 0: return int(logits.argmax())
-    logits = logits.astype(np.float64) / temperature
+    logits = (logits.astype(np.float64) - logits.max()) / temperature
     if top_k or top_p < 1:
         likeliest = np.argsort(-logits)[:top_k or None]
-        p = np.exp(logits[likeliest] - logits.max())
+        p = np.exp(logits[likeliest])
         n = 1 + (np.cumsum(p)[:-1] < top_p * p.sum()).sum()
         return int(rng.choice(likeliest[:n], p=p[:n] / p[:n].sum()))
     # The Gumbel trick: the largest of log-probabilities plus Gumbel noise is a draw from the distribution.
@@ -1644,7 +1654,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is one of ours or GPT-2's; where there is none, GPT-2's for its 50257 tokens."""
     fast, table, merges = folder / "tokenizer.json", folder / "vocab.json", []
     if not fast.exists() and not table.exists(): return BPETokenizer("gpt2") if vocab_size == 50257 else None
-    with suppress(ValueError, KeyError, TypeError, AttributeError, StopIteration):  # it may be of another kind
+    with suppress(ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):  # of another kind
         ids = json.loads(read_text(fast))["model"]["vocab"] if fast.exists() else json.loads(read_text(table))
         gpt2 = ids.get("<|endoftext|>") == 50256
         for i, token in enumerate(() if gpt2 else sorted(ids, key=ids.get)[256:], 256):  # any two earlier ones will do
@@ -1670,7 +1680,7 @@ def init_from(source: str, block_size: int | None = None) -> GPT:
     (V, C), T = wte.shape, len(wpe)
     L = sum(name.endswith(".ln_1.weight") for name in arrays) or 1
     try: told = {"n_head": 12} | json.loads(read_text(about)) if about.exists() else {"n_head": C / 64}  # as OpenAI's
-    except (ValueError, TypeError) as e: raise UserError(f"{about} is damaged: {e}") from e
+    except (ValueError, TypeError, RecursionError) as e: raise UserError(f"{about} is damaged: {e}") from e
     fits = GPT2 | {"vocab_size": [V], "n_positions": [T], "n_ctx": [T], "n_embd": [C], "n_layer": [L],
                    "n_inner": [None, 4 * C], "n_head": [n for n in range(1, C + 1) if C % n == 0]}
     for key, values in fits.items():
@@ -1888,7 +1898,7 @@ def finishing_the_step():
     def catch(number, frame):
         if caught: os._exit(128 + number)
         caught.append(number)
-        with suppress(OSError): os.write(2, b"\nfinishing this step, then saving (the same again stops at once)\n")
+        with suppress(OSError): os.write(2, b"\nstopping after this step (the same again stops at once)\n")
     before = {n: signal.signal(n, catch) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
     try: yield caught
     finally:
@@ -1934,8 +1944,9 @@ def run_train(args: argparse.Namespace, stop: list) -> int:
         tokenizer = BPETokenizer("gpt2") if args.tokenizer == "gpt2" else BPETokenizer.train(
             "".join(pieces), 256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
         model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
-    if not args.resume: set_aside(out_dir)
-    train_data, val_data = (model.tokenizer.encode_array(part) for part in parts)
+    train_data, val_data = (checked(part_name, model.tokenizer.encode_array(part), model.config)
+                            for part_name, part in zip(("training", "validation"), parts, strict=True))
+    set_aside(out_dir, start)
     c, tokenizer, model.data, B = model.config, model.tokenizer, name, config.grad_accum * config.batch_size
     del text, parts  # 200 MB of text need not stay
     flops, limit = step_flops(c, config), 1e9 * blas_gflops()
@@ -1948,25 +1959,23 @@ def run_train(args: argparse.Namespace, stop: list) -> int:
         f"{f' ({CORES} cores)' if model.ops is Fast else ''}; "
         f"about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
     train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
-    log = read_log(out_dir / "log.csv")
+    folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
+    path, log = out_dir / f"ckpt_{config.max_iters}.safetensors", read_log(out_dir / "log.csv")
+    if stop and not path.exists():
+        say(f"stopped; to go on: python minimiggy.py --resume{folder}" if config.keep else "stopped; nothing was saved")
+        return 128 + stop[0]
     if curve := chart(column(log, "val_bpb")): say(f"\nbits per byte on the validation text\n{curve}")
     speed = flops * np.median([row["tokens_per_s"] for row in log] or [0]) / (B * c.block_size)
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this machine's "
         "rate for a matrix product in numpy")
-    folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    if stop:
-        say(f"stopped; to go on: python minimiggy.py --resume{folder}")
-        return 128 + stop[0]
-    if config.keep:
-        path = out_dir / f"ckpt_{config.max_iters}.safetensors"
-        say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{folder}')
+    if config.keep: say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{folder}')
     return 0
 
 def run_eval(args: argparse.Namespace) -> None:
     """--eval-only."""
     path, model, config, _ = open_model(args)
     text, name = load_text(args.data or model.data, args.replace_bad_bytes)
-    val_data = model.tokenizer.encode_array(split_text(text)[1])
+    val_data = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = evaluate(model, val_data, config.batch_size)
     say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the "
         f"last tenth of {name}, {len(val_data):,} tokens")
@@ -1985,6 +1994,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(argv)
         if MISSING_COMPILER: raise UserError(MISSING_COMPILER)
+        for name, value in vars(args).items():
+            if value == "" and name not in ("sample", "stop"): raise UserError(f"--{name.replace('_', '-')} is empty")
+        if args.train and args.checkpoint or args.resume and args.init_from:
+            raise UserError("--train begins anew or from --init-from, --resume goes on from the newest --checkpoint")
         if args.devices is not None and not 1 <= args.devices <= 1024:
             raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
         PLAIN = args.plain
@@ -2012,11 +2025,13 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt: code, e = 130, "stopped"
     except TrainingFailed as failure: code, e = 1, failure
-    except (UserError, OSError) as mistake: code, e = 2, mistake
+    except (UserError, OSError, MemoryError) as mistake: code, e = 2, mistake
     show("")
-    print(f"minimiggy: {e}", file=sys.stderr)
+    print("minimiggy:", printable(str(e)).replace("\n", " "), file=sys.stderr)
     return code
 
 if __name__ == "__main__":
+    for stream_name in ("stdin", "stdout", "stderr"):  # a shell may have closed them: `>&-`
+        if getattr(sys, stream_name) is None: setattr(sys, stream_name, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

@@ -605,7 +605,7 @@ def test_two_signals(tmp_path):
         newest = list(minimiggy.checkpoints(tmp_path).values())[-1]
         assert minimiggy.open_checkpoint(newest)[2] > 0
         if times == 1:
-            assert "--resume --out-dir" in out and "finishing" in err
+            assert "--resume --out-dir" in out and "stopping" in err
         for path in tmp_path.iterdir():
             path.unlink() if path.is_file() else shutil.rmtree(path)
 
@@ -623,7 +623,7 @@ def mutated(whole, rng):
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8:8 + length]), data[8 + length:]
     metadata, name = header.pop("__metadata__"), rng.choice(list(header))
-    odd = [-1, 0, 3, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40], [0, 2**40], [-8, 8]]
+    odd = [-1, 0, 3, math.inf, "9" * 5000, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40], [0, 2**40], [-8, 8]]
     if rng.random() < 0.5:
         entry = header[name]
         key = rng.choice([*entry, "shape", "data_offsets"])
@@ -677,6 +677,48 @@ def test_resume_skips_a_damaged_newest_checkpoint_and_says_so(run, tmp_path, cap
     (tmp_path / "run" / "ckpt_9.safetensors").write_bytes(b"half of a fi")
     path, *_, step = minimiggy.newest(tmp_path / "run")
     assert step == 6 and path.name == "ckpt_6.safetensors" and "ckpt_9" in capsys.readouterr().out
+
+
+def test_going_back_moves_the_abandoned_future_aside(tokenizer, ids, tmp_path, capsys):
+    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL, "--max-iters", "8", "--keep", "9"]
+    assert main(flags) == 0
+    back = ["--resume", "--checkpoint", str(tmp_path / "ckpt_4.safetensors"), "--out-dir", str(tmp_path), "--keep", "1"]
+    assert main([*back, "--max-iters", "5", "--learning-rate", "1e-3"]) == 0
+    assert set(minimiggy.checkpoints(tmp_path)) >= {5} and max(minimiggy.checkpoints(tmp_path)) == 5
+    assert {path.name for path in (tmp_path / "run-1").iterdir()} == {"ckpt_6.safetensors", "ckpt_8.safetensors"}
+
+
+def test_a_mistake_moves_nothing_and_strangers_files_stay(tmp_path, capsys):
+    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL]
+    (tmp_path / "notes.tmp").touch()
+    assert main(flags) == 0
+    before = sorted(tmp_path.iterdir())
+    (short := tmp_path.parent / "short.txt").write_text("To be")
+    assert main([*flags, "--data", str(short)]) == 2 and sorted(tmp_path.iterdir()) == before
+    capsys.readouterr()
+    for mistake in (["--export", ""], ["--sample", "x", "--out-dir", ""], ["--train", "--checkpoint", "x"],
+                    ["--resume", "--init-from", "x"], ["--eval-only", "--out-dir", str(tmp_path), "--data", str(short)]):
+        assert main(mistake) == 2 and capsys.readouterr().err.count("\n") == 1, mistake
+
+
+@pytest.mark.parametrize("damage", ["10,1", "²,1", "x", "10,a,b,c,d,e,f,g", "1,,,,,,,,,,"])
+def test_a_damaged_log_does_not_stop_a_run(damage, tokenizer, ids, tmp_path):
+    model = GPT(TINY, tokenizer)
+    optimizer = train(model, QUICK, ids, ids[:500], out_dir=tmp_path)
+    good = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(good + damage)
+    longer = dataclasses.replace(QUICK, max_iters=9)
+    train(model, longer, ids, ids[:500], optimizer=optimizer, start=6, out_dir=tmp_path)
+    text = (tmp_path / "log.csv").read_text()
+    assert text.startswith(good) and damage not in text.splitlines() and len(text.splitlines()) == 4
+
+
+def test_a_signal_during_an_evaluation_still_saves(tokenizer, ids, tmp_path, monkeypatch):
+    stop, real = [], minimiggy.evaluate
+    monkeypatch.setattr(minimiggy, "evaluate", lambda *args: stop.append(1) or real(*args))
+    config = TrainConfig(batch_size=4, max_iters=100, eval_interval=3, eval_iters=1, save_every=50)
+    train(GPT(TINY, tokenizer), config, ids, ids[:500], out_dir=tmp_path, stop=stop)
+    assert list(minimiggy.checkpoints(tmp_path)) == [3]
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
