@@ -33,6 +33,7 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import importlib.util
 import itertools
 import json
 import math
@@ -115,11 +116,15 @@ WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").rea
 os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
 MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
 
+if __name__ == "__main__" and not importlib.util.find_spec("tinygrad"):
+    print("minimiggy: tinygrad is not installed: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace
-from tinygrad.engine import realize
+from tinygrad.engine import realize, worker
 from tinygrad.engine.realize import get_call_arg_uops, get_runtime
 from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.nn.state import get_state_dict
@@ -516,7 +521,7 @@ class Block:
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
     (`save_checkpoint`, `load_checkpoint` and `generate` stand where they are explained, in chapters 7 and 8.)
-    Attributes: `config`; `tokenizer` and `data`, what it learns from (saved with it; may be None); `ops`, the
+    Attributes: `config`; `tokenizer` and `data`, its text's name and SHA-256 (saved with it; may be None); `ops`, the
     operations in use (`Plain` or `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`,
     `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; `shapes`, theirs by
     name; and `flat`, one float32 vector of all of them. Without a `seed` they wait for `set`."""
@@ -1042,6 +1047,15 @@ class Programs(dict):
 
 codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
+def start_deaf(process, start=worker._WorkerProcess._Popen):
+    """Start one of tinygrad's compiling processes. A terminal sends Ctrl-C to all of a program's processes; these do not
+    hear what is held back while they start, and so do not die of it with a traceback each."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: return start(process)
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+worker._WorkerProcess._Popen = staticmethod(start_deaf)
+
 # 5.8 All cores at once
 
 class Crew:
@@ -1403,7 +1417,7 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
     if model.tokenizer: metadata["tokenizer"] = model.tokenizer.to_json()
-    if model.data: metadata["data"] = model.data
+    if model.data: metadata["data"] = json.dumps(model.data)
     if optimizer: metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
     vectors = zip(PARTS, [model.flat, optimizer.m, optimizer.v] if optimizer else [model.flat])
     arrays = {part + name: array for part, vector in vectors for name, array in model.unpack(fetch(vector)).items()}
@@ -1445,11 +1459,12 @@ def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
         config = GPTConfig(**json.loads(metadata["gpt_config"]))
         tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
         train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
+        name, digest = json.loads(metadata.get("data", '["", ""]'))
         if tokenizer and tokenizer.vocab_size > config.vocab_size: raise ValueError("its tokenizer has too many tokens")
     except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
         raise UserError(f"{path} cannot be opened: {e if isinstance(e, UserError) else repr(e)}") from e
     model = GPT(config, tokenizer, seed=None)  # (takes no memory before every shape has been compared)
-    model.data = metadata.get("data")
+    model.data = str(name), str(digest)
     return model, train_config, model.load_checkpoint(path)
 
 def checkpoints(out_dir: Path) -> dict[int, Path]:
@@ -1934,8 +1949,11 @@ def run_train(args: argparse.Namespace, stop: list) -> int:
     else:
         gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
         if args.init_from: model = open_model(args)[1]
-    text, name = load_text(args.data or (model.data if args.resume else None), args.replace_bad_bytes)
+    known, known_sha256 = model.data if args.resume else ("", "")
+    text, name = load_text(args.data or known, args.replace_bad_bytes)
     if not text: raise UserError(f"{name} is empty: there is nothing to learn from")
+    sha256 = hashlib.sha256(text).hexdigest()
+    if name == known and sha256 != known_sha256: say(f"{name} has changed since {path} was saved")
     parts, n_bytes = split_text(text), len(text)
     if not args.resume and not args.init_from:
         # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
@@ -1947,7 +1965,7 @@ def run_train(args: argparse.Namespace, stop: list) -> int:
     train_data, val_data = (checked(part_name, model.tokenizer.encode_array(part), model.config)
                             for part_name, part in zip(("training", "validation"), parts, strict=True))
     set_aside(out_dir, start)
-    c, tokenizer, model.data, B = model.config, model.tokenizer, name, config.grad_accum * config.batch_size
+    c, tokenizer, model.data, B = model.config, model.tokenizer, (name, sha256), config.grad_accum * config.batch_size
     del text, parts  # 200 MB of text need not stay
     flops, limit = step_flops(c, config), 1e9 * blas_gflops()
     say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
@@ -1974,7 +1992,7 @@ def run_train(args: argparse.Namespace, stop: list) -> int:
 def run_eval(args: argparse.Namespace) -> None:
     """--eval-only."""
     path, model, config, _ = open_model(args)
-    text, name = load_text(args.data or model.data, args.replace_bad_bytes)
+    text, name = load_text(args.data or (model.data or [""])[0], args.replace_bad_bytes)
     val_data = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = evaluate(model, val_data, config.batch_size)
     say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the "

@@ -523,8 +523,11 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
     assert main(["--sample", "ROMEO: ü", "--out-dir", out, "--max-tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out.startswith("ROMEO: ü")
     assert main(["--resume", "--max-iters", "6", "--out-dir", out]) == 0  # it remembers its text
-    assert str(text) in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert str(text) in output and "has changed" not in output
     assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
+    text.write_text(TEXT[:5001])
+    assert main(["--resume", "--max-iters", "7", "--out-dir", out]) == 0 and "has changed" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- nothing is ever lost
