@@ -1048,8 +1048,8 @@ class Programs(dict):
 codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
 
 def start_deaf(process, start=worker._WorkerProcess._Popen):
-    """Start one of tinygrad's compiling processes. A terminal sends Ctrl-C to all of a program's processes; these do not
-    hear what is held back while they start, and so do not die of it with a traceback each."""
+    """Start one of tinygrad's compiling processes. A terminal sends Ctrl-C to all of a program's processes; these do
+    not hear what is held back while they start, and so do not die of it with a traceback each."""
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: return start(process)
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, held)

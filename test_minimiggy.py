@@ -543,7 +543,7 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
 
 def kill_and_resume(kills, folder):
     """Kill short runs at random moments, every second time inside a save, and resume them, up to five times each. Do
-    all end with the checkpoint and log of the run that was never stopped, to the last bit? Also a command: see README."""
+    all end with the checkpoint and log of the run that was never stopped, to the last bit? Also a command (README)."""
     rng, folder, fsync = random_numbers.Random(str(folder)), Path(folder), os.fsync
     BPETokenizer.train("", 256)  # what is imported now, no child need import
     (folder / "my.txt").write_text(TEXT[:20_000])
