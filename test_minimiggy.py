@@ -13,6 +13,7 @@ import resource
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -608,6 +609,16 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     for process in processes:
         said = process.communicate()[0]
         assert process.returncode == 0 and "killed 10 times in all, 5 inside a save" in said, said
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
+    events, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
+    monkeypatch.setattr(Path, "replace", lambda self, path: events.append("name") or replace(self, path))
+    with minimiggy.whole(tmp_path / "new") as file:
+        file.write(b"text")
+        assert not (tmp_path / "new").exists()
+    assert events == ["file", "name", "folder"] and (tmp_path / "new").read_bytes() == b"text"
 
 
 def test_two_signals(tmp_path):
