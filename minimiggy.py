@@ -114,6 +114,7 @@ def find_compiler() -> str | None:
 # clang uses only half the width of AVX-512 registers: 107 instead of 166 GFLOP/s on a matrix product.
 WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
 os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
+os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "1000")  # else its compiling processes start anew every 16 kernels
 MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
 
 if __name__ == "__main__" and not importlib.util.find_spec("tinygrad"):

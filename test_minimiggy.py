@@ -1360,7 +1360,7 @@ def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(run, tmp_path
     for i, command in enumerate(commands):
         flags = shlex.split(command.replace("--init-from gpt2", f"--init-from {tmp_path / 'export'}"))
         if flags[0] in ("--train", "--bench"):
-            small = SMALL if "--init-from" not in flags else [*SMALL[-6:], "--batch-size", "4"]  # (its size is its own)
+            small = SMALL if "--init-from" not in flags else [*SMALL[-6:], "--batch-size", "4"]  # its own size
             flags += ["--max-tokens", "9", *small]
         assert main([*flags, "--max-iters", str(4 + i)] if flags[0] == "--resume" else flags) == 0, command
         said = {"--train": "saved", "--resume": "saved", "--eval-only": "bits/byte", "--bench": "ms_per_step",
