@@ -613,7 +613,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
     events, replace = [], Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"))
+    kind = lambda fd: "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(kind(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, path: events.append("name") or replace(self, path))
     with minimiggy.whole(tmp_path / "new") as file:
         file.write(b"text")
