@@ -536,7 +536,7 @@ class GPT:
         self.h, self.ln_f = [Block(C) for _ in range(config.n_layer)], Layer(C)
         # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
         # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
-        # (The length is a multiple of BLOCK * CORES, so that all cores can share it equally: chapter 5. `put`: chapter 6.)
+        # (Its length, a multiple of BLOCK * CORES, lets all cores share it equally: chapter 5. `put`: chapter 6.)
         named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
         self.shapes, self.places, end = {name: tensor.shape for name, tensor in named}, {}, 0
         for name, shape in self.shapes.items():
