@@ -1,803 +1,1394 @@
-"""MiniMiggy: a GPT you can train, sample and read, in one file, on tinygrad.
+"""MiniMiggy: a GPT that you can train, sample, change and read, in one file, on tinygrad.
 
     python minimiggy.py --train                  # learn to write verse, in about a minute on a laptop
     python minimiggy.py --sample "ROMEO:"        # let the newest checkpoint write
 
-Read it from top to bottom, like a short book. No chapter uses an idea that an earlier one has not explained.
+Part I. The GPT (for everyone; stop after it and you know how a GPT works)
+     1. What a language model does     2. A text              3. Tokens: bytes and merges
+     4. tinygrad in ten lines          5. Numbers to choose   6. The model
+     7. The loss                       8. A training step     9. Training    10. Writing    11. Exercises
+Part II. Fast (for whoever wonders where the time goes)
+Part III. Dependable, and at home (for whoever trains overnight, on a text of their own)
 
-     0. Before tinygrad is imported   what the machine must offer, and how we arrange it
-     1. The two configs               every knob, its unit, its default
-     2. The text                      where it comes from, and which part is kept for the exam
-     3. The tokenizer                 from text to numbers and back, with nothing out of vocabulary
-     4. The model, the plain way      a GPT in ordinary tensor operations: the definition
-     5. The same model, fast          the few kernels that make it quick, each equal to chapter 4
-     6. Adam and the training step    how the numbers get better, and what one sees meanwhile
-     7. Checkpoints                   one file that holds everything, written so that nothing is lost
-     8. Sampling                      one token at a time, remembering what was computed
-     9. At home elsewhere             from GPT-2's weights, and to the tools that others use
-    10. Seeing it and proving it      curves, gradients checked by finite differences, speed against the machine
-    11. The command line              flags made from chapter 1, and errors that help
-
-Shapes stand in comments as (B, T, C): B sequences side by side in a batch, T tokens each, C channels a token
-(n_embd). V is the vocabulary's size, H the number of attention heads, D = C / H a head's width.
-
-MIT licence.
+Shapes stand in comments as (B, T, C): B sequences side by side, T tokens in each, C numbers ("channels") for
+each token. V is the size of the vocabulary, H the number of attention heads, D = C / H the width of a head.
+Lines that begin with >>> can be pasted into Python after `from minimiggy import *`; the tests run them all.
 """
+# ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone)
 from __future__ import annotations
 
-import argparse
-import codecs
-import ctypes
-import dataclasses
-import fcntl
-import functools
-import hashlib
-import heapq
-import importlib.util
 import itertools
-import json
 import math
 import os
-import re
-import resource
-import shlex
 import shutil
-import signal
-import sys
-import tempfile
-import time
-import timeit
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-# ====================================================================================================================
-# Chapter 0. Before tinygrad is imported
-#
-# A tensor library such as tinygrad does not come with a thousand compiled operations. It *writes a small C program*
-# for whatever we ask it to compute and hands that to a C compiler: on a CPU, clang. Few laptops have clang, but the
-# Python package `ziglang` contains a whole one, so `pip install` is all that is needed. tinygrad reads the environment
-# variables CC (which compiler?) and DEV (which device?) when it is imported, so we set first what the user has not.
-
-class UserError(Exception):
-    """A mistake that its reader can mend: the command line prints the text as one line and exits with code 2."""
-
-@contextmanager
-def whole(path: Path):
-    """A binary file to write, which takes the place of `path` whole when the block ends well, or else not at all.
-    A laptop's lid closes in the middle of a save. So everything that this program keeps is written under another name,
-    flushed to the disk, and then renamed: a rename happens or does not, and nobody ever reads half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally: unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must reach the disk as well
-    os.fsync(folder)
-    os.close(folder)
-
-VERSION = "1.0"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimiggy"
-try:
-    CACHE.mkdir(parents=True, exist_ok=True)
-    if not os.access(CACHE, os.W_OK): raise PermissionError
-except OSError:  # a home that cannot be written to: a temporary folder will do, also for tinygrad's own cache
-    CACHE = Path(tempfile.mkdtemp(prefix="minimiggy-"))
-    os.environ.setdefault("CACHEDB", str(CACHE / "cache.db"))
-
-def find_compiler() -> str | None:
-    """Make sure that tinygrad finds a clang; return None, or the line that tells the user what to install."""
-    if "CC" in os.environ or shutil.which("clang"): return None
-    try:
-        import ziglang
-    except ImportError: return "no C compiler: `pip install ziglang` brings one (or install clang, or set CC to one)"
-    zig = Path(ziglang.__path__[0]) / "zig"
-    # CC must name one program, but zig's clang is called as `zig clang ...`: a two-line launcher joins them. Its name
-    # carries a hash of its text, so two virtual environments never overwrite each other's.
-    script = f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n'.encode()
-    launcher = CACHE / f"clang-{hashlib.sha256(script).hexdigest()[:12]}"
-    if not launcher.exists():
-        with whole(launcher) as file:
-            file.write(script)
-            os.fchmod(file.fileno(), 0o755)
-    os.environ["CC"] = str(launcher)
-    return None
-
-# Ask for the CPU with the vector units it has, unless the user names a device (DEV=CUDA, DEV=METAL, ...). By itself
-# clang uses only half the width of AVX-512 registers: 107 instead of 166 GFLOP/s on a matrix product.
-WIDE = Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
-os.environ.setdefault("DEV", "CPU:CLANG:x86_64,native,prefer-vector-width=512" if WIDE else "CPU")
-os.environ.setdefault("BEAM_MAX_TASKS_PER_CHILD", "1000")  # else its compiling processes start anew every 16 kernels
-MISSING_COMPILER = find_compiler() if os.environ["DEV"].startswith("CPU") else None
-
-if __name__ == "__main__" and not importlib.util.find_spec("tinygrad"):
-    print("minimiggy: tinygrad is not installed: pip install -r requirements.txt", file=sys.stderr)
-    sys.exit(2)
+os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
+os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
+os.environ.setdefault("PARALLEL", "0")  # no helper processes to compile them: they take as long to start
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, codegen, dtypes
-from tinygrad.codegen import to_program
-from tinygrad.dtype import AddrSpace
-from tinygrad.engine import realize, worker
-from tinygrad.engine.realize import get_call_arg_uops, get_runtime
-from tinygrad.helpers import diskcache_get, diskcache_put
+from tinygrad import Tensor, TinyJit, dtypes
 from tinygrad.nn.state import get_state_dict
-from tinygrad.renderer import Estimates
-from tinygrad.uop.ops import KernelInfo, Ops
 
-# ====================================================================================================================
-# Chapter 1. The two configs
+# ============================================================================================================
+# Part I. The GPT
+# === Chapter 1. What a language model does
 #
-# Everything that can be chosen stands here once, with its help text and the range of values that make sense. The
-# command line of chapter 11 is made from these classes, so the flags, their help and the checks cannot drift apart.
-
-def knob(default, low, high, help):
-    """A config field: its default, its smallest and largest sensible value, and a help text that names the unit."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "help": help})
-
-class Config:
-    def __post_init__(self):
-        """Raise UserError for the first field of another type or outside its range (as a NaN is)."""
-        for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if type(value) not in (int, type(f.default)) or not low <= value <= high:
-                raise UserError(f"--{f.name.replace('_', '-')} must be between {low} and {high}, not {value}")
-
-@dataclass
-class GPTConfig(Config):
-    """What the model is. The defaults make a small GPT-2 of about 7 million parameters, most of them embeddings."""
-    block_size: int = knob(64, 1, 65536, "tokens that the model sees at once, its context length T")
-    vocab_size: int = knob(50257, 2, 400_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)")
-    n_layer: int = knob(4, 1, 1000, "transformer blocks, one after the other")
-    n_head: int = knob(4, 1, 1000, "attention heads in a block; must divide --n-embd")
-    n_embd: int = knob(128, 1, 65536, "channels a token is represented by, C")
-    dropout: float = knob(0.0, 0.0, 0.99, "share of activations zeroed at random while training, against overfitting")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.n_embd % self.n_head:
-            raise UserError(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd} into equal shares")
-
-@dataclass
-class TrainConfig(Config):
-    """How the model learns. AdamW's betas and the weight decay are nanoGPT's for small models."""
-    batch_size: int = knob(8, 1, 65536, "sequences in a batch, B")
-    learning_rate: float = knob(1e-3, 0.0, 10.0, "largest step size of Adam, reached after the warm-up")
-    warmup_steps: int = knob(100, 0, 10**9, "steps over which the learning rate rises from 0")
-    max_iters: int = knob(1000, 1, 10**9, "training steps in all")
-    eval_interval: int = knob(100, 1, 10**9, "steps between two evaluations")
-    eval_iters: int = knob(20, 1, 10**6, "batches that an evaluation averages over")
-    min_lr: float = knob(1e-4, 0.0, 10.0, "learning rate at the end of the cosine decay")
-    weight_decay: float = knob(0.1, 0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step")
-    beta1: float = knob(0.9, 0.0, 0.9999, "Adam's memory of the gradient")
-    beta2: float = knob(0.99, 0.0, 0.9999, "Adam's memory of the squared gradient")
-    grad_clip: float = knob(1.0, 1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened")
-    grad_accum: int = knob(1, 1, 1000, "batches whose gradients are averaged into one step")
-    seed: int = knob(1337, 0, 2**31 - 1, "seed of every random choice: weights, batches, dropout")
-    save_every: int = knob(0, 0, 10**9, "steps between two checkpoints; 0: one at each evaluation")
-    keep: int = knob(3, 0, 10**9, "newest checkpoints to keep, besides the one of the lowest validation loss; 0: none")
-
-@dataclass
-class SampleConfig(Config):
-    """How text is written."""
-    max_tokens: int = knob(300, 0, 10**9, "tokens to write")
-    temperature: float = knob(0.8, 0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder")
-    top_k: int = knob(0, 0, 1_000_000, "draw among the K likeliest tokens only; 0: among all")
-    top_p: float = knob(1.0, 1e-9, 1.0, "draw among the fewest tokens that have this share of all probability")
-    num_samples: int = knob(1, 1, 1_000_000, "texts to write, one after the other")
-
-# ====================================================================================================================
-# Chapter 2. The text
+# A language model does one thing. It reads the beginning of a text and says, for everything that might come
+# next, how likely that is. After "To be, or not to" it should say that " be" is very likely, that " sleep" is
+# possible, and that "xq" is not. Whoever can do this can write: look at the probabilities, draw one of the
+# candidates, append it, and ask again.
 #
-# A GPT learns from nothing but text. The default is "tiny Shakespeare", 1.1 MB of plays, fetched once. A download can
-# go wrong in many ways (no network, a cut, a login page in place of the file), so it is checked against a known SHA-256
-# before it gets its name. Without a network, a play written for this project stands in: the first run always works.
+# To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
+# speech in a play begins with a name and a colon, and who is likely to answer whom. Nobody tells the model
+# any of this. It has some hundred thousand numbers inside, its *parameters*, which are random at first. We
+# show it passages of a text, measure how surprised it was by each next piece, and change every parameter a
+# little so that it would have been less surprised. That is all there is to training. What comes out is
+# knowledge about the text, stored in numbers. (A GPT, a *generative pre-trained transformer*, is one such
+# model: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019.)
+
+# === Chapter 2. A text
 #
-# The last tenth of the text is never trained on. The loss on that part, the *validation* loss, tells whether the model
-# has learned the language or merely the lines. We cut by position and not at random: neighbouring passages resemble
-# each other, and a random cut would let the model peek.
-
-DATA = Path(__file__).resolve().parent / "data"
-SHAKESPEARE = {"url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-               "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
-TIMEOUT = (5, 30)  # seconds until a server must have answered, and between two pieces of its file
-
-def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Fetch `url` into `path` if nothing is there; else raise OSError and leave nothing under that name. What has come
-    until then stays beside it in a .part file, and the next attempt goes on from there. Without a `sha256`, what came
-    must have the one that the server announces, as Hugging Face's hub does."""
-    if path.exists(): return
-    import requests  # here and not above: most runs need no network, and the import costs 0.2 s
-    unfinished = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        got = unfinished.stat().st_size if unfinished.exists() else 0
-        if sha256 is None:  # the hub's answer points to a store, and tells in quotes what lies there
-            told = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
-            sha256 = told.get("x-linked-etag", told.get("etag", "")).strip('"')
-            if len(sha256) != 64: raise OSError("the server announces no SHA-256")
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={got}-" if got else None}  # (None is not sent)
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-            if response.status_code != 416:  # which says that there is no more: all of it came last time
-                response.raise_for_status()
-                with open(unfinished, "ab" if response.status_code == 206 else "wb", buffering=0) as file:
-                    left = response.headers.get("content-length")
-                    of = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left else ""
-                    for chunk in response.iter_content(1 << 16):
-                        file.write(chunk)
-                        show(f"downloading {path.name}: {file.tell() / 1e6:.1f}{of} MB")
-                    os.fsync(file.fileno())
-        with open(unfinished, "rb") as file: came = hashlib.file_digest(file, "sha256").hexdigest()
-        if came != sha256:
-            unfinished.unlink()
-            raise OSError("what came is not the file we expect (wrong SHA-256)")
-        unfinished.replace(path)
-    except OSError as e:  # (requests' errors are OSErrors, too)
-        reason = e if type(e) is OSError else type(e).__name__
-        raise OSError(f"could not download {path.name} ({reason}): try again, or bring {url} to {path}") from e
-    finally: show("")
-
-def read_text(path: Path, replace: bool = False) -> bytearray:
-    """A text file as UTF-8, without a byte-order mark and with "\\n" at the ends of lines, a megabyte at a time: a text
-    of 200 MB takes that much memory and no more. Bytes that are not UTF-8 are a UserError, or become U+FFFD."""
-    text = bytearray()
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace" if replace else "strict") as file:
-            try:
-                while piece := file.read(1 << 20):
-                    text += piece.encode()
-                    show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
-            except UnicodeDecodeError as e:  # e.start counts within the piece that is being decoded
-                offset = file.buffer.tell() - len(e.object) + e.start
-                raise UserError(f"{path} is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {offset} "
-                                "(--replace-bad-bytes reads on, with U+FFFD in such places)") from e
-    except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    return text
-
-def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
-    """The text that `--data` asks for, and what to ask for to get it again; None asks for the default."""
-    ours, name = {"shakespeare": DATA / "tinyshakespeare.txt", "play": DATA / "play.txt"}, data or "shakespeare"
-    if name == "shakespeare":
-        try: download(path=ours[name], **SHAKESPEARE)
-        except OSError as e:
-            if data: raise UserError(f"{e}, or use --data play") from e
-            say(f"{e}\ntraining on data/play.txt, a play that came with this file, instead")
-            name = "play"
-    path = ours.get(name) or Path(name.replace("\0", "\ufffd")).resolve()
-    if not path.is_file():
-        raise UserError(f"no such file: {name} (--data takes a text file, or one of: shakespeare, play)")
-    return read_text(path, replace), name if name in ours else str(path)
-
-def border(text: bytes, i: int) -> int:
-    """The first place from `i` on that does not lie within a character: bytes 10xxxxxx of UTF-8 continue one."""
-    while i < len(text) and text[i] & 0xC0 == 0x80: i += 1
-    return i
-
+# The text that we learn from is cut in two. The first nine tenths are for learning; the last tenth is the
+# exam, and never learned from. A model can come to know its text by heart, and then its surprise at that text
+# says nothing any more about what it has understood. Only a text that it has never seen can tell.
+#
+# We cut at one place, rather than setting lines aside at random. Neighbouring lines share a speaker, a rhyme,
+# a joke; a model that had learned the lines around a gap could fill the gap without having understood
+# anything.
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
-    """The first 90 % to train on, the last 10 % to validate on."""
+    """UTF-8 `text` in two: the first 90 % of its bytes to learn from, the last 10 % to be examined on."""
     cut = border(text, len(text) * 9 // 10)
     return memoryview(text)[:cut], memoryview(text)[cut:]
 
-def say(line: str = "", end: str = "\n") -> None:
-    """Print a line that stays. A terminal that is gone, or a full disk behind it, must not end a training run."""
-    with suppress(OSError):
-        print(("\r\033[K" if sys.stdout.isatty() else "") + line, end=end, flush=True)
+def border(text: bytes, place: int) -> int:
+    """The first place from `place` on where a character begins. In UTF-8 a character may take several bytes;
+    all but its first have the form 10xxxxxx, so their two highest bits tell them apart."""
+    while place < len(text) and text[place] & 0b11000000 == 0b10000000:
+        place += 1
+    return place
 
-def show(line: str) -> None:
-    """Show a line that the next one overwrites; where nobody watches (a file, a pipe) such lines are not written."""
-    if sys.stdout.isatty():
-        say(line[:shutil.get_terminal_size().columns - 1], end="")
+# === Chapter 3. Tokens: bytes and merges
+#
+# A network computes with numbers, so the text must become a row of whole numbers first. The pieces that get a
+# number each are called *tokens*. Single letters make long rows, in which a word is far away from the next
+# one. Whole words make short rows, but a word that was not in the text has no number.
+#
+# *Byte-pair encoding* (Sennrich et al. 2016, arXiv:1508.07909) lies in between. A text in a computer is a row
+# of bytes, numbers from 0 to 255. These are our first 256 tokens: with them, any text in any script can be
+# written down. Then we look for the pair of neighbouring tokens that occurs most often, make it a new token,
+# number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent pieces
+# such as " the" become tokens of their own, and a word that was never seen is at worst written with its
+# bytes. Nothing can be "out of vocabulary".
+#
+# By hand, on the word "banana". Its letters b, a, n are the bytes 98, 97, 110.
+#
+#     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur twice, "ba" once. Of two that are
+#                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
+#     98 256 256 97           Each pair occurs once now; but let the word stand in the text twice. "ban"
+#     257 256 97              (98, 256) has the smallest numbers and becomes 257; "ana" (256, 97) becomes 258;
+#     257 258                 and (257, 258) becomes 259, the whole word.
+#
+# `merge` is one such step, and `learn_merges` does it all. To encode a word that was never seen, "bandana",
+# apply the same merges in the order in which they were learned. Three tokens remain, ban|d|ana:
+#
+# >>> merges = learn_merges(Counter({"banana": 2}), 260)
+# >>> merges
+# [(97, 110), (98, 256), (256, 97), (257, 258)]
+# >>> ids = list(b"bandana")
+# >>> for number, pair in enumerate(merges):
+# ...     ids = merge(ids, pair, 256 + number)
+# ...     print(ids)
+# [98, 256, 100, 256, 97]
+# [257, 100, 256, 97]
+# [257, 100, 258]
+# [257, 100, 258]
+def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`ids` with every occurrence of `pair`, from left to right, replaced by the token `new`."""
+    merged = []
+    for token in ids:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] = new
+        else:
+            merged.append(token)
+    return merged
 
-def printable(text: str) -> str:
-    """`text` without control characters, which could move the cursor or recolour a terminal; they become U+FFFD."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+# On a megabyte of text, counting all pairs anew for each of a thousand merges would take an hour. Two
+# observations make it half a second. A word that occurs 5,000 times need be looked at only once, if its pairs
+# count 5,000 times. And a merge changes only the words that contain the pair, so we remember which these are,
+# for each pair.
+LONGEST = 256  # bytes in a token: a "word" of a million zeros would give tokens that double for ever
 
-# ====================================================================================================================
-# Chapter 3. The tokenizer
+def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
+    """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
+    occurs twice. The token 256 + i is made of the two earlier tokens in the i-th pair of the result."""
+    words = [list(word.encode("utf-8", "replace")[:LONGEST]) for word in word_counts]
+    times = list(word_counts.values())
+    counts = defaultdict(int)                      # pair -> how often it occurs
+    places = defaultdict(set)                      # pair -> which words contain it, by place in `words`
+    tokens = [bytes([byte]) for byte in range(256)]
+    numbers = {token: number for number, token in enumerate(tokens)}
+    merges = []
+
+    def count(i: int, sign: int) -> None:
+        """Add the pairs of word i to the counts, or take them away again."""
+        for pair in itertools.pairwise(words[i]):
+            counts[pair] += sign * times[i]
+            places[pair].add(i)
+
+    for i in range(len(words)):
+        count(i, +1)
+    while len(tokens) < vocab_size and counts:
+        most = max(counts.values())
+        if most < 2:
+            break
+        pair = min(pair for pair, number in counts.items() if number == most)
+        joined = tokens[pair[0]] + tokens[pair[1]]
+        if joined not in numbers:                  # ("a" + "bc" is no new token after "ab" + "c")
+            numbers[joined] = len(tokens)
+            tokens.append(joined)
+            merges.append(pair)
+        for i in places.pop(pair):
+            count(i, -1)
+            words[i] = merge(words[i], pair, numbers[joined])
+            count(i, +1)
+        del counts[pair]
+    return merges
+
+# What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
+# do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
+# a piece may be: 's, 't, 'll and so on; letters (\p{L}: of any script), digits (\p{N}) or other signs, each
+# perhaps with one space before it; white space.
 #
-# A network computes with numbers, so text is cut into *tokens* and each gets a number. Letters as tokens make long
-# sequences; words as tokens meet words that they have never seen. Byte-pair encoding (Sennrich et al. 2016,
-# arXiv:1508.07909; on bytes: GPT-2, Radford et al. 2019) lies between. It starts from the 256 possible bytes, so that
-# any text in any script can be written down, and then again and again makes the most frequent pair of neighbouring
-# tokens into a new token. " the" soon is one token, a rare name is several, an emoji is the four bytes that it is.
-# Nothing can be out of vocabulary.
-#
-# We learn the merges ourselves, in half a second. Applying them is a solved problem: tiktoken does it, in Rust.
-#
-# Merges never cross the borders that this pattern (GPT-2's) draws: it cuts before a space, and keeps letters, digits
-# and punctuation apart, so that "dog", "dog." and "dog!" share a token instead of each learning its own.
+# >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
+# >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
+# ['It', "'s", ' 3', ' dogs', ',', ' isn', "'t", ' it', '?']
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 class BPETokenizer:
-    """Text to token ids and back: `BPETokenizer("gpt2")` is GPT-2's vocabulary, `BPETokenizer.train` learns one.
-    Attributes: `vocab_size`; `merges`, a list of pairs of ids: token 256 + i is made of the two tokens `merges[i]`
-    (None for GPT-2's). ValueError if merges are not like that."""
-    LONGEST = 256  # bytes in a token: a text of a million zeros has one "word", which could double for ever
-
+    """Text to token ids and back. `BPETokenizer.train` learns a vocabulary; `BPETokenizer()` is GPT-2's, of
+    50257 tokens. Attributes: `name`, "bpe" or "gpt2"; `vocab_size`; `merges` (not of GPT-2's). Applying
+    merges is a solved problem, so we leave it to tiktoken, which does in Rust what we did by hand."""
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
-        import tiktoken  # here and not above: 0.2 s that `--help` need not wait for
-        self.name, self.merges = name, merges
+        import tiktoken
+        self.name = name
+        self.merges = merges
         if name == "gpt2":
-            try: self.encoding = tiktoken.get_encoding("gpt2")
-            except Exception as e:  # tiktoken downloads the vocabulary once; requests, sockets, files can all fail
-                raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
-                                "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from e
+            self.encoding = tiktoken.get_encoding("gpt2")  # is downloaded once
         else:
-            tokens = [bytes([b]) for b in range(256)]
-            ranks = {token: i for i, token in enumerate(tokens)}
+            tokens = [bytes([byte]) for byte in range(256)]
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-                if min(left, right) < 0 or len(tokens[-1]) > self.LONGEST or tokens[-1] in ranks:
-                    raise ValueError(f"the tokenizer has an impossible merge, {(left, right)}")
-                ranks[tokens[-1]] = len(ranks)
+            ranks = {token: number for number, token in enumerate(tokens)}
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> BPETokenizer:
-        """Learn a vocabulary of `vocab_size` tokens (256: plain bytes) from `text`; fewer if nothing repeats."""
-        import regex  # comes with tiktoken; Python's own `re` does not know \p{L}, "any letter of any script"
+        """Learn `vocab_size` tokens (256: plain bytes) from `text`; fewer if nothing repeats."""
+        import regex
         if vocab_size < 256:
             raise UserError(f"--vocab-size must be at least 256, one token for each byte, not {vocab_size}")
-        # Count each distinct word once: a megabyte of text has only some 15,000 of them.
-        word_counts = Counter(match.group() for match in regex.finditer(SPLIT, text))
-        words = [list(word.encode("utf-8", "replace")[:cls.LONGEST]) for word in word_counts]
-        freqs, counts, places = list(word_counts.values()), Counter(), defaultdict(set)
-        for i, word in enumerate(words):  # of each pair: how often it stands, and in which words
-            for pair in itertools.pairwise(word):
-                counts[pair] += freqs[i]
-                places[pair].add(i)
-        # A heap (sorted, to begin with) yields the most frequent pair; among equals the one with the smallest ids, so
-        # that nothing depends on chance. Its entries go stale as counts change: such a one is recognised and dropped.
-        heap = sorted((-count, pair) for pair, count in counts.items())
-        tokens, merges = [bytes([b]) for b in range(256)], []
-        known = set(tokens)
-        while heap and len(tokens) < vocab_size:
-            count, (a, b) = heapq.heappop(heap)
-            # (the same bytes may be reached by two roads, as in a|bc and ab|c: one token is enough)
-            if -count != counts[a, b] or count > -2 or tokens[a] + tokens[b] in known: continue
-            new, touched = len(tokens), set()
-            tokens.append(tokens[a] + tokens[b])
-            known.add(tokens[new])
-            merges.append((a, b))
-            for i in places.pop((a, b)):
-                word, words[i] = words[i], []
-                for token in word:
-                    if token == b and words[i][-1:] == [a]: words[i][-1] = new
-                    else: words[i].append(token)
-                for form, sign in ((word, -1), (words[i], 1)):
-                    for pair in itertools.pairwise(form):
-                        counts[pair] += sign * freqs[i]
-                        places[pair].add(i)
-                        touched.add(pair)
-            for pair in touched:
-                if counts[pair] > 0: heapq.heappush(heap, (-counts[pair], pair))
-        return cls("bpe", merges)
+        return cls("bpe", learn_merges(Counter(regex.findall(SPLIT, text)), vocab_size))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of any text."""
-        return self.encode_array(text.encode("utf-8", "replace")).tolist()
-
-    def encode_array(self, text: bytes) -> np.ndarray:
-        """Token ids (N,), uint16 if they fit, of UTF-8 bytes. Encoding by pieces keeps Python's lists short, and
-        tiktoken whole: its regular expressions overflow the stack on a million spaces."""
-        ids, n, start = np.empty(len(text), np.uint16 if self.vocab_size <= 1 << 16 else np.int32), 0, 0
-        while start < len(text):
-            end = border(text, start + (1 << 16))  # or better a little later, before a space: no token goes across
-            if space := re.search(rb"[!-~][ \n]", text[end:end + 1000]): end += space.start() + 1
-            piece = self.encoding.encode_ordinary(str(text[start:end], "utf-8"))
-            ids[n:n + len(piece)], n, start = piece, n + len(piece), end
-            if n > 1 << 20: show(f"tokenizing: {start / 1e6:.0f} of {len(text) / 1e6:.0f} MB")
-        return ids[:n]
+        """The token ids of any text."""
+        return self.encoding.encode_ordinary(text.encode("utf-8", "replace").decode())
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids; bytes that are not UTF-8 (a model may write such) become U+FFFD."""
+        """The text of token ids. Bytes that are not UTF-8, which a model may write, become U+FFFD."""
         return b"".join(map(self.decode_bytes, ids)).decode("utf-8", "replace")
 
     def decode_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which may be a part of a character."""
+        """The bytes of one token, which may be a part of a character; none for a number that is no token."""
         return self.encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""
 
-    def to_json(self) -> str:
-        """All that is needed to build the tokenizer again; goes into a checkpoint."""
-        return json.dumps({"name": self.name, "merges": self.merges})
-
-    @classmethod
-    def from_json(cls, text: str) -> BPETokenizer:
-        """The opposite; ValueError or the like if the text is not of that kind."""
-        saved = json.loads(text)
-        return cls(saved["name"], saved["merges"] and [(int(a), int(b)) for a, b in saved["merges"]])
-
-# ====================================================================================================================
-# Chapter 4. The model, the plain way
+# === Chapter 4. tinygrad in ten lines
 #
-# A GPT reads T tokens and says, at each place, how likely every token of the vocabulary is to come next. Inside, each
-# token is a vector of C numbers, and these T vectors run through the whole network as a "residual stream". A *block*
-# reads the stream twice and adds what it found: *attention* lets each token gather information from the tokens before
-# it, and an *MLP* works on each token by itself. After n_layer blocks, the vector at a place is compared with every
-# token's embedding: the better the match, the likelier that token.
+# A *tensor* is an array of numbers with any number of dimensions. tinygrad computes with tensors, on a CPU or
+# a GPU, and knows how to differentiate. It is *lazy*: an operation computes nothing, it only notes down what
+# would have to be done. Only when somebody wants to see numbers, or says `realize`, does tinygrad write a
+# small C program for everything noted so far, compile it, and run it.
 #
-# This is GPT-2 exactly (Radford et al. 2019; the transformer is Vaswani et al. 2017, arXiv:1706.03762): normalisation
-# before each sublayer, biases, learned positions, the tanh form of GELU, and an output head that is the embedding
-# table itself. The names are those of Hugging Face's GPT-2, so a checkpoint is at home there.
+# >>> a = Tensor([1.0, 2.0, 3.0])
+# >>> b = (a * a).sum()                      # nothing has been computed: b is a recipe
+# >>> b.item()                               # now it has
+# 14.0
+# >>> slope = b.gradient(a)[0]               # how b changes with each number of a: 2a, again as a recipe
+# >>> slope.tolist()
+# [2.0, 4.0, 6.0]
+# >>> a = a.assign(a - 0.1 * slope).realize()      # write new numbers into a's memory: one step downhill
+# >>> round((a * a).sum().item(), 2)
+# 8.96
 #
-# `Plain` has the operations that a GPT consists of, each in a few lines of ordinary tensor algebra: they are the
-# definition. `GPT` puts them together. Chapter 5 replaces operations, never the GPT.
+# `gradient` is the important one. Each operation knows how its result changes with its inputs; by the chain
+# rule, tinygrad multiplies these slopes together, from the result back to whatever we ask for
+# (*backpropagation*).
+#
+# Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
+# a fused value again for each use; `contiguous` says "compute this here, once, and keep it". And noting
+# things down takes Python far longer than computing them, so TinyJit *records* the programs that a function
+# ran, and from its third call on just runs these again. It sees tensors only: what was a Python number while
+# it recorded stays that number for ever. Whatever changes must come in as a tensor, or be `assign`ed.
+#
+# >>> double = TinyJit(lambda x: (2 * x).realize())
+# >>> [double(Tensor([float(i)]).realize()).item() for i in range(4)]
+# [0.0, 2.0, 4.0, 6.0]
+class UserError(Exception):
+    """A mistake that its reader can mend: the command line prints its text as one line."""
 
+# A C program needs a C compiler. tinygrad asks the environment variable CC for one, or else calls clang. Few
+# laptops have clang, but the Python package `ziglang` contains all of it. It is called as `zig clang`, and CC
+# must be the name of one program, so we put a script of two lines beside `zig` that joins the words.
+if not os.environ.get("CC") and not shutil.which("clang"):
+    with suppress(ImportError, OSError):
+        import ziglang
+        zig = Path(ziglang.__path__[0]) / "zig"
+        launcher = zig.with_name("minimiggy-clang")
+        if not launcher.exists():
+            unfinished = zig.with_name(f"minimiggy-clang.{os.getpid()}")
+            unfinished.write_text('#!/bin/sh\nexec "$(dirname "$0")/zig" clang "$@"\n')
+            unfinished.chmod(0o755)
+            unfinished.rename(launcher)
+        os.environ["CC"] = str(launcher)
+
+# === Chapter 5. Numbers to choose
+#
+# Training finds the parameters. It cannot find how large the model should be and how it should learn. These
+# numbers stand here together; the chapters below show what they do.
+@dataclass
+class GPTConfig:
+    """What the model is."""
+    block_size: int = 64           # T: tokens that the model sees at once, its context
+    vocab_size: int = 50257        # V: tokens in the vocabulary
+    n_layer: int = 4               # blocks, one after the other
+    n_head: int = 4                # H: attention heads in a block; it must divide n_embd
+    n_embd: int = 128              # C: channels, the numbers that represent a token
+    dropout: float = 0.0           # share of numbers set to zero at random while training
+
+@dataclass
+class TrainConfig:
+    """How the model learns. Beta1, beta2 and the weight decay are those of nanoGPT for small models."""
+    batch_size: int = 8            # B: passages in a batch
+    learning_rate: float = 1e-3    # the largest step size, reached after the warm-up
+    warmup_steps: int = 100        # steps over which the step size rises from zero
+    max_iters: int = 1000          # training steps in all
+    eval_interval: int = 100       # steps between two exams
+    eval_iters: int = 20           # batches in such an exam
+    min_lr: float = 1e-4           # the step size at the end
+    weight_decay: float = 0.1      # by how much matrices shrink at each step, as a share of the step size
+    beta1: float = 0.9             # how long Adam remembers gradients
+    beta2: float = 0.99            # how long Adam remembers their squares
+    grad_clip: float = 1.0         # the greatest length of a gradient; a longer one is shortened
+    grad_accum: int = 1            # batches that are averaged for one step
+    seed: int = 1337               # of every random choice: first weights, passages, dropout
+    save_every: int = 0            # steps between two checkpoints; 0: one after each exam
+    keep: int = 3                  # how many checkpoints to keep
+
+# Chance has to be repeatable, so that a run that was stopped goes on as it would have. Each use of chance
+# makes a generator of its own, from one of these numbers, the seed and, where there is one, the step.
+WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
+
+# === Chapter 6. The model
+#
+# 6.1 A token is a row of numbers
+#
+# The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
+# its own, a row in a table `wte` ("word token embedding") with V rows. The rows begin as noise and are
+# parameters like all others, so training moves them: tokens that behave alike, such as " king" and " queen",
+# end up with similar rows. A column can come to stand for something, such as "is a name" or "ends a
+# sentence"; nobody chooses what.
+#
+# All further layers treat a *set* of rows: by themselves they could not tell "dog bites man" from "man bites
+# dog". So a second table, `wpe` ("word position embedding"), has a row for each of the T places in the
+# context, and the model begins with the sum of the two: what the token is, plus where it stands. There is
+# room for both: among 128 dimensions two random directions are nearly at right angles, so later layers can
+# read one without the other.
+#
+# 6.2 The operations
+#
+# A GPT needs seven operations on tensors. Here they are, as plainly as possible; part II has the same seven
+# as hand-written programs, some thirty times faster. A set of them is called a *backend*.
+#
+# `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant. The weights are
+# what is learned. One product of matrices does it for all tokens at once.
+#
+# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1, and
+# then lets a learned scale and shift undo as much of that as is useful. Without it, numbers grow or shrink
+# from layer to layer, and their gradients with them. (The 1e-5 prevents a division by zero when all C numbers
+# are equal.)
+#
+# `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) bends: two linear layers in a row are again one linear
+# layer, unless something that is not linear stands between them. It is nearly 0 for negative numbers and
+# nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
+#
+# `attention` is how tokens learn about each other. Each token has three vectors: a *query* (what am I looking
+# for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The dot product of
+# my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into weights that
+# are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I hear is the
+# average of all values with these weights. A pronoun can look for its noun; the first word of a line can look
+# for how the last one ended.
+#
+# *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k have variance 1, so has
+# each product, and the sum has variance D. With D = 32, scores of 6 or 11 would be common, softmax would give
+# nearly all weight to one token, and where one weight is nearly 1, its slope is nearly 0 and nothing is
+# learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token must not see those
+# after it: it is to predict them. Their scores become minus infinity, and so their weights exp(-inf) = 0. For
+# T = 4, row t shows whom token t may look at:
+#
+# >>> Tensor.ones(4, 4).tril().int().tolist()
+# [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+#
+# The mask is also why training is efficient. Token t's output depends on tokens 0 to t alone, so one pass
+# over a passage gives T honest predictions at once: of token 1 from token 0, of token 2 from tokens 0 and 1,
+# and so on. *Why several heads?* One softmax is one question, and its answer is an average. A token may need
+# to know several things: who speaks, which verb came last, what rhymes. So the C channels are split among H
+# heads with D = C / H channels each; each asks its own question, and the H answers are put side by side.
 class Plain:
-    """The operations of a GPT in ordinary tensor algebra, differentiated by tinygrad itself. All float32. The class is
-    a mere drawer for functions (no `self`), so that another such drawer can take its place."""
-    def embed(idx: Tensor, wte: Tensor, wpe: Tensor, start: Tensor | None = None) -> Tensor:
-        """Ids (B, T) int32, tables (V, C) and (block_size, C) -> (B, T, C): what the token is, plus where it stands.
-        `start`, (1,), is the position of a single token that continues a text; else the first is at 0."""
-        return wte[idx] + (wpe[:idx.shape[1]] if start is None else wpe[start])
+    """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself."""
+    name = "plain"
 
-    def layer_norm(x: Tensor, ln: Layer) -> Tensor:
-        """(..., C) -> (..., C): mean 0 and variance 1 along C, then a learned scale and shift (arXiv:1607.06450)."""
+    def embed(self, idx: Tensor, table: Tensor) -> Tensor:
+        """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C)."""
+        return table[idx]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., I) @ (I, O) -> (..., O), plus a bias (O,) if there is one."""
+        y = x @ weight
+        return y if bias is None else y + bias
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C): mean 0 and variance 1 along C, then a scale (C,) and perhaps a shift (C,)."""
         centred = x - x.mean(-1, keepdim=True)
-        return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * ln.weight + ln.bias
+        variance = centred.square().mean(-1, keepdim=True)
+        y = centred / (variance + 1e-5).sqrt() * weight
+        return (y if bias is None else y + bias).contiguous()
 
-    def linear(x: Tensor, layer: Layer, residual: Tensor | None = None) -> Tensor:
-        """(..., I) @ (I, O) + (O,) -> (..., O), plus a `residual` of that shape. GPT-2 stores weights as (in, out)."""
-        return x @ layer.weight + layer.bias + (0 if residual is None else residual)
+    def gelu(self, x: Tensor) -> Tensor:
+        """(...) -> (...), in GPT-2's form, with tanh: half of x, times a switch that goes from 0 to 2."""
+        switch = 1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh()
+        return (0.5 * x * switch).contiguous()
 
-    def gelu(x: Tensor) -> Tensor:
-        """What makes the MLP more than one linear map: nearly 0 below zero, nearly x above, smooth in the middle
-        (arXiv:1606.08415, in GPT-2's tanh form)."""
-        return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh())
+    def attention(self, qkv: Tensor, position: Tensor, cache=None) -> Tensor:
+        """Causal self-attention: qkv (B, T, 3, H, D), a query, key and value for each token and head -> the
+        answers (B, T, H, D). `cache` is for writing (part II): it remembers keys and values of earlier
+        tokens, and needs to know the `position` (T,) of the new ones."""
+        B, T, _, H, D = qkv.shape
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # three of (B, H, T, D)
+        if cache is None:
+            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()
+        else:
+            k, v, visible = cache.extend(k, v, position)              # S keys: (B, H, S, D) twice, (T, S)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)               # (B, H, T, S)
+        scores = visible.where(scores, -math.inf)
+        weights = scores.softmax(-1).contiguous()                     # each row adds up to 1
+        return (weights @ v).transpose(1, 2)                          # (B, T, H, D)
 
-    def attention(qkv: Tensor, n_head: int) -> Tensor:
-        """Causal self-attention of H heads, (B, T, 3C) -> (B, T, C). Each token asks a question (query), offers a label
-        (key) and a content (value). It takes a weighted average of the values of itself and of the tokens before it;
-        the better key and query match, the larger the weight."""
-        B, T, C3 = qkv.shape
-        q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)  # three of (B, H, T, D)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                         # (B, H, T, T)
-        past = Tensor.ones(T, T, dtype=dtypes.bool).tril().to(qkv.device)                 # True: not in the future
-        return (past.where(scores, -math.inf).softmax(-1) @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+    def unembed(self, x: Tensor, table: Tensor) -> Tensor:
+        """Compare with every row: (..., C) and a table (V, C) -> (..., V), the dot product with each row."""
+        return x @ table.transpose(0, 1)
 
-    def cached_attention(qkv: Tensor, n_head: int, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-        """The same for a single new token, qkv (1, 1, 3C), at position (1,): sampling (chapter 8) computes no token
-        twice. Those before it have left their keys and values, (H, P, D) each; its own are added."""
-        (H, P, D), places = keys.shape, Tensor.arange(keys.shape[1])
-        q, k, v = qkv.reshape(3, H, 1, D)
-        here = (places == position).reshape(P, 1)
-        keys.assign(here.where(k, keys)).realize(values.assign(here.where(v, values)))
-        scores = (places <= position).where(q @ keys.transpose(1, 2) / math.sqrt(D), -math.inf)  # (H, 1, P)
-        return (scores.softmax(-1) @ values).reshape(1, 1, H * D)
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The surprise at each target, in nats (chapter 7): logits (..., V), ids (...) int32 -> (...)."""
+        top = logits.max(-1, keepdim=True)                            # subtracting it changes no softmax,
+        total = (logits - top).exp().sum(-1, keepdim=True).log()      # and exp() can no longer overflow
+        chosen = logits.gather(-1, targets.unsqueeze(-1))
+        return (top + total - chosen).squeeze(-1)
 
-    def logits(x: Tensor, wte: Tensor) -> Tensor:
-        """A single token (1, 1, C) and the table (V, C) -> (V,)."""
-        return (x @ wte.transpose(0, 1)).flatten()
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The length (a scalar) of all gradients as one long vector: the root of the sum of squares."""
+        return sum(gradient.square().sum() for gradient in gradients).sqrt()
 
-    def loss(x: Tensor, wte: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the next tokens: (B, T, C), (V, C), targets (B, T) int32 -> scalar."""
-        logits = x @ wte.transpose(0, 1)                                                  # (B, T, V)
-        return -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    def adamw(self, theta: Tensor, m: Tensor, v: Tensor, gradient: Tensor, scale: Tensor, rates: Tensor,
+              config: TrainConfig) -> list[Tensor]:
+        """A step of AdamW (chapter 8) on one parameter, in place. `scale` is a scalar; `rates` (3,): the step
+        size, 1 - beta1^t and 1 - beta2^t, where t = 1 at the first step. Returns what has to be realized."""
+        rate, start_1, start_2 = rates[0], rates[1], rates[2]
+        gradient = gradient * scale
+        new_m = config.beta1 * m + (1 - config.beta1) * gradient
+        new_v = config.beta2 * v + (1 - config.beta2) * gradient.square()
+        m_hat = new_m / start_1
+        v_hat = new_v / start_2
+        decay = config.weight_decay if theta.ndim == 2 else 0.0
+        new_theta = theta - rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
+        changes = [(theta, new_theta), (m, new_m), (v, new_v)]
+        return [old.assign((scale > 0).where(new, old)) for old, new in changes]
 
-class Dropout:
-    """Zeroes a share `rate` of its input and scales the rest up, so that no unit can rely on a single other one.
-    Which elements, is a hash of their position and of `key`, one uint32 that is new at each step: there is no random
-    state to keep, so a resumed run draws what the interrupted one would have drawn. Without a key it does nothing:
-    evaluation and sampling have none and cannot forget to switch it off."""
-    def __init__(self, rate: float, key: Tensor | None):
-        self.rate, self.key, self.places = 0.0 if key is None else rate, key, 0
+    def record(self, function):
+        """`function`, from tensors to a tuple of tensors, as one from arrays to a list of arrays, recorded by
+        TinyJit. The arrays must have the same shapes and types at every call."""
+        jit = TinyJit(function)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.rate == 0: return x
-        self.places += 1  # each place in the network gets numbers of its own
-        h = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape).shard_like(x)
-        h = (h + self.key + self.places * 0x9E3779B9 % 2**32) * 0x85EBCA6B
-        h = (h ^ (h >> 15)) * 0xC2B2AE35  # multiply, fold, multiply: the finish of MurmurHash3
-        return ((h ^ (h >> 13)) >= int(self.rate * 2**32)).where(x / (1 - self.rate), 0)
+        def call(*arrays: np.ndarray) -> list[np.ndarray]:
+            tensors = [Tensor(array).realize() for array in arrays]
+            return [result.numpy() for result in jit(*tensors)]
+        return call
 
-class Layer:
-    """A weight and a bias, without numbers as yet; Plain and Fast say what is done with them."""
-    def __init__(self, *shape: int):
-        self.weight, self.bias = Tensor.empty(*shape), Tensor.empty(shape[-1])
+PLAIN = Plain()
+BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it works
 
-class Block:
-    """Two sublayers, each with a normalisation before it."""
-    def __init__(self, C: int):
-        self.ln_1, self.ln_2 = Layer(C), Layer(C)
-        self.attn = SimpleNamespace(c_attn=Layer(C, 3 * C), c_proj=Layer(C, C))  # c_attn: all queries, keys and values
-        self.mlp = SimpleNamespace(c_fc=Layer(C, 4 * C), c_proj=Layer(4 * C, C))
+# 6.3 The layers
+#
+# A layer is its parameters, together with the operation that uses them. `Linear` begins with small random
+# weights: were they all equal, all outputs would be equal, would get equal gradients, and would stay equal
+# for ever. Scales begin at 1 and constants at 0, where they change nothing. tinygrad finds all tensors that
+# are attributes of a model by itself, so a tensor that you add is trained and saved like the others. (One
+# that is not to be learned says so with `.is_param_(False)`.)
+def first_weights(rng, *shape: int, std: float = 0.02) -> Tensor:
+    """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
+    if rng is None:
+        return Tensor.empty(*shape)
+    return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32))
 
-    def __call__(self, x: Tensor, ops, drop: Dropout, attention) -> Tensor:
-        """(B, T, C) -> (B, T, C). Only `attention` looks at other tokens; all else works on each by itself."""
-        def add(x: Tensor, y: Tensor, layer: Layer) -> Tensor:
-            return x + drop(ops.linear(y, layer)) if drop.rate else ops.linear(y, layer, residual=x)
-        qkv = ops.linear(ops.layer_norm(x, self.ln_1), self.attn.c_attn)                   # (B, T, 3C)
-        x = add(x, attention(qkv), self.attn.c_proj)
-        u = ops.gelu(ops.linear(ops.layer_norm(x, self.ln_2), self.mlp.c_fc))              # (B, T, 4C)
-        return add(x, u, self.mlp.c_proj)
-
-class GPT:
-    """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` what training lowers.
-    (`save_checkpoint`, `load_checkpoint` and `generate` stand where they are explained, in chapters 7 and 8.)
-    Attributes: `config`; `tokenizer` and `data`, its text's name and SHA-256 (saved with it; may be None); `ops`, the
-    operations in use (`Plain` or `Fast`); the parameters under Hugging Face's names, `wte`, `wpe`, `h[i].ln_1`,
-    `h[i].attn.c_attn`, `h[i].attn.c_proj`, `h[i].ln_2`, `h[i].mlp.c_fc`, `h[i].mlp.c_proj`, `ln_f`; `shapes`, theirs by
-    name; and `flat`, one float32 vector of all of them. Without a `seed` they wait for `set`."""
-    __slots__ = ("__dict__", "flat", "grad", "tokenizer")  # these stand apart: get_state_dict takes all of __dict__
-
-    def __init__(self, config: GPTConfig, tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
-        if MISSING_COMPILER: raise UserError(MISSING_COMPILER)
-        self.config, self.tokenizer, self.ops, self.data, C = config, tokenizer, default_ops(), None, config.n_embd
-        self.wte = SimpleNamespace(weight=Tensor.empty(config.vocab_size, C))
-        self.wpe = SimpleNamespace(weight=Tensor.empty(config.block_size, C))
-        self.h, self.ln_f = [Block(C) for _ in range(config.n_layer)], Layer(C)
-        # All parameters live in one vector, so that Adam, clipping and saving each handle one thing and not fifty.
-        # Matrices come first: weight decay is for them alone. Each begins at a multiple of 16 numbers, a cache line.
-        # (Its length, a multiple of BLOCK * CORES, lets all cores share it equally: chapter 5. `put`: chapter 6.)
-        named = sorted(get_state_dict(self).items(), key=lambda item: item[1].ndim == 1)
-        self.shapes, self.places, end = {name: tensor.shape for name, tensor in named}, {}, 0
-        for name, shape in self.shapes.items():
-            self.places[name], end = slice(end, end + math.prod(shape)), end + -(-math.prod(shape) // 16) * 16
-            if len(shape) == 2: self.n_decay = end
-        self.flat, self.grad, self.size = None, None, -(-end // (BLOCK * CORES)) * BLOCK * CORES
-        if seed is not None: self.set(self.first_weights(np.random.default_rng(seed)))
-
-    def first_weights(self, rng: np.random.Generator):
-        """GPT-2's start, as pairs of name and array."""
-        for name, shape in self.shapes.items():
-            # What 2 n_layer sublayers add to the stream would grow with depth; a smaller start keeps it level.
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02
-            yield name, (np.float32(std) * rng.standard_normal(shape, np.float32) if len(shape) == 2 else
-                         np.full(shape, name.endswith("weight"), np.float32))  # the scales of norms are 1, biases 0
-
-    def set(self, arrays, dtype=np.float32) -> None:
-        """Give the parameters their numbers: pairs of name and array."""
-        if self.flat is None:
-            self.flat = Tensor(np.zeros(self.size, dtype)).realize()
-            for name, parameter in get_state_dict(self).items(): parameter.replace(self.window(self.flat, name))
-        for name, array in arrays: put(self.window(self.flat, name), array)
-
-    def window(self, vector: Tensor, name: str) -> Tensor:
-        """A tensor that shares its memory with a parameter's stretch of a vector like `flat`. (A slice would do for
-        reading, but tinygrad copies slices before it hands them to a kernel.)"""
-        start, shape = self.places[name].start * vector.dtype.itemsize, self.shapes[name]
-        return Tensor(UOp.from_buffer(vector.uop.buffer.view(math.prod(shape), vector.dtype, start))).reshape(shape)
-
-    def make_room_for_gradients(self) -> None:
-        """Give each parameter's .grad a window on the vector `grad` (a model that is only sampled needs none)."""
-        if self.grad is not None: return
-        self.grad = Tensor(np.zeros(self.size, np.float32)).realize()
-        for name, parameter in get_state_dict(self).items(): parameter.grad = self.window(self.grad, name)
-
-    def unpack(self, flat: np.ndarray) -> dict[str, np.ndarray]:
-        """The opposite: cut such a vector (of parameters, of gradients, of Adam's averages) into arrays by name."""
-        return {name: flat[self.places[name]].reshape(shape) for name, shape in self.shapes.items()}
-
-    def hidden(self, idx: Tensor, key: Tensor | None = None, start: Tensor | None = None, attention=None) -> Tensor:
-        """Ids (B, T) int32 -> the residual stream after the last block, normalised, (B, T, C). Sampling says where the
-        ids `start`, and brings an `attention` of its own, a function of a block's number and its qkv."""
-        attention = attention or (lambda i, qkv: self.ops.attention(qkv, self.config.n_head))
-        drop = Dropout(self.config.dropout, key)
-        x = drop(self.ops.embed(idx, self.wte.weight, self.wpe.weight, start))
-        for i, block in enumerate(self.h): x = block(x, self.ops, drop, functools.partial(attention, i))
-        return self.ops.layer_norm(x, self.ln_f)
+class Embedding:
+    """A table with a learned row for each of `n` things: ids (...,) -> (..., C)."""
+    def __init__(self, ops: Plain, rng, n: int, C: int):
+        self.ops = ops
+        self.weight = first_weights(rng, n, C)
 
     def __call__(self, idx: Tensor) -> Tensor:
-        """Ids (B, T) int32, T <= block_size -> logits (B, T, V) float32 of the token that comes next at each place."""
-        return self.hidden(idx) @ self.wte.weight.transpose(0, 1)
+        return self.ops.embed(idx, self.weight)
 
-    def loss(self, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats, a scalar; `targets` (B, T) is `idx` one place on. `key` switches dropout on."""
-        return self.ops.loss(self.hidden(idx, key), self.wte.weight, targets)
+class Linear:
+    """(..., n_in) -> (..., n_out)."""
+    def __init__(self, ops: Plain, rng, n_in: int, n_out: int, std: float = 0.02):
+        self.ops = ops
+        self.weight = first_weights(rng, n_in, n_out, std=std)
+        self.bias = Tensor.zeros(n_out)
 
-# ====================================================================================================================
-# Chapter 5. The same model, fast
-#
-# Chapter 4 run as it stands trains 25 times slower than PyTorch on the same two cores (1136 ms a step instead of 47; at
-# the end of this chapter it is 30). A core can do some 100 billion additions and multiplications a second, but only
-# with numbers that are in its *registers*; fetching one from the cache takes several times as long as using it, and
-# from memory a hundred times. Three things go wrong in the plain form:
-#
-# - Products. In a product of N x N matrices each number is used N times. tinygrad's own C loops fetch it nearly every
-#   time: 15 billion operations a second. Ours keep a tile of the result in registers and a panel of one matrix in the
-#   cache: 80 to 110 billion, on each core.
-# - Fusion. tinygrad merges operations into one loop to save trips to memory, and so computes a GELU anew for every
-#   *column* of the product that follows it. Our kernels begin and end where they should.
-# - Cores. tinygrad 0.14 uses one. Our kernels share a loop among all.
-#
-# The kernels are written in UOps, the language that tinygrad itself compiles to C. Each has its way back (the gradient)
-# beside it, and the tests hold both against chapter 4's.
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
 
-# 5.1 A kernel, statement by statement
+class LayerNorm:
+    """(..., C) -> (..., C)."""
+    def __init__(self, ops: Plain, C: int):
+        self.ops = ops
+        self.weight = Tensor.ones(C)
+        self.bias = Tensor.zeros(C)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias)
+
+# *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
+# nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
+# computed from their place and from a `key` that is new at each step: the bits of both are stirred (multiply,
+# fold, multiply) until they look random. Without a key, dropout does nothing: exams and writing have none,
+# and cannot forget to switch it off.
+class Dropout:
+    """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
+    def __init__(self, share: float, key: Tensor | None):
+        self.share = 0.0 if key is None else share
+        self.key = key                                                # (1,) uint32
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.share == 0:
+            return x
+        self.calls += 1
+        key = stir(self.key + self.calls * 0x9E3779B9 % 2**32)
+        places = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape)
+        noise = stir(stir(places) ^ key)                              # from 0 to 2^32 - 1
+        return (noise >= int(self.share * 2**32)).where(x / (1 - self.share), 0)
+
+def stir(h: Tensor) -> Tensor:
+    """uint32 -> uint32: inputs that differ in one bit give results that differ in about half of theirs."""
+    h = (h ^ (h >> 16)) * 0x85EBCA6B
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    return h ^ (h >> 16)
+
+# 6.4 Blocks
+#
+# The rows of a passage, (B, T, C), run through the whole network like a stream, and every layer only *adds*
+# something to it: x + f(x). That is why it can be trained although it is deep. On the way back, the gradient
+# of x + f(x) reaches x unchanged along the plus, however little f passes on.
+#
+# A *block* adds twice. Attention gathers from other tokens; a small network of two layers (an MLP), four
+# times as wide inside, then thinks about what was gathered, for each token by itself. The norm stands
+# *before* each of them, on their input and not on the stream, so nothing stands in the way of the plus from
+# the first layer to the last. Such models train well without a delicate warm-up (Xiong et al. 2020,
+# arXiv:2002.04745).
+#
+# 2 n_layer outputs are added to the stream, each by a `c_proj`. If each had variance s^2, the sum would have
+# 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream begins no
+# larger than a shallow one.
+class Attention:
+    """(B, T, C) -> (B, T, C)."""
+    def __init__(self, config: GPTConfig, ops: Plain, rng):
+        C = config.n_embd
+        self.ops = ops
+        self.n_head = config.n_head
+        self.c_attn = Linear(ops, rng, C, 3 * C)                      # to query, key and value, for all heads
+        self.c_proj = Linear(ops, rng, C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def __call__(self, x: Tensor, position: Tensor, cache=None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x)                                          # (B, T, 3C)
+        qkv = qkv.reshape(B, T, 3, self.n_head, C // self.n_head)     # (B, T, 3, H, D)
+        y = self.ops.attention(qkv, position, cache)                  # (B, T, H, D)
+        return self.c_proj(y.reshape(B, T, C))                        # the heads' answers, mixed
+
+class MLP:
+    """(..., C) -> (..., C)."""
+    def __init__(self, config: GPTConfig, ops: Plain, rng):
+        C = config.n_embd
+        self.ops = ops
+        self.c_fc = Linear(ops, rng, C, 4 * C)
+        self.c_proj = Linear(ops, rng, 4 * C, C, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.ops.gelu(self.c_fc(x)))
+
+class Block:
+    """(B, T, C) -> (B, T, C)."""
+    def __init__(self, config: GPTConfig, ops: Plain, rng):
+        self.ln_1 = LayerNorm(ops, config.n_embd)
+        self.attn = Attention(config, ops, rng)
+        self.ln_2 = LayerNorm(ops, config.n_embd)
+        self.mlp = MLP(config, ops, rng)
+
+    def __call__(self, x: Tensor, position: Tensor, drop: Dropout, cache=None) -> Tensor:
+        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()
+        return (x + drop(self.mlp(self.ln_2(x)))).contiguous()
+
+# 6.5 The GPT
+#
+# After the last block, the row at place t should describe what comes at place t + 1. To turn it into a guess,
+# compare it with the row of every token in `wte`: the dot product is large where the two point the same way.
+# These V numbers are called *logits*; softmax makes probabilities of them. One table thus serves at both
+# ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C = 128, it saves
+# 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All this is GPT-2 to the letter, and the
+# parameters have the names that GPT-2's have at Hugging Face, so that models can come from there and go there
+# (part III).
+class GPT:
+    """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
+    Attributes: `config`; `ops`, the backend; `tokenizer` (or None); `source`, the text that it learned from
+    (part III); the parameters, which with `seed=None` have no numbers until a checkpoint brings them."""
+    def __init__(self, config: GPTConfig, backend: Plain | None = None, *,
+                 tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
+        if config.n_embd % config.n_head:
+            raise UserError(f"--n-head {config.n_head} does not divide --n-embd {config.n_embd} equally")
+        ops = backend or BACKENDS[-1]
+        rng = None if seed is None else np.random.default_rng((WEIGHTS, seed))
+        self.config = config
+        self.ops = ops
+        self.tokenizer = tokenizer
+        self.source = None
+        self.wte = Embedding(ops, rng, config.vocab_size, config.n_embd)
+        self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)
+        self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(ops, config.n_embd)
+        self.parameters()  # which gives all of them their memory
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is learned, by name: h.0.attn.c_attn.weight and so on. A tensor with two names comes once."""
+        found = {}
+        for name, tensor in get_state_dict(self).items():
+            is_new = all(tensor is not other for other in found.values())
+            if is_new and tensor.is_param and dtypes.is_float(tensor.dtype):
+                if tensor.device is None:  # a constant such as Tensor.ones(3) has no memory of its own as yet
+                    tensor.replace(tensor.clone())
+                found[name] = tensor.realize()
+        return found
+
+    def hidden(self, idx: Tensor, key: Tensor | None = None, position: Tensor | None = None,
+               caches=None) -> Tensor:
+        """Ids (B, T) int32 -> the stream after the last block, normalised, (B, T, C). `key` starts dropout.
+        The ids stand at `position` (T,), or else from 0 on; `caches`, one a block, belong to part II."""
+        B, T = idx.shape
+        if position is None:
+            position = Tensor.arange(T, dtype=dtypes.int32)
+        drop = Dropout(self.config.dropout, key)
+        x = drop(self.wte(idx) + self.wpe(position)).contiguous()     # what it is, plus where it stands
+        for i, block in enumerate(self.h):
+            x = block(x, position, drop, caches[i] if caches else None)
+        return self.ln_f(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The stream (..., C) -> logits (..., V)."""
+        return self.ops.unembed(x, self.wte.weight)
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Ids (B, T) int32 with T <= block_size -> logits (B, T, V) of the next token, at each place."""
+        return self.head(self.hidden(idx))
+
+# === Chapter 7. The loss
+#
+# How wrong is a guess? If the model gave the token that really came the probability p, we say that it was
+# surprised by -ln p *nats*: by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p = 1/100. The mean over all
+# tokens is the *cross-entropy*, the loss that training lowers. With p from softmax it is ln(sum of
+# exp(logits)) minus the logit of the token that came, which is how `cross_entropy` computes it.
+#
+# What should it be at the start? A model that knows nothing gives every one of V tokens about the probability
+# 1/V, so its loss is ln V. If a new model's loss is far from that, something is wrong.
+#
+# >>> round(math.log(1024), 2)
+# 6.93
+# >>> new = GPT(GPTConfig(vocab_size=1024, block_size=16, n_layer=2, n_embd=32), PLAIN)
+# >>> idx = Tensor([list(range(16))], dtype="int32")
+# >>> abs(new.loss(idx, idx + 1).item() - 6.93) < 0.05
+# True
+#
+# Nats a token cannot be compared between tokenizers: who cuts the text into longer tokens has fewer and
+# harder guesses to make. So we also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each
+# *byte* of the text. Stored as it is, a text takes 8; a model with a loss of 3.6 nats on tokens of 2.3 bytes
+# could store it in 3.6 * 1.44 / 2.3 = 2.25.
+def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
+    return model.ops.cross_entropy(model.head(model.hidden(idx, key)), targets).mean()
+
+GPT.loss = loss
+
+# === Chapter 8. A training step
+#
+# *A batch.* Computing the loss on the whole text for every step would take minutes. A handful of random
+# passages points nearly the same way and takes milliseconds. Each passage has T + 1 tokens: the first T are
+# read, the last T are to be predicted, each from those before it.
+def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
+    source = np.random.default_rng((PASSAGES, config.seed, step))
+    starts = source.integers(0, len(data) - T, (config.grad_accum, config.batch_size, 1))
+    passages = data[starts + np.arange(T + 1)].astype(np.int32)       # (grad_accum, B, T + 1)
+    return passages[..., :-1], passages[..., 1:]
+
+# *The gradient* says, for each parameter, how much the loss would rise if the parameter did. So we go the
+# other way. How far? *Adam* (Kingma & Ba 2015, arXiv:1412.6980) keeps two running averages for each
+# parameter. `m` is the average gradient: chance in the choice of passages cancels out, the common direction
+# remains. `v` is the average square, so its root is the usual size of this parameter's gradient. The step is
+# m / sqrt(v): as large for a parameter with small gradients as for one with large ones, and smaller where the
+# direction keeps changing.
+#
+# Both averages begin at zero and are too small at first, by different factors. At step 1, with a gradient g,
+# beta1 = 0.9 and beta2 = 0.99, m = 0.1 g and v = 0.01 g^2. The quotient m / sqrt(v) is 1, by luck; but at
+# step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice too far. (With the usual beta2
+# = 0.999 it is 3.2 at step 1.) Dividing by what is missing, m_hat = m / (1 - 0.9^t) and v_hat = v / (1 -
+# 0.99^t), gives m_hat = g and v_hat = g^2 from step 1 on, and a quotient of 1.
+#
+# AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls the weights of matrices a little towards zero
+# at each step, so that only what is needed stays large. And a gradient that is longer than `grad_clip` is
+# shortened to that: one odd batch must not throw everything over.
+class AdamW:
+    """A model's optimizer. `m` and `v` hold Adam's averages, by the parameters' names. `optimizer(data, i)`
+    takes step i and returns its loss, and the gradient's length before clipping, as numbers."""
+    def __init__(self, model: GPT, config: TrainConfig):
+        self.model = model
+        self.config = config
+        self.m = {name: Tensor.zeros_like(p).clone().realize() for name, p in model.parameters().items()}
+        self.v = {name: Tensor.zeros_like(p).clone().realize() for name, p in model.parameters().items()}
+        self.recorded = model.ops.record(self.step)
+
+    def step(self, x: Tensor, y: Tensor, key: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
+        """Passages x, y (grad_accum, B, T), key (1,) and rates (3,) -> loss and length, scalars."""
+        ops = self.model.ops
+        parameters = self.model.parameters()
+        losses = []
+        gradients = []
+        for i in range(self.config.grad_accum):
+            losses.append(self.model.loss(x[i], y[i], key + i) / self.config.grad_accum)      # forward
+            parts = losses[i].gradient(*parameters.values())                                  # backward
+            gradients = [a + b for a, b in zip(gradients, parts, strict=True)] if gradients else parts
+        length = ops.norm(gradients)
+        scale = (self.config.grad_clip / length).minimum(1)                                   # clip
+        scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
+        Tensor.realize(sum(losses), length, scale, *gradients)
+        changes = []
+        for (name, theta), gradient in zip(parameters.items(), gradients, strict=True):       # step
+            changes += ops.adamw(theta, self.m[name], self.v[name], gradient, scale, rates, self.config)
+        Tensor.realize(*changes)
+        return sum(losses), length
+
+    def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
+        c = self.config
+        x, y = get_batch(data, c, self.model.config.block_size, i)
+        key = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=1, dtype=np.uint32)
+        rates = [learning_rate(c, i), 1 - c.beta1 ** (i + 1), 1 - c.beta2 ** (i + 1)]
+        loss, length = self.recorded(x, y, key, np.array(rates, np.float32))
+        return float(loss), float(length)
+
+# *The step size.* At the start Adam knows little and the loss is steep, so steps grow over a *warm-up*.
+# Towards the end we want to settle into a valley, not to jump across it, so they shrink, along half a cosine:
+#
+# >>> plan = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, max_iters=1100)
+# >>> [round(learning_rate(plan, step), 2) for step in (0, 49, 99, 100, 350, 600, 850, 1100)]
+# [0.01, 0.5, 1.0, 1.0, 0.87, 0.55, 0.23, 0.1]
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The step size at step 0, 1, 2, ..."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
+    height = 0.5 * (1 + math.cos(math.pi * progress))                 # from 1 to 0
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
+# === Chapter 9. Training
+#
+# Training is that step, over and over. This loop only tells what happened; whoever runs it prints, examines
+# and saves (part III's `train` does), and can stop at any time. Try it:
+#
+# >>> text = (Path("data") / "play.txt").read_text()
+# >>> tokenizer = BPETokenizer.train(text, 300)
+# >>> tiny = GPT(GPTConfig(block_size=16, vocab_size=300, n_layer=1, n_embd=32), tokenizer=tokenizer)
+# >>> plan = TrainConfig(max_iters=60, learning_rate=1e-2, warmup_steps=10)
+# >>> losses = [loss for _, loss, _ in training(tiny, plan, np.array(tokenizer.encode(text)))]
+# >>> losses[0] > 5.5, losses[-1] < 4.5
+# (True, True)
+def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW | None = None, start=0):
+    """Train `model` on `data`, token ids (N,), from step `start` to config.max_iters. After each step, yield
+    how many have been taken, the loss, and the gradient's length."""
+    optimizer = optimizer or AdamW(model, config)
+    for i in range(start, config.max_iters):
+        yield i + 1, *optimizer(data, i)
+
+# === Chapter 10. Writing
+#
+# To write, ask for the probabilities of the next token and draw one; append it; ask again. Always taking the
+# likeliest is dull and ends in loops. Drawing as the model thinks now and then takes a token that it holds
+# for nearly impossible. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1,
+# 0] gives 67 %, 24 % and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail:
+# `top_k` leaves the k likeliest, and `top_p` the fewest that together have the share p (Holtzman et al. 2020,
+# arXiv:1904.09751).
+def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
+    """Logits (V,) -> a token. Temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)  # (softmax, not yet adding up to 1)
+    if top_k or top_p < 1:
+        order = np.argsort(-p, kind="stable")[:top_k or None]         # the likeliest first
+        share = np.cumsum(p[order]) / p[order].sum()
+        enough = 1 + int((share < top_p).sum())
+        p[np.setdiff1d(np.arange(len(p)), order[:enough])] = 0
+    line = np.cumsum(p)  # a token's stretch is as long as its probability: where does a random point fall?
+    return int(np.searchsorted(line[:-1], rng.random() * line[-1], side="right"))
+
+# The model can look at T tokens. When there are more, we let go of the older half. (Part II's faster way
+# needs that; here we do the same, so that both write the same text.) The row that we hand over is always T
+# long, because a recording works for one shape. The zeros behind the text cannot disturb: no token looks at
+# those after it.
+def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
+    """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
+    T = model.config.block_size
+    rng = np.random.default_rng((WRITING, seed, text))
+    logits_of = model.ops.record(lambda idx: (model(idx).realize(),))
+    seen = list(ids)[-T:]
+    for _ in range(max_tokens):
+        if len(seen) > T:
+            seen = seen[-max(1, T // 2):]
+        idx = np.zeros((1, T), np.int32)
+        idx[0, :len(seen)] = seen
+        logits = logits_of(idx)[0][0, len(seen) - 1]                  # (V,), at the last token of the text
+        seen.append(draw(logits, rng, **how))
+        yield seen[-1]
+
+# === Chapter 11. Exercises
+#
+# To understand all this, change it: part II takes the fast way where it still can and the plain way where it
+# cannot, and `python minimiggy.py --gradcheck` tells whether all gradients are right. As the file stands,
+# `--train --max-iters 500` ends at about 2.68 bits a byte on tiny Shakespeare. What do you expect?
+#
+# 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
+# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65. How can it know where a token stands?)
+# 3. No sqrt(D). Take it out of `attention`. (2.75.)
+# 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
+# 5. Two tables. Give GPT an `lm_head = Embedding(...)` like `wte`, and use its weight in `head`. (2.61, for
+#    131,072 parameters more.)
+# 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
+
+# ============================================================================================================
+# Part II. Fast
+# ============================================================================================================
+#
+# Chapter 12. Where the time goes
+#
+# Part I as it stands takes about thirty times as long for a training step as this part does, on the same
+# machine, for the same numbers. Nothing in it computes too much. A processor core can do some 100 billion
+# multiplications and additions a second, but only with numbers that are in its *registers*, a few hundred at
+# a time. To fetch a number from the cache takes several times as long as using it, and to fetch it from
+# memory a hundred times. So the question is never how many operations there are; it is how often each number
+# is fetched.
+#
+# Three things go wrong when tinygrad compiles part I by its own rules. In a *product* of two N x N matrices
+# each number is used N times, and its loops fetch it nearly every time. By *fusion*, operations that ought to
+# run once are computed again inside other loops; `contiguous` in part I prevents the worst. And only one
+# *core* works.
+#
+# In this part we write the loops ourselves, for the seven operations of part I and their gradients, in a
+# language that tinygrad compiles. Nothing of part I changes. Whatever we have no program for goes the old
+# way, and the two can be mixed freely.
+
+import ast
+import ctypes
+import functools
+import hashlib
+import inspect
+import pickle
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tinygrad import Context, Device
+
+# === Chapter 13. What we borrow from tinygrad's inside
+#
+# Part I uses what tinygrad promises to its users. Here we go behind the counter, in this one chapter: its
+# names for pieces of programs (UOp), its compiler, and the list of programs that TinyJit records. All of that
+# may change with the next version. So we use it with the one version that we know. With any other, part I's
+# operations run as they are, slowly, and `WHY_PLAIN` says why in one line.
+
+TINYGRAD = "0.14.0"
+
+def version_of(package: str) -> str:
+    """The version of an installed package, or "" if it cannot be told."""
+    from importlib import metadata
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+WHY_PLAIN = None
+KNOWN = False
+try:
+    from tinygrad import UOp
+    from tinygrad.codegen import to_program, to_program_cache
+    from tinygrad.dtype import AddrSpace
+    from tinygrad.engine.realize import get_call_arg_uops, get_runtime
+    from tinygrad.helpers import DEV
+    from tinygrad.renderer import Estimates
+    from tinygrad.uop.ops import KernelInfo, Ops
+    if version_of("tinygrad") != TINYGRAD:
+        raise ImportError(f"tinygrad {version_of('tinygrad')} is not {TINYGRAD}")
+    KNOWN = True
+except ImportError as error:
+    WHY_PLAIN = f"part II's programs are not used, since {error}: pip install tinygrad=={TINYGRAD}"
+
+# 13.1 The machine
+
+def count_cores() -> int:
+    """The processor cores that this process may use: those it may run on, and no more than a container's
+    quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        return cores
+
+def describe_processor() -> str:
+    """What the processor can do, as the system tells it: a program for one may be nonsense to another."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    lines = re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)
+    return "\n".join(sorted(set(lines)))
+
+CORES = count_cores()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = X86 and "avx512f" in describe_processor()
+
+# By itself, clang uses only half the width of AVX-512 registers: 107 instead of 166 billion operations a
+# second.
+if KNOWN and AVX512 and repr(DEV) == "CPU":
+    DEV.value = "CPU:CLANG:x86_64,native,prefer-vector-width=512"
+
+# 13.2 A compiler that works, a device that is there
+#
+# A compiler that is found need not work: on a Mac, clang is a stub until Xcode's tools are installed; a disk
+# can forbid that anything on it is run; a package can be half installed. So we believe it when it has
+# compiled something.
+
+def cache_folder() -> Path:
+    """A folder for what can be made again at any time: in the home's cache, or else among the temporary
+    files, under our own name, where nobody else may write."""
+    home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    user = os.getuid()
+    for folder in (Path(home_cache) / "minimiggy", Path(tempfile.gettempdir()) / f"minimiggy-{user}"):
+        with suppress(OSError):
+            if folder.is_absolute():  # (without a home, "~" stays "~")
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if folder.stat().st_uid == user and os.access(folder, os.W_OK | os.X_OK):
+                    return folder
+    raise UserError("neither the home nor the folder for temporary files can be written: set XDG_CACHE_HOME")
+
+def complaint_of(compiler: str) -> str:
+    """"" if `compiler` is a clang that works, or what is wrong with it."""
+    arch = "x86_64" if X86 else platform.machine()
+    target = f"--target={arch}-none-unknown-elf"
+    command = [compiler, "-c", "-x", "c", "-ffreestanding", target, "-", "-o", "-"]
+    try:
+        done = subprocess.run(command, input=b"int one(void) { return 1; }", capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return getattr(error, "strerror", None) or "it does not end"
+    if done.returncode == 0 and done.stdout:
+        return ""
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return lines[0] if lines else f"it compiles nothing, and ends with exit code {done.returncode}"
+
+def find_compiler() -> None:
+    """Set CC to a clang that works: the user's, one that is installed, or ziglang's. UserError if none
+    does."""
+    chosen = os.environ.get("CC")
+    wrong = complaint_of(chosen or "clang")
+    if not wrong:
+        return
+    if chosen and not chosen.endswith("minimiggy-clang"):
+        raise UserError(f"the compiler CC={chosen} does not work ({wrong}): unset CC, or set it to a clang")
+    try:
+        import ziglang
+    except ImportError:
+        raise UserError("there is no C compiler: pip install ziglang (or install clang)") from None
+    zig = Path(ziglang.__path__[0]) / "zig"
+    for folder in (zig.parent, cache_folder(), Path(sys.prefix)):
+        launcher = folder / "minimiggy-clang"
+        with suppress(OSError):
+            unfinished = launcher.with_name(f"{launcher.name}.{os.getpid()}")
+            unfinished.write_text(f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n')
+            unfinished.chmod(0o755)
+            unfinished.replace(launcher)
+            wrong = complaint_of(str(launcher))
+            if not wrong:
+                os.environ["CC"] = str(launcher)
+                return
+    raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang")
+
+def open_device() -> None:
+    """See that tinygrad can compute. UserError, with what to do, if it cannot."""
+    load_programs()
+    named = os.environ.get("DEV", "")
+    if named.upper().startswith("CPU"):
+        find_compiler()
+    try:
+        (Tensor([1.0]) + 1).tolist()
+    except ModuleNotFoundError:
+        raise UserError(f"DEV={named}: no such device (CPU, CUDA, METAL, AMD, CL, ...)") from None
+    except Exception as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"DEV={named} cannot be used here ({words[0][:150]}): unset DEV to use the CPU") from None
+
+# 13.3 Programs that are kept
+#
+# To compile the programs of a training step takes some seconds. They are the same the next time, so we keep
+# them in a file: whatever tinygrad has compiled in this process goes in, and comes out at the next start. The
+# file's name says for which tinygrad, Python and processor it is. It begins with a checksum, and if that is
+# wrong, or the file cannot be read or written, we do without it: a cache must never be the reason why
+# something fails.
+
+def programs_file() -> Path:
+    """Where the compiled programs for this machine are kept."""
+    machine = [TINYGRAD, sys.version, describe_processor()]
+    return cache_folder() / f"programs-{hashlib.sha256(repr(machine).encode()).hexdigest()[:16]}"
+
+@functools.cache
+def load_programs() -> set:
+    """Give tinygrad the programs that were kept, once; return their keys, which grow as more are kept."""
+    if not KNOWN:
+        return set()
+    with suppress(Exception):
+        data = programs_file().read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            to_program_cache.update(pickle.loads(data[32:]))
+    return set(to_program_cache)
+
+def keep_programs() -> None:
+    """Keep what has been compiled since the last time, at most the newest 2000."""
+    kept = load_programs()
+    if not KNOWN or kept >= to_program_cache.keys():
+        return
+    programs = {}
+    for key, program in list(to_program_cache.items())[-2000:]:
+        sink, linear, *code = program.src  # what running does not need is left out
+        arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
+        programs[key] = program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
+    with suppress(Exception):
+        data = pickle.dumps(programs)
+        unfinished = programs_file().with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(hashlib.sha256(data).digest() + data)
+        unfinished.replace(programs_file())
+    kept.update(to_program_cache)
+
+# 13.4 A recording
+#
+# TinyJit runs a function once before it records, to be sure; we record at the first call (`cnt` counts its
+# calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over new
+# numbers.
+
+class Recording:
+    """A function from tensors to a tuple of tensors, as its programs: `calls` lists them. `arrays` are the
+    memory of its inputs, `results` that of its results."""
+    def __init__(self, function, arrays: tuple[np.ndarray, ...]):
+        self.arrays = [np.array(array) for array in arrays]
+        inputs = [Tensor.from_blob(array.ctypes.data, array.shape, dtype=Tensor(array).dtype)
+                  for array in self.arrays]
+        self.jit = TinyJit(lambda: function(*inputs))
+        self.jit.cnt = 1
+        load_programs()
+        results = self.jit()
+        keep_programs()
+        self.results = [np.frombuffer(result.uop.buffer.as_memoryview(force_zero_copy=True),
+                                      np.dtype(result.dtype.fmt)).reshape(result.shape) for result in results]
+
+    def calls(self) -> list | None:
+        """For each recorded call: the address of its program, those of its arguments, and its number of
+        shares. None if something else than programs was recorded, such as copying an array of numpy's."""
+        found = []
+        for call in self.jit.captured.linear.src:
+            if call.src[0].op is not Ops.PROGRAM:
+                return None
+            program = get_runtime("CPU", call.src[0])
+            info = call.src[0].arg
+            arguments = get_call_arg_uops(call)
+            buffers = [arguments[i].buffer.ensure_allocated() for i in info.globals]
+            addresses = [buffer.get_buf("CPU").va_addr for buffer in buffers]
+            found.append((program.addr, addresses, info.global_size[0]))
+        return found
+
+# === Chapter 14. A kernel, beside the C that it becomes
 # ruff: noqa: B023  (a lambda that reads a loop's variable is called in the same turn of the loop)
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROWS, COLS, DEPTH = 4, 64 if WIDE else 16, 1024  # a product's tile, half of a core's vector registers; a panel's height
-LANES = 32 if WIDE else 16  # queries in a block of attention
+#
+# A *kernel* is a small program with loops over arrays. We write it as a Python function that is called once,
+# to write the C down. This one doubles the rows of a table and adds a row of constants:
+#
+#     def example(k, y, x, b):                      void example(float* y, float* x, float* b) {
+#         for i in k.loop(x.rows):                      for (int i = 0; i < 3; i++) {
+#             for c in k.loop(x.columns):                   for (int c = 0; c < 4; c++) {
+#                 y[i, c] = x[i, c] * 2.0 + b[c]                y[i*4 + c] = x[i*4 + c] * 2.0f + b[c]; } } }
+#
+# `k` is the Kernel that is being written, the others are its arguments, results first. `k.loop(n)` is not a
+# Python loop that turns n times: it opens a C loop, hands out its counter as a symbol, and closes it. `x[i,
+# c]` is not a number but a symbol, too, and an assignment notes down a store. Statements happen in the order
+# of the text: each is told to come `after` the one before. (What is read is meant for the very next store.)
+#
+# >>> def example(k, y, x, b):
+# ...     for i in k.loop(x.rows):
+# ...         for c in k.loop(x.columns):
+# ...             y[i, c] = x[i, c] * 2.0 + b[c]
+# >>> x = Tensor([[1.0, 2.0], [3.0, 4.0]])
+# >>> Fast(cores=1).run(example, [Tensor.empty(2, 2)], [x, Tensor([10.0, 20.0])])[0].tolist()
+# [[12.0, 24.0], [16.0, 28.0]]
+#
+# `k.share(n)` is a loop whose turns are shared out among the cores. (A kernel that asks for its `core_id` is
+# called once for each core.) Kernels can be differentiated only if we say how; chapter 15 has the first
+# example.
 
 class Array:
-    """An argument of a kernel or a local array: a[i, j] reads and a[i, j] = x writes an element, in the order of the
-    program text. (What is read goes into the very next write: later, it might be read again.) The first index counts
-    through all leading dimensions, so a[i, c] is in row i of an array (B, T, C) seen as (B * T, C)."""
-
-    def __init__(self, kernel: Kernel, memory: UOp):
-        self.kernel, self.shape, self.rows = kernel, memory.shape, math.prod(memory.shape[:-1])
+    """An argument of a kernel, or memory of its own. The first index counts through all leading dimensions,
+    so that a[i, c] is in row i of an array (B, T, C) seen as (B * T, C)."""
+    def __init__(self, kernel: Kernel, memory):
+        self.kernel = kernel
+        self.shape = memory.shape
+        self.columns = memory.shape[-1]
+        self.rows = math.prod(memory.shape[:-1])
         self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
 
-    def at(self, place, *index) -> UOp:
-        for i, n in zip(index, self.shape[len(self.shape) - len(index):], strict=True): place = place * n + i
+    def at(self, place, *index):
+        """The element at an index, as a symbol."""
+        sizes = self.shape[len(self.shape) - len(index):]
+        for i, size in zip(index, sizes, strict=True):
+            place = place * size + i
         return self.flat.after(*self.kernel.last)[place]
 
-    def __getitem__(self, index) -> UOp:
+    def __getitem__(self, index):
         return self.at(*index) if isinstance(index, tuple) else self.at(index)
 
     def __setitem__(self, index, value) -> None:
         self.kernel.last = (self[index].store(value),)
 
 class Kernel:
-    """Writes a kernel down like a C function: every statement comes after the `last` one, inside the loops `open`."""
-
-    def __init__(self):
-        self.ids, self.last, self.open = itertools.count(1000), (), ()
+    """A kernel that is being written: `last` is its last statement, `open` are the loops around it."""
+    def __init__(self, cores: int):
+        self.cores = cores
+        self.ids = itertools.count(1000)
+        self.last = ()
+        self.open = ()
 
     def array(self, *shape: int, dtype=dtypes.float) -> Array:
-        """A local array: in registers if it is small, else on the stack."""
+        """Memory of the kernel's own: in registers if it is small, else on the stack."""
         return Array(self, UOp.placeholder(shape, dtype, next(self.ids), addrspace=AddrSpace.REG))
 
     def loop(self, end, *more):
-        """`for i, j in k.loop(m, n): ...` is a C loop over i < m around one over j < n: Python goes through the body
-        once, to write it down. An end that only the running kernel knows must be at least 1."""
+        """`for i in k.loop(n)`, or `for i, j in k.loop(m, n)` for two loops, the second inside the first. An
+        end that only the running kernel knows must be at least 1."""
         if more:
             for i in self.loop(end):
-                for j in self.loop(*more): yield (i, *j) if len(more) > 1 else (i, j)
+                for j in self.loop(*more):
+                    yield (i, *j) if len(more) > 1 else (i, j)
             return
-        if self.last and self.last[0].op is Ops.STORE:  # a loop of one turn keeps it from slipping into the next loop
+        if self.last and self.last[0].op is Ops.STORE:
+            # A statement before a loop would be taken for a part of it. A loop of one turn around it prevents
+            # that.
             self.last = (self.last[0].end(UOp.range(1, next(self.ids))), *self.open)
-        loop, again, outer = UOp.range(end, next(self.ids)), (), self.open
-        if own_counter := not isinstance(end, int) and end.ranges:
-            # The end depends on an outer loop, which tinygrad's ranges cannot: do { ... } while (++counter < end).
-            counter, loop = self.array(1, dtype=dtypes.int), UOp.loop(next(self.ids))
+        outer = self.open
+        counter = None
+        loop = UOp.range(end, next(self.ids))
+        if not isinstance(end, int) and end.ranges:
+            # The end depends on an outer loop, which tinygrad's ranges cannot: do { ... } while (++counter <
+            # end).
+            counter = self.array(1, dtype=dtypes.int)
+            loop = UOp.loop(next(self.ids))
             counter[0] = 0
             loop = loop.replace(src=loop.src + self.last)
-        self.open, self.last = (*outer, loop), (*self.last, loop)
-        yield counter[0].load() if own_counter else loop
-        if own_counter:
+        self.open = (*outer, loop)
+        self.last = (*self.last, loop)
+        yield loop if counter is None else counter[0].load()
+        again = ()
+        if counter is not None:
             counter[0] += 1
             again = (counter[0] < end,)
-        self.open, self.last = outer, (self.last[0].end(loop, *again), *outer)
+        self.open = outer
+        self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's equal share of 0 to n; as many cores take part as n can be divided by. (A kernel that
-        asks for its core_id is called once for each core.)"""
-        cores = divisor(n, CORES)
+        """A loop over this core's part of 0 to n. All parts are equal: as many cores take part as n
+        allows."""
+        cores = divisor(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
-        for i in self.loop(n // cores): yield core * (n // cores) + i
+        for i in self.loop(n // cores):
+            yield core * (n // cores) + i
 
-    def product(self, M: int, N: int, K: int, a, b, rows: int = 0, share: bool = False):
-        """For i < M and j < N: i, j and the sum over k < K of a(i, k) * b(k, j); the one place in this file where
-        matrices are multiplied. A tile of `rows` x N sums is in registers; for each k, a vector of b is fetched once
-        for all its rows, and a number of a once for all columns. Rows are unrolled here; columns are left to clang,
-        which makes vectors of them. With `share`, each core takes some tiles."""
-        rows = rows or divisor(M, 8)
-        sums = self.array(rows, N)
-        for tile in (self.share if share else self.loop)(-(-M // rows)):
-            numbered = [(r, step_back(tile, rows, M) + r) for r in range(rows)]
-            for j in self.loop(N):
-                for r, _ in numbered: sums[r, j] = 0.0
-            for k, j in self.loop(K, N):
-                b_kj = b(k, j)
-                for r, i in numbered: sums[r, j] += a(i, k) * b_kj
-            for j in self.loop(N):
-                for r, i in numbered: yield i, j, sums[r, j]
+    def fold(self, n: int, first: float, step):
+        """`total = first; for i < n: total = step(total, i)`, in 16 lanes side by side, which a vector
+        register holds. (A compiler may not change the order of a sum by itself.) Returns the lanes'
+        totals."""
+        width = min(n, 16)
+        lanes = self.array(width)
+        for lane in self.loop(width):
+            lanes[lane] = first
+        for i, lane in self.loop(n // width, width):
+            lanes[lane] = step(lanes[lane], i * width + lane)
+        if n % width:
+            for lane in self.loop(n % width):
+                lanes[lane] = step(lanes[lane], n - n % width + lane)
+        return [lanes[lane] for lane in range(width)]
 
-    def sum(self, n: int, term) -> UOp:
-        """The sum of term(i) over i < n, in up to 16 lanes (a compiler may not reorder a sum)."""
-        lanes = divisor(n, 16)
-        sums = self.array(lanes)
-        for lane in self.loop(lanes): sums[lane] = 0.0
-        for i, lane in self.loop(n // lanes, lanes): sums[lane] += term(i * lanes + lane)
-        return sum(sums[lane] for lane in range(lanes))
+    def sum(self, n: int, term):
+        """The sum of term(i) over i < n."""
+        return sum(self.fold(n, 0.0, lambda total, i: total + term(i)))
+
+    def max(self, n: int, term):
+        """The largest term(i) over i < n."""
+        return functools.reduce(UOp.maximum, self.fold(n, -1e30, lambda top, i: top.maximum(term(i))))
 
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
     return max(d for d in range(1, most + 1) if n % d == 0)
 
+@functools.cache
+def written_down(kernel, cores: int, *arguments, **options):
+    """The program of a kernel for arguments of these shapes. (`opts_to_apply=()`, `tag`: leave it as it
+    is.)"""
+    k = Kernel(cores)
+    kernel(k, *(Array(k, memory) for memory in arguments), **options)
+    name = "_".join(map(str, (kernel.__name__, *arguments[0].shape)))
+    return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)
+
+def exp(x):
+    """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is
+    a short sum (its Taylor series), and 2^n goes straight into the bits of the exponent. Unlike a call of the
+    C library's expf, this becomes vector instructions."""
+    t = (x * (1 / math.log(2))).maximum(-126.0)
+    n = (t - 0.5).cast(dtypes.int)
+    f = t - n.cast(dtypes.float)
+    power = t.const_like(math.log(2) ** 7 / math.factorial(7))
+    for k in range(6, -1, -1):
+        power = power * f + math.log(2) ** k / math.factorial(k)
+    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)
+
+# === Chapter 15. Products, and the way back
+#
+# 15.1 Plain, tiled, packed
+#
+# Nearly all of a GPT's arithmetic is products of matrices, C = A @ B. Three lines would do:
+#
+#     for i, j in k.loop(M, N):
+#         C[i, j] = k.sum(K, lambda kk: A[i, kk] * B[kk, j])
+#
+# Here every multiplication fetches two numbers, and B with a stride. *Tiled*: compute a tile of C at once,
+# say 4 rows by 64 columns, with its 256 sums in registers. For each k, fetch 64 numbers of B and 4 of A, and
+# use each of them 4 or 64 times: 68 fetches for 256 multiplications. This is `product`.
+#
+# *Packed*: as the tiles walk down A, the same 64 columns of B are read over and over. They should stay in the
+# cache, but its places are assigned by address, and rows of B that lie 4096 bytes apart all compete for the
+# same few. So we first copy a *panel*, some 1024 rows of these 64 columns, to where it lies without gaps;
+# after that, everything that is read lies side by side. Tuning a product beyond this is a craft of its own;
+# numpy's library (BLAS) has had decades of it, and `--bench` compares.
+
+TILE_ROWS = 4                  # together with TILE_COLUMNS, half of a core's vector registers
+TILE_COLUMNS = 64 if AVX512 else 16
+DEPTH = 1024                   # rows of a panel
+
 def step_back(tile, size: int, n: int):
     """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
     return tile * size if n % size == 0 else (tile * size).minimum(n - size)
 
-def exp(x: UOp) -> UOp:
-    """e^x for x <= 0 as 2^n * 2^f, f between -1/2 and 1/2: unlike a call of expf, this becomes vector instructions."""
-    t = (x * (1 / math.log(2))).maximum(-126.0)
-    n = (t - 0.5).cast(dtypes.int)
-    f, power = t - n.cast(dtypes.float), t.const_like(math.log(2) ** 7 / math.factorial(7))
-    for k in range(6, -1, -1):  # the Taylor series of 2^f
-        power = power * f + math.log(2) ** k / math.factorial(k)
-    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)  # 2^n: n goes into the bits of the exponent
+def product(k: Kernel, M: int, N: int, K: int, a, b, rows: int = 0, share: bool = False):
+    """For i < M and j < N: hand out i, j and the sum over kk < K of a(i, kk) * b(kk, j). Rows of a tile are
+    unrolled here; columns are left to clang, which makes vectors of them. With `share`, cores share the
+    tiles."""
+    rows = rows or divisor(M, 8)
+    sums = k.array(rows, N)
+    for tile in (k.share if share else k.loop)(-(-M // rows)):
+        first = step_back(tile, rows, M)
+        for j in k.loop(N):
+            for row in range(rows):
+                sums[row, j] = 0.0
+        for kk, j in k.loop(K, N):
+            b_kj = b(kk, j)
+            for row in range(rows):
+                sums[row, j] += a(first + row, kk) * b_kj
+        for j in k.loop(N):
+            for row in range(rows):
+                yield first + row, j, sums[row, j]
 
-@functools.cache
-def written_down(kernel, *arguments: UOp, **options) -> UOp:
-    k = Kernel()
-    kernel(k, *(Array(k, memory) for memory in arguments), **options)
-    name = "_".join(map(str, (kernel.__name__, *arguments[0].shape)))
-    return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)  # (tag: as it is)
+def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, column_sums=None):
+    """C (M, N) = A @ B, where A is (M, K) and B is (K, N), or lies transposed in memory; plus a bias (N,).
+    `column_sums` is where the sums of B's columns go, if they are wanted."""
+    M, N = C.rows, C.columns
+    K = A.rows if a_transposed else A.columns
+    blocks = -(-K // DEPTH)
+    # Where K has several blocks, sums go on in C from one to the next, so no two tiles may overlap.
+    rows = min(TILE_ROWS, M) if blocks == 1 else divisor(M, min(TILE_ROWS, M))
+    columns = min(TILE_COLUMNS, N) if blocks == 1 else divisor(N, min(TILE_COLUMNS, N))
+    depth = -(-K // blocks)
+    panels = -(-N // columns)
+    by_panels = divisor(panels, k.cores) >= divisor(-(-M // rows), k.cores)  # else the cores share the tiles
+    panel = k.array(depth, columns)
+    sums = k.array(columns)
 
-def run(kernel, *arguments: Tensor, back=None, **options) -> list[Tensor]:
-    """Run a kernel on tensors, outputs first; `back` is its gradient."""
-    fxn = functools.partial(written_down, kernel, **options)
-    return arguments[0].custom_kernel(*arguments[1:], fxn=fxn, grad_fxn=back)
+    def pack(j0, k0, last):
+        """Copy rows k0 to k0 + depth of columns j0 to j0 + columns; what lies beyond `last` counts as 0."""
+        order = (columns, depth) if b_transposed else (depth, columns)  # as B lies in memory
+        for outer, inner in k.loop(*order):
+            kk, j = (inner, outer) if b_transposed else (outer, inner)
+            value = B[j0 + j, k0 + kk] if b_transposed else B[k0 + kk, j0 + j]
+            panel[kk, j] = value if last is None else (k0 + kk < last).where(0.0, value)
+            if column_sums:
+                sums[j] += panel[kk, j]
 
-# 5.2 Matrix products
-
-def matmul(k, C, A, B, *more, a_transposed=False, b_transposed=False, column_sums=None):
-    """C = A @ B, (M, N) = (M, K) @ (K, N), either one transposed in memory if so said, plus what is in `more`: a vector
-    for every row, or a matrix. `column_sums` is where the sums of B's columns go, if they are wanted.
-
-    A panel of B, DEPTH x COLS, is packed into a copy without gaps, which stays in the cache while A streams past;
-    without it, rows that lie 4 KB apart compete for the same places in the cache, at half the speed."""
-    M, N, K = C.rows, C.shape[-1], A.rows if a_transposed else A.shape[-1]
-    rows, cols, blocks = min(ROWS, M), min(COLS, N), -(-K // DEPTH)
-    if blocks > 1: rows, cols = divisor(M, rows), divisor(N, cols)  # sums go on in C: no two tiles may overlap
-    depth, panels = -(-K // blocks), -(-N // cols)
-    by_panels = divisor(panels, CORES) >= divisor(-(-M // rows), CORES)  # else the cores share the tiles
-    panel, sums = k.array(depth, cols), k.array(cols)
     for number in (k.share if by_panels else k.loop)(panels):
-        j0 = step_back(number, cols, N)
-        for j in k.loop(cols): sums[j] = 0.0
+        j0 = step_back(number, columns, N)
+        for j in k.loop(columns):
+            sums[j] = 0.0
         for block in k.loop(blocks):
             k0 = step_back(block, depth, K)
-            for outer, inner in k.loop(*((cols, depth) if b_transposed else (depth, cols))):  # the order of memory
-                kk, j = (inner, outer) if b_transposed else (outer, inner)
-                value = B[j0 + j, k0 + kk] if b_transposed else B[k0 + kk, j0 + j]
-                panel[kk, j] = value if K % depth == 0 else (k0 + kk < block * depth).where(0.0, value)  # none twice
-                if column_sums: sums[j] += panel[kk, j]
+            pack(j0, k0, None if K % depth == 0 else block * depth)
             a = lambda i, kk: A[k0 + kk, i] if a_transposed else A[i, k0 + kk]
-            for i, j, value in k.product(M, cols, depth, a, panel.at, rows, share=not by_panels):
-                start = sum((e[j0 + j] if len(e.shape) == 1 else e[i, j0 + j] for e in more), 0.0)
-                C[i, j0 + j] = value + (start if blocks == 1 else (block > 0).where(C[i, j0 + j], start))
+            for i, j, value in product(k, M, columns, depth, a, panel.at, rows, share=not by_panels):
+                start = 0.0 if bias is None else bias[j0 + j]
+                before = start if blocks == 1 else (block > 0).where(C[i, j0 + j], start)
+                C[i, j0 + j] = value + before
         if column_sums:
-            for j in k.loop(cols): column_sums[j0 + j] = sums[j]
+            for j in k.loop(columns):
+                column_sums[j0 + j] = sums[j]
 
-def weights_back(k, dw, db, x, dy):
-    """The gradients of a product's weight, x^T @ dy, and of its bias."""
+# 15.2 The way back of a product
+#
+# In y = x @ w, y[i, j] is the sum of x[i, k] * w[k, j]. If the loss rises by dy[i, j] for each unit of y[i,
+# j], then it rises with x[i, k] by dy[i, j] * w[k, j], summed over all j that x[i, k] had a part in, and with
+# w[k, j] by x[i, k] * dy[i, j], summed over i:
+#
+#     dx = dy @ w^T        dw = x^T @ dy        and for a bias, added to each row:  db = the column sums of dy
+#
+# Two more products, which is why a training step costs three times as much as a forward pass. tinygrad asks
+# for them through a function that we hand over with the kernel: `back(dy, call)` receives the gradient of the
+# result and the call itself, and returns a gradient for each argument of the kernel, results first, None for
+# those that need none. (`call.src` are the arguments; `call.src[1].after(call)` is a result as the kernel
+# left it.)
+
+def weights_back(k, dw, x, dy, *, db=None):
+    """dw (I, O) = x^T @ dy, for x (..., I) and dy (..., O)."""
     matmul(k, dw, x, dy, a_transposed=True, column_sums=db)
 
-def matvec(k, y, x, w, *more):
-    """The same for a single row, y (N), as sampling needs it. Here every weight is used once, and all depends on how
-    quickly they come from memory: eight rows far apart are read side by side (26 GB/s on one core; one by one, 17)."""
-    (K, N), streams = w.shape, divisor(w.shape[0], 8)
-    for j in k.share(N): y[j] = sum(e[j] for e in more)
-    for i in k.loop(K // streams):
-        rows = [i + s * (K // streams) for s in range(streams)]
-        for j in k.share(N): y[j] = sum((x[r] * w[r, j] for r in rows), y[j])
+def weights_and_bias_back(k, dw, db, x, dy):
+    """The same, and db (O,)."""
+    weights_back(k, dw, x, dy, db=db)
 
-# 5.3 Flash attention (Dao et al. 2022, arXiv:2205.14135)
+# 15.3 A single row
 #
-# The plain form writes a T x T matrix of scores, reads it for the softmax, writes that and reads it again. Here a block
-# of queries meets one block of keys after the other and keeps three things: the largest score so far, the sum of
-# exponentials relative to it, and the sum of values weighted by them. When a larger score turns up, both sums fade by
-# the factor that they were too large. Memory grows with T, not with its square. On the way back the scores are computed
-# again from the saved logarithm of each sum: quicker than reading them. All is transposed, so that the Q queries of a
-# block lie across the lanes of the vector registers: no softmax needs a sum across lanes, and keys and values are used
-# as they lie in memory, one number at a time for all queries.
+# When writing, there is one token at a time: x has a single row, and every weight is used once. All depends
+# on how quickly weights come from memory. Eight rows, far apart, are read side by side, since the processor
+# follows several streams at once: 26 GB a second instead of 17, on one core.
 
-def flash(k, y, lse, qkv):
-    """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of exponentials."""
-    (B, T, _, H, D), Q = qkv.shape, divisor(qkv.shape[1], LANES)
-    query, score, out = k.array(D, Q), k.array(Q, Q), k.array(D, Q)
-    top, old_top, total, fade = (k.array(Q) for _ in range(4))
+def matvec(k, y, x, w, bias=None):
+    """y (N,) = x (K,) @ w (K, N), plus a bias (N,)."""
+    K, N = w.shape
+    streams = divisor(K, 8)
+    for j in k.share(N):
+        y[j] = 0.0 if bias is None else bias[j]
+    for i in k.loop(K // streams):
+        rows = [i + stream * (K // streams) for stream in range(streams)]
+        for j in k.share(N):
+            y[j] = sum((x[row] * w[row, j] for row in rows), y[j])
+
+def dot_rows(k, y, x, table):
+    """y (V,) = table (V, C) @ x (C,): each row of the table times x."""
+    V, C = table.shape
+    part = -(-V // k.cores)
+    for core in k.share(k.cores):  # V need not be divisible: the last part steps back
+        first = step_back(core, part, V)
+        for i in k.loop(part):
+            y[first + i] = k.sum(C, lambda c: table[first + i, c] * x[c])
+
+# === Chapter 16. Flash attention
+#
+# The plain form writes T x T scores, reads them for the softmax, writes the weights and reads them again: for
+# T = 4096 and 12 heads, 800 MB of each. *Flash attention* (Dao et al. 2022, arXiv:2205.14135) never has more
+# than a block of them. Is that possible? A softmax needs the sum over all scores first.
+#
+# It is, because a sum can be corrected. Take the scores 1, 3 | 2, 5, two at a time, with values v1 to v4.
+# After the first two, the largest is 3; relative to it, the sum of exponentials is e^-2 + e^0 = 1.135, and
+# the sum of weighted values is e^-2 v1 + e^0 v2. Then 5 turns up. Everything so far is too large by the
+# factor e^(5-3), so both sums *fade* by e^(3-5) = 0.135, and the new terms are added: 1.135 * 0.135 + e^-3 +
+# e^0 = 1.203. At the end divide one by the other. That is the softmax over all four; and nothing was ever
+# larger than e^0, so nothing overflows.
+#
+# >>> round(1.1353 * 0.1353 + math.exp(-3) + 1, 3) == round(sum(math.exp(s - 5) for s in (1, 3, 2, 5)), 3)
+# True
+#
+# So memory grows with T and not with its square. All is transposed in here: the queries of a block lie across
+# the lanes of the vector registers, so no step of the softmax needs a sum across lanes.
+
+LANES = 32 if AVX512 else 16  # queries in a block
+
+def flash(k, y, lse, qkv, keys=None, values=None):
+    """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
+    exponentials. Writing text, B = 1, it also leaves keys and values in the caches (1, H, S, D)."""
+    B, T, _, H, D = qkv.shape
+    Q = divisor(T, LANES)
+    query = k.array(D, Q)
+    score = k.array(Q, Q)
+    out = k.array(D, Q)
+    top = k.array(Q)
+    old_top = k.array(Q)
+    total = k.array(Q)
+    fade = k.array(Q)
     for bh in k.share(B * H):
+        b = bh // H
+        h = bh % H
+        if keys is not None:
+            for t, d in k.loop(T, D):
+                keys[b, h, t, d] = qkv[b, t, 1, h, d]
+                values[b, h, t, d] = qkv[b, t, 2, h, d]
         for block in k.loop(T // Q):
-            b, h, i0 = bh // H, bh % H, block * Q
-            for i in k.loop(Q): top[i], total[i] = -1e30, 0.0
-            for d, i in k.loop(D, Q): query[d, i], out[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5, 0.0
-            for key_block in k.loop(block + 1):  # of those that some query here may see
+            i0 = block * Q
+            for i in k.loop(Q):
+                top[i] = -1e30
+                total[i] = 0.0
+            for d, i in k.loop(D, Q):
+                query[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5
+                out[d, i] = 0.0
+            for key_block in k.loop(block + 1):  # of those that some query of this block may see
                 j0 = key_block * Q
-                for i in k.loop(Q): old_top[i] = top[i]
-                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 1, h, d], query.at):
+                for i in k.loop(Q):
+                    old_top[i] = top[i]
+                key = lambda j, d: qkv[b, j0 + j, 1, h, d]
+                for j, i, s in product(k, Q, Q, D, key, query.at):
                     score[j, i] = (j0 + j <= i0 + i).where(s, -1e30)
                     top[i] = top[i].maximum(score[j, i])
                 for i in k.loop(Q):
@@ -806,800 +1397,2573 @@ def flash(k, y, lse, qkv):
                 for j, i in k.loop(Q, Q):
                     score[j, i] = exp(score[j, i] - top[i])
                     total[i] += score[j, i]
-                for d, i, s in k.product(D, Q, Q, lambda d, j: qkv[b, j0 + j, 2, h, d], score.at):
+                value = lambda d, j: qkv[b, j0 + j, 2, h, d]
+                for d, i, s in product(k, D, Q, Q, value, score.at):
                     out[d, i] = out[d, i] * fade[i] + s
-            for i, d in k.loop(Q, D): y[b, i0 + i, h, d] = out[d, i] / total[i]
-            for i in k.loop(Q): lse[b, h, i0 + i] = top[i] + total[i].log()
+            for i, d in k.loop(Q, D):
+                y[b, i0 + i, h, d] = out[d, i] / total[i]
+            for i in k.loop(Q):
+                lse[b, h, i0 + i] = top[i] + total[i].log()
+
+# The way back. For one query, with weights p = softmax(s) and y = sum of p_j v_j, the loss rises with p_j by
+# dp_j = dy . v_j, and with v_j by p_j dy. A softmax's slope is dp_j/ds_i = p_j * ((1 if i = j, else 0) -
+# p_i), so
+#
+#     ds_i = sum over j of dp_j * dp_j/ds_i = p_i * (dp_i - sum over j of p_j dp_j) = p_i * (dp_i - dy . y)
+#
+# because the last sum is dy . (sum of p_j v_j). So one number for each query, dy . y, replaces a sum over all
+# keys. With s = q . k / sqrt(D), dq and dk follow as for any product. The weights are computed again from the
+# saved lse, p = exp(s - lse): quicker than reading them from memory.
 
 def flash_back(k, dqkv, dy, y, lse, qkv):
-    """With p the softmax and s the scores: dv = p^T dy, ds = p * (dy v^T - dy . y), dq = ds k, dk = ds^T q."""
-    (B, T, _, H, D), Q = qkv.shape, divisor(qkv.shape[1], LANES)
-    query, grad, dquery = (k.array(D, Q) for _ in range(3))
-    prob, dscore, dot = k.array(Q, Q), k.array(Q, Q), k.array(Q)
+    """The gradient of qkv from that of y (both shaped as in `flash`)."""
+    B, T, _, H, D = qkv.shape
+    Q = divisor(T, LANES)
+    query = k.array(D, Q)
+    grad = k.array(D, Q)
+    dquery = k.array(D, Q)
+    prob = k.array(Q, Q)
+    dscore = k.array(Q, Q)
+    dot = k.array(Q)
     for bh in k.share(B * H):
-        b, h = bh // H, bh % H
-        for t, part, d in k.loop(T, 3, D): dqkv[b, t, part, h, d] = 0.0
+        b = bh // H
+        h = bh % H
+        for t, part, d in k.loop(T, 3, D):
+            dqkv[b, t, part, h, d] = 0.0
         for block in k.loop(T // Q):
             i0 = block * Q
-            for i in k.loop(Q): dot[i] = 0.0
+            for i in k.loop(Q):
+                dot[i] = 0.0
             for d, i in k.loop(D, Q):
-                query[d, i], dquery[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5, 0.0
+                query[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5
+                dquery[d, i] = 0.0
                 grad[d, i] = dy[b, i0 + i, h, d]
                 dot[i] += grad[d, i] * y[b, i0 + i, h, d]
             for key_block in k.loop(block + 1):
                 j0 = key_block * Q
-                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 1, h, d], query.at):
+                key = lambda j, d: qkv[b, j0 + j, 1, h, d]
+                value = lambda j, d: qkv[b, j0 + j, 2, h, d]
+                for j, i, s in product(k, Q, Q, D, key, query.at):
                     prob[j, i] = (j0 + j <= i0 + i).where(exp(s - lse[b, h, i0 + i]), 0.0)
-                for j, i, s in k.product(Q, Q, D, lambda j, d: qkv[b, j0 + j, 2, h, d], grad.at):
+                for j, i, s in product(k, Q, Q, D, value, grad.at):
                     dscore[j, i] = prob[j, i] * (s - dot[i])
-                for d, i, s in k.product(D, Q, Q, lambda d, j: qkv[b, j0 + j, 1, h, d], dscore.at):
+                for d, i, s in product(k, D, Q, Q, lambda d, j: key(j, d), dscore.at):
                     dquery[d, i] += s
-                for j, d, s in k.product(Q, D, Q, dscore.at, lambda i, d: qkv[b, i0 + i, 0, h, d]):
+                for j, d, s in product(k, Q, D, Q, dscore.at, lambda i, d: qkv[b, i0 + i, 0, h, d]):
                     dqkv[b, j0 + j, 1, h, d] += s * D**-0.5
-                for j, d, s in k.product(Q, D, Q, prob.at, lambda i, d: dy[b, i0 + i, h, d]):
+                for j, d, s in product(k, Q, D, Q, prob.at, lambda i, d: dy[b, i0 + i, h, d]):
                     dqkv[b, j0 + j, 2, h, d] += s
-            for i, d in k.loop(Q, D): dqkv[b, i0 + i, 0, h, d] = dquery[d, i] * D**-0.5
+            for i, d in k.loop(Q, D):
+                dqkv[b, i0 + i, 0, h, d] = dquery[d, i] * D**-0.5
 
-# 5.4 GELU, layer norm, embeddings, cross-entropy
+# === Chapter 17. The other operations
+#
+# `gelu` is computed as u * s with s = sigmoid(z), z = 2 sqrt(2/pi) (u + 0.044715 u^3), which is part I's
+# formula with tanh written as a sigmoid. As s' = s (1 - s) z', the slope of u * s is s + u s (1 - s) z'.
 
-def gelu(k, out, u, *dg):
-    """u * s with s = sigmoid(2 sqrt(2 / pi) (u + 0.044715 u^3)), the tanh form rewritten; or, given dg, dg * slope."""
+def gelu(k, out, u, dout=None):
+    """u (...) -> out (...); or, given the gradient of gelu(u), that of u."""
     c = 2 * math.sqrt(2 / math.pi)
-    for i in k.share(u.rows * u.shape[-1]):
+    for i in k.share(u.rows * u.columns):
         z = u[i] * (u[i] * u[i] * 0.044715 + 1.0) * c
-        e = exp(-(z < 0).where(-z, z))
+        e = exp(-(z < 0).where(-z, z))  # (never of a positive number)
         s = (z < 0).where(e, 1.0) / (e + 1.0)
         slope = s + u[i] * s * (1.0 - s) * (u[i] * u[i] * (3 * 0.044715) + 1.0) * c
-        out[i] = dg[0][i] * slope if dg else u[i] * s
+        out[i] = u[i] * s if dout is None else dout[i] * slope
 
-def norm(k, y, stats, x, w, b):
-    """y (M, C), and stats (M, 2): the mean of each row of x (M, C), and one over its standard deviation."""
-    M, C = x.rows, x.shape[-1]
-    for i in k.share(M):
+# The way back of `layer_norm`. y = hat * w + b, and hat = (x - mean) * scale has mean 0 and mean square 1.
+# Let g = dy * w, what arrives at hat. If all of x is shifted, or stretched about its mean, hat stays as it
+# is; so what g says along these two directions must not reach x. Along the shift it says mean(g), along the
+# stretch mean(g * hat):
+#
+#     dx = (g - mean(g) - hat * mean(g * hat)) * scale,    dw = sum over rows of dy * hat,    db = sum of dy
+
+def layer_norm(k, y, stats, x, w, b=None):
+    """y (M, C); stats (M, 2) keeps the mean of each row of x (M, C), and one over its standard deviation."""
+    C = x.columns
+    for i in k.share(x.rows):
         mean = k.sum(C, lambda c: x[i, c]) * (1 / C)
-        scale = (k.sum(C, lambda c: (x[i, c] - mean).square()) * (1 / C) + 1e-5).rsqrt()
-        for c in k.loop(C): y[i, c] = (x[i, c] - mean) * scale * w[c] + b[c]
-        stats[i, 0], stats[i, 1] = mean, scale
+        variance = k.sum(C, lambda c: (x[i, c] - mean).square()) * (1 / C)
+        scale = (variance + 1e-5).rsqrt()
+        for c in k.loop(C):
+            hat = (x[i, c] - mean) * scale
+            y[i, c] = hat * w[c] if b is None else hat * w[c] + b[c]
+        stats[i, 0] = mean
+        stats[i, 1] = scale
 
-def norm_back(k, dx, dy, x, w, stats):
-    M, C = x.rows, x.shape[-1]
-    for i in k.share(M):
-        mean, scale = stats[i, 0], stats[i, 1]
+def layer_norm_back(k, dx, dy, x, w, stats):
+    """The gradient of x (M, C)."""
+    C = x.columns
+    for i in k.share(x.rows):
+        mean = stats[i, 0]
+        scale = stats[i, 1]
         hat = lambda c: (x[i, c] - mean) * scale
         g = lambda c: dy[i, c] * w[c]
-        along, across = (k.sum(C, term) * (1 / C) for term in (g, lambda c: g(c) * hat(c)))
-        for c in k.loop(C): dx[i, c] = (g(c) - along - hat(c) * across) * scale
+        shift = k.sum(C, g) * (1 / C)
+        stretch = k.sum(C, lambda c: g(c) * hat(c)) * (1 / C)
+        for c in k.loop(C):
+            dx[i, c] = (g(c) - shift - hat(c) * stretch) * scale
 
-def norm_weights_back(k, dw, db, dy, x, stats):
-    """Sums over rows. Each core takes columns of its own, so no two meet in a sum."""
-    M, C = x.rows, x.shape[-1]
-    for c in k.share(C): dw[c], db[c] = 0.0, 0.0
-    for i in k.loop(M):
-        mean, scale = stats[i, 0], stats[i, 1]
+def layer_norm_weights_back(k, dw, *rest):
+    """The gradients of w (C,) and, if it is there, b (C,). Each core sums columns of its own, so no two
+    meet."""
+    *db, dy, x, stats = rest
+    C = x.columns
+    for c in k.share(C):
+        for d in (dw, *db):
+            d[c] = 0.0
+    for i in k.loop(x.rows):
+        mean = stats[i, 0]
+        scale = stats[i, 1]
         for c in k.share(C):
             dw[c] += dy[i, c] * (x[i, c] - mean) * scale
-            db[c] += dy[i, c]
+            for d in db:
+                d[c] += dy[i, c]
 
-def embed(k, x, wte, wpe, idx, *start):
-    B, T, C = x.shape
-    for b in k.share(B):
-        for t, c in k.loop(T, C): x[b, t, c] = wte[idx[b * T + t], c] + wpe[start[0][0] if start else t, c]
+# Looking up a row is copying it; the way back adds each row's gradient to its row in the table. A number that
+# is no row's (part I would give zeros, or count from the end) becomes NaN, which nobody can overlook.
 
-def embed_back(k, dwte, dwpe, dx, idx):
-    """Adds to dwte, which the head has written before (their table is one), and writes dwpe. Tokens repeat, so here,
-    too, each core takes columns of its own."""
-    B, T, C = dx.shape
-    for t in k.loop(dwpe.shape[0]):
-        for c in k.share(C): dwpe[t, c] = 0.0
-    for b, t in k.loop(B, T):
+def embed(k, x, table, idx):
+    """x (..., C): for each of idx (...) its row of the table (N, C)."""
+    N, C = table.shape
+    for i in k.share(x.rows):
+        row = idx[i]
+        inside = (row >= 0) & (row < N)
+        safe = inside.where(row, 0)
+        for c in k.loop(C):
+            x[i, c] = inside.where(table[safe, c], math.nan)
+
+def embed_back(k, dtable, dx, idx):
+    """The gradient of the table. Tokens repeat, so here, too, each core takes columns of its own."""
+    N, C = dtable.shape
+    for row in k.loop(N):
         for c in k.share(C):
-            dwte[idx[b * T + t], c] += dx[b, t, c]
-            dwpe[t, c] += dx[b, t, c]
+            dtable[row, c] = 0.0
+    for i in k.loop(dx.rows):
+        row = idx[i].maximum(0).minimum(N - 1)
+        for c in k.share(C):
+            dtable[row, c] += dx[i, c]
 
-def cross_entropy(k, logits, loss, targets, *_):
-    """Logits as columns, (V, M), and targets (M,) -> the loss of each token (M,). The logits are overwritten with the
-    gradient of that loss, softmax - 1 at the target: they are the largest array there is, so there is only one."""
-    (V, M), Q = logits.shape, divisor(logits.shape[1], COLS)
-    top, total = k.array(Q), k.array(Q)
-    for strip in k.share(M // Q):
-        j0 = strip * Q
-        for j in k.loop(Q): top[j], total[j] = -1e30, 0.0
-        for v, j in k.loop(V, Q): top[j] = top[j].maximum(logits[v, j0 + j])
-        for v, j in k.loop(V, Q): total[j] += exp(logits[v, j0 + j] - top[j])
-        for j in k.loop(Q): loss[j0 + j] = top[j] + total[j].log() - logits[targets[j0 + j], j0 + j]
-        for v, j in k.loop(V, Q):
-            logits[v, j0 + j] = exp(logits[v, j0 + j] - top[j]) / total[j] - targets[j0 + j].eq(v).where(1.0, 0.0)
+# Cross-entropy is lse - logit of the target, where lse = ln(sum of exp(logits)). lse rises with a logit by
+# exp(logit) / sum, which is its softmax: so the gradient is the probabilities, minus 1 at the target. It
+# says: less of everything, in proportion to how much you believed in it, and more of what came.
 
-def cached_attention(k, y, keys, values, qkv, position):
-    """Attention of one new token, qkv (3, H, D) -> y (H, D), which first takes its place in the caches (H, P, D)."""
-    H, P, D = keys.shape
-    score, top, total, last = k.array(P), k.array(1), k.array(1), position[0]
-    for h in k.share(H):
-        for d in k.loop(D): keys[h, last, d], values[h, last, d], y[h, d] = qkv[H + h, d], qkv[2 * H + h, d], 0.0
-        top[0], total[0] = -1e30, 0.0
-        for j in k.loop(last + 1): score[j] = k.sum(D, lambda d: qkv[h, d] * keys[h, j, d]) * D**-0.5
-        for j in k.loop(last + 1): top[0] = top[0].maximum(score[j])
-        for j in k.loop(last + 1): score[j] = exp(score[j] - top[0])
-        for j in k.loop(last + 1): total[0] += score[j]
-        for j, d in k.loop(last + 1, D): y[h, d] += score[j] / total[0] * values[h, j, d]
+def cross_entropy(k, loss, lse, logits, targets):
+    """loss (M,) and lse (M,) of logits (M, V) and targets (M,)."""
+    V = logits.columns
+    for i in k.share(logits.rows):
+        top = k.max(V, lambda v: logits[i, v])
+        total = k.sum(V, lambda v: exp(logits[i, v] - top))
+        lse[i] = top + total.log()
+        target = targets[i]
+        inside = (target >= 0) & (target < V)
+        loss[i] = inside.where(lse[i] - logits[i, inside.where(target, 0)], math.nan)
 
-def dot_rows(k, logits, x, wte):
-    """logits (V,), of one token x (C,): each row of the table (V, C) times x."""
-    (V, C), part = wte.shape, -(-wte.shape[0] // CORES)
-    for core in k.share(CORES):  # V may be odd
-        first = step_back(core, part, V)
-        for i in k.loop(part): logits[first + i] = k.sum(C, lambda c: wte[first + i, c] * x[c])
+def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
+    """The gradient of the logits (M, V) from that of each token's loss (M,)."""
+    V = logits.columns
+    for i in k.share(logits.rows):
+        weight = dloss[i]
+        log_total = lse[i]
+        for v in k.loop(V):
+            dlogits[i, v] = exp(logits[i, v] - log_total) * weight
+        dlogits[i, targets[i].maximum(0).minimum(V - 1)] += -weight
 
-# 5.5 Adam in one pass over memory (left to itself, tinygrad makes three, one for each vector that it writes)
+# === Chapter 18. Adam in one pass over memory
+#
+# Left to itself, tinygrad reads and writes memory once for each of theta, m and v, on one core. Summing 100
+# million squares one by one in float32 loses digits, as each is tiny next to the sum; so we sum blocks, and
+# their sums in float64.
 
-BLOCK = 1024  # numbers; the flat vectors have a multiple of CORES such blocks, so that all cores get equal shares
+def square_sums(k, after, before, gradient):
+    """after (cores,) float64 = before + each core's part of the sum of squares of a gradient."""
+    cores = after.rows * after.columns
+    n = gradient.rows * gradient.columns
+    part = -(-n // cores)
+    block = min(4096, part)
+    for core in k.share(cores):
+        after[core] = before[core]
+        for number in k.loop(-(-part // block)):
+            first = core * part + number * block
 
-def square_sums(k, parts, grad):
-    """parts (cores,): each core's share of the gradient's squared length."""
-    n = grad.shape[0] // parts.shape[0]
-    for core in k.share(parts.shape[0]): parts[core] = k.sum(n, lambda i: grad[core * n + i].square())
+            def square(i):
+                place = first + i
+                inside = (number * block + i < part) & (place < n)
+                value = gradient[inside.where(place, 0)]
+                return inside.where(value * value, 0.0)
+            after[core] += k.sum(block, square).cast(dtypes.double)
 
-def adamw(k, theta, m, v, grad, parts, rates, n_decay: int, beta1: float, beta2: float, grad_clip: float, decay: float):
-    """One step of AdamW in place (AdamW.step has the formulas). A gradient that is not finite changes nothing."""
-    norm = sum(parts[core] for core in range(parts.shape[0])).sqrt()
-    fine, scale = norm < math.inf, (norm < grad_clip).where(1.0, grad_clip / norm)
-    rate, unbias_m, unbias_v = rates[0], rates[1], rates[2]
-    for i in k.share(theta.shape[0]):
-        g = grad[i] * scale
-        m[i] = fine.where(m[i] * beta1 + g * (1 - beta1), m[i])
-        v[i] = fine.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
-        change = m[i] * unbias_m / ((v[i] * unbias_v).sqrt() + 1e-8) + (i < n_decay).where(decay, 0.0) * theta[i]
-        theta[i] = fine.where(theta[i] - rate * change, theta[i])
+def adamw(k, theta, m, v, gradient, scale, rates, *, beta1: float, beta2: float, decay: float):
+    """A step of AdamW in place, as `Plain.adamw` has it. With a scale of 0 nothing changes."""
+    taken = scale[0] > 0.0
+    shorter = scale[0]
+    rate = rates[0]
+    start_1 = rates[1]
+    start_2 = rates[2]
+    for i in k.share(theta.rows * theta.columns):
+        g = gradient[i] * shorter
+        m[i] = taken.where(m[i] * beta1 + g * (1 - beta1), m[i])
+        v[i] = taken.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
+        change = (m[i] / start_1) / ((v[i] / start_2).sqrt() + 1e-8) + theta[i] * decay
+        theta[i] = taken.where(theta[i] - change * rate, theta[i])
 
-# 5.6 The operations of chapter 4, made of these kernels
+# === Chapter 19. All cores at once
+#
+# A recording is a list of kernels with the memory that each works on. tinygrad goes down that list in Python,
+# 40 microseconds a kernel, and calls a kernel that is shared among cores for one core after the other. We let
+# every core have a thread that goes down a list of its own, in compiled code:
+#
+#     for (n = 0; n < length; n++) {
+#         lines[n].program(lines[n].arguments ..., my core's number);
+#         mine = n + 1;                                  // tell the others that I am done with n + 1 kernels,
+#         for (t = 0; t < threads; t++)                  // and wait until they are, too: the next kernel
+#             while (done[t] < n + 1)                    // may need what they have computed
+#                 let_others_run();
+#     }
+#
+# That takes 1.4 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
+# compiler.
 
-class Fast:
-    """Plain's operations by the kernels of this chapter: the same arguments and results, to float32's rounding."""
-    written: list[UOp] = []  # noqa: RUF012  the parameters' gradients in the making, for flat_gradient to collect
-
-    def give(kernel, parameters, *arguments: Tensor, **options) -> list[UOp]:
-        """Run a kernel that writes gradients of parameters: into their windows on the model's vector of gradients, if
-        there is one."""
-        outs = [Tensor.zeros(*w.shape).contiguous() if w.grad is None else w.grad for w in parameters]
-        given = [g.uop for g in run(kernel, *outs, *arguments, **options)[:len(outs)]]
-        Fast.written += given
-        return given
-
-    def embed(idx, wte, wpe, start=None):
-        def back(dx, _):
-            return None, *Fast.give(embed_back, (wte, wpe), Tensor(dx), idx), None
-        more = () if start is None else (start,)
-        return run(embed, Tensor.empty(*idx.shape, wte.shape[1]), wte, wpe, idx, *more, back=back)[0]
-
-    def layer_norm(x, ln):
-        def back(dy, call):
-            dy, stats = Tensor(dy), Tensor(call.src[2].after(call))
-            dx = run(norm_back, Tensor.empty(*x.shape), dy, x, ln.weight, stats)[0]
-            return None, None, dx.uop, *Fast.give(norm_weights_back, (ln.weight, ln.bias), dy, x, stats)
-        return run(norm, Tensor.empty(*x.shape), Tensor.empty(*x.shape[:-1], 2), x, ln.weight, ln.bias, back=back)[0]
-
-    def linear(x, layer, residual=None):
-        def back(dy, _):
-            dx = run(matmul, Tensor.empty(*x.shape), Tensor(dy), w, b_transposed=True)[0].uop
-            return None, dx, *Fast.give(weights_back, (w, layer.bias), x, Tensor(dy)), *(dy for _ in more)
-        w, more = layer.weight, () if residual is None else (residual,)
-        y, kernel = Tensor.empty(*x.shape[:-1], w.shape[1]), matvec if x.numel() == w.shape[0] else matmul
-        return run(kernel, y, x, w, layer.bias, *more, back=back)[0]
-
-    def gelu(u):
-        back = lambda dg, _: (None, run(gelu, Tensor.empty(*u.shape), u, Tensor(dg))[0].uop)
-        return run(gelu, Tensor.empty(*u.shape), u, back=back)[0]
-
-    def attention(qkv, n_head):
-        def back(dy, call):
-            y, lse = (Tensor(out.after(call)) for out in call.src[1:3])
-            return None, None, run(flash_back, Tensor.empty(*x.shape), Tensor(dy), y, lse, x)[0].uop
-        (B, T, C3), H = qkv.shape, n_head
-        x = qkv.reshape(B, T, 3, H, C3 // 3 // H)
-        return run(flash, Tensor.empty(B, T, H, x.shape[-1]), Tensor.empty(B, H, T), x, back=back)[0].reshape(B, T, -1)
-
-    def cached_attention(qkv, n_head, keys, values, position):
-        y, x = Tensor.empty(n_head, keys.shape[2]), qkv.reshape(3 * n_head, -1)
-        return run(cached_attention, y, keys, values, x, position)[0].reshape(1, 1, -1)
-
-    def logits(x, wte):
-        return run(dot_rows, Tensor.empty(wte.shape[0]), x, wte)[0]
-
-    def loss(x, wte, targets):
-        def back(dloss, call):
-            # The kernel has left the gradient of each token's loss in the logits; `dloss` (B * T,) scales it.
-            scale, dlogits = Tensor(dloss).reshape(*targets.shape, 1), Tensor(call.src[1].after(call))
-            dwte, = Fast.give(matmul, (wte,), dlogits, (x * scale).contiguous())
-            dlogits = Tensor(dlogits.uop.after(dwte))  # so dwte is written before embed_back, far below, adds to it
-            dx = run(matmul, Tensor.empty(*x.shape), dlogits, wte, a_transposed=True)[0]
-            return None, None, None, (dx * scale).uop, dwte
-        logits = Tensor.empty(wte.shape[0], targets.numel())
-        logits = run(matmul, logits, wte.detach(), x.detach(), b_transposed=True)[0]
-        return run(cross_entropy, logits, Tensor.empty(targets.numel()), targets, x, wte, back=back)[1].mean()
-
-PLAIN = False  # --plain sets it
-
-def default_ops():
-    """Fast where its kernels were tried: on tinygrad's CPU device with clang. Elsewhere, and for --plain, Plain."""
-    tried = Device.DEFAULT == "CPU" and type(Device["CPU"].renderer).__name__ == "ClangRenderer"
-    return Fast if tried and not PLAIN else Plain
-
-# 5.7 Compiled once
-
-class Programs(dict):
-    """tinygrad's table of compiled kernels, with a copy in tinygrad's cache on disk. By itself it keeps there only
-    what clang made, not what its own Python did, a tenth of a second a kernel: with both, a second run starts in two
-    seconds instead of five."""
-
-    def on_disk(self, key: tuple) -> tuple[str, str]:
-        return "minimiggy", hashlib.sha256(repr((key[0], str(key[2]), key[3:])).encode()).hexdigest()
-
-    def get(self, key):
-        if not super().__contains__(key): super().__setitem__(key, diskcache_get(*self.on_disk(key)))
-        return self[key]
-
-    def __contains__(self, key) -> bool:
-        return self.get(key) is not None
-
-    def __setitem__(self, key, program) -> None:
-        super().__setitem__(key, program)
-        sink, linear, *code = program.src  # what running does not need is left out: it would take long to read
-        arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
-        diskcache_put(*self.on_disk(key), program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code)))
-
-codegen.to_program_cache = realize.to_program_cache = Programs(codegen.to_program_cache)
-
-def start_deaf(process, start=worker._WorkerProcess._Popen):
-    """Start one of tinygrad's compiling processes. A terminal sends Ctrl-C to all of a program's processes; these do
-    not hear what is held back while they start, and so do not die of it with a traceback each."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: return start(process)
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-worker._WorkerProcess._Popen = staticmethod(start_deaf)
-
-# 5.8 All cores at once
+def replay_program(threads: int, length: int, width: int):
+    """The loop above, for lists of `length` lines of `width` words: the program, its arguments, and the
+    address of the C library's sched_yield. Its own arguments are the list, the place of `mine`, and the row
+    of all `done`."""
+    n = UOp.range(length, 0)
+    lines = UOp.param(0, dtypes.uint64, (length * width,), volatile=True)
+    mine = UOp.param(1, dtypes.uint64, (1,), volatile=True)
+    done = UOp.param(2, dtypes.uint64, (8 * threads,), volatile=True)  # 8: each thread has a cache line
+    count = n.cast(dtypes.uint64) + 1
+    line = [lines.after(n)[n * width + word].load() for word in range(width - 1)]
+    call = line[0].call(*line[1:], ret_dtype=dtypes.void)
+    last = mine.after(UOp(Ops.BARRIER, src=(call,)))[0].store(count)
+    for thread in range(threads):
+        loop = UOp.loop(1 + thread)
+        nap = lines.after(last, loop)[n * width + width - 1].load().call(ret_dtype=dtypes.void)
+        seen = done.after(last, nap)[thread * 8].load()
+        last = seen.end(loop, seen < count)
+    end = UOp(Ops.BARRIER, src=(last,)).end(n)
+    return end.sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
 
 class Crew:
-    """Replays what a TinyJit has recorded, a list of kernels and of the memory that each works on, on `threads` cores.
-    tinygrad goes down that list in Python, 40 microseconds a kernel, and calls a shared kernel for one core after the
-    other. Here each core gets a thread that goes down a list of its own in compiled code, and after each kernel waits
-    until the other cores have come as far: 1.4 microseconds a kernel."""
-
-    def __init__(self, jit: TinyJit, threads: int):
-        self.jit, self.done, lists = jit, np.zeros((threads, 8), np.uint64), [[] for _ in range(threads)]
-        rest = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value  # the C library's "let others run"
-        for call in jit.captured.linear.src:
-            program, info, args = get_runtime("CPU", call.src[0]), call.src[0].arg, get_call_arg_uops(call)
-            words = [args[i].buffer.ensure_allocated().get_buf("CPU").va_addr for i in info.globals]
-            lines = [[program.addr, *words, core] for core in range(info.global_size[0])]  # core_id comes last
-            lines += [[rest]] * (-len(lines) % threads)  # a thread without a share rests
-            for i, line in enumerate(lines): lists[i % threads].append(line)
-        width = max(map(len, itertools.chain(*lists)))
-        self.lists = np.array([[x + [0] * (width - len(x)) + [rest] for x in lines] for lines in lists], np.uint64)
-        self.program = Device["CPU"].runtime(to_program(self.replay(), Device["CPU"].renderer).to_elf())
+    """Calls all kernels of a recording, on so many threads. The numbers do not depend on how many."""
+    def __init__(self, calls: list, threads: int):
+        rest = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+        lists = [[] for _ in range(threads)]
+        for address, arguments, shares in calls:
+            lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
+            lines += [[rest]] * (-shares % threads)                          # who has no share rests
+            for i, line in enumerate(lines):
+                lists[i % threads].append(line)
+        width = max(len(line) for line in lists[0] + lists[-1])
+        words = [[line + [0] * (width - len(line)) + [rest] for line in lines] for lines in lists]
+        self.lists = np.array(words, np.uint64)                              # (threads, length, width + 1)
+        self.done = np.zeros((threads, 8), np.uint64)
+        program = to_program(replay_program(*self.lists.shape), Device["CPU"].renderer)
+        self.program = Device["CPU"].runtime(program.to_elf())
         self.arguments = [[ctypes.c_uint64(array.ctypes.data) for array in (lines, mine, self.done)]
                           for lines, mine in zip(self.lists, self.done, strict=True)]
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
-    def replay(self) -> UOp:
-        """The loop that each thread runs: call a kernel, tell that it is done, wait for the others."""
-        (threads, length, width), n = self.lists.shape, UOp.range(self.lists.shape[1], 0)
-        lines, mine, done = (UOp.param(slot, dtypes.uint64, (size,), volatile=True) for slot, size in
-                             enumerate((length * width, 1, 8 * threads)))  # 8: a cache line for each thread
-        count, line = n.cast(dtypes.uint64) + 1, [lines.after(n)[n * width + word].load() for word in range(width - 1)]
-        last = mine.after(UOp(Ops.BARRIER, src=(line[0].call(*line[1:], ret_dtype=dtypes.void),)))[0].store(count)
-        for thread in range(threads):
-            loop = UOp.loop(1 + thread)
-            nap = lines.after(last, loop)[n * width + width - 1].load().call(ret_dtype=dtypes.void)
-            seen = done.after(last, nap)[thread * 8].load()
-            last = seen.end(loop, seen < count)
-        return UOp(Ops.BARRIER, src=(last,)).end(n).sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
-
-    def __call__(self):
+    def __call__(self) -> None:
         self.done[:] = 0
         others = [self.pool.submit(self.program.fxn, *arguments) for arguments in self.arguments[1:]]
         self.program.fxn(*self.arguments[0])
-        for other in others: other.result()
-        return self.jit.captured.ret
+        for other in others:
+            other.result()
 
-# ====================================================================================================================
-# Chapter 6. Adam and the training step
-#
-# Training is one step over and over. Take a batch of random passages; predict every next token in them; measure the
-# loss; compute its gradient, the direction in which each parameter would raise it; go a little the other way. How far,
-# is Adam's business (Kingma & Ba 2015, arXiv:1412.6980): it keeps two running averages for each parameter, of the
-# gradient (m, so that noise cancels) and of its square (v, so that each parameter gets a step suited to its own
-# scale). AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also shrinks every matrix weight a little at each step.
-#
-# TinyJit records the kernels that the step runs and from then on replays the recording: Python's own time, tens of
-# milliseconds of building and scheduling the graph, is paid once.
+# To wake a second thread takes 50 microseconds, in which a small model has written its token. So for a short
+# recording we try both, a few times each, and stay with what was faster.
 
-def get_batch(data: np.ndarray, config: TrainConfig, block_size: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batch of a step, (grad_accum, B, T) int32 twice, the second one place on: a function of seed and step."""
-    rng = np.random.default_rng((config.seed, step))
-    starts = rng.integers(0, len(data) - block_size, (config.grad_accum, config.batch_size, 1))
-    windows = data[starts + np.arange(block_size + 1)]                        # (grad_accum, B, T + 1)
-    return windows[..., :-1].astype(np.int32), windows[..., 1:].astype(np.int32)
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rise over the warm-up (Adam's averages are poor at first), then fall along half a cosine to min_lr."""
-    if step < config.warmup_steps: return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
-    return config.min_lr + (config.learning_rate - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-def put(tensor: Tensor, array: np.ndarray) -> None:
-    """Copy an array of the tensor's dtype into its own memory, where recorded kernels will look for it."""
-    buffer = tensor.uop.base.buffer.ensure_allocated()
-    buffer.allocator._copyin(buffer._buf, memoryview(np.ascontiguousarray(array)).cast("B"))
-
-def fetch(tensor: Tensor) -> np.ndarray:
-    """A copy of a computed float32 tensor; quicker than tensor.numpy(), which first looks for work to do."""
-    array, buffer = np.empty(tensor.shape, np.float32), tensor.uop.base.buffer
-    buffer.allocator._copyout(memoryview(array.reshape(-1)).cast("B"), buffer._buf)
-    return array
-
-def recorded(ops, function, threads: int | None = None):
-    """`function`, which takes nothing, with its kernels recorded at the first call and replayed from then on."""
-    replay = jit = TinyJit(function)
-    jit.cnt = 1  # TinyJit counts its calls and runs the first one unrecorded; we need no trial run
-    def call():
-        nonlocal replay
-        result = replay()
-        if ops is Fast and replay is jit and jit.captured is not None: replay = Crew(jit, threads or CORES)
-        return result
-    return call
-
-def flat_gradient(model: GPT, loss: Tensor) -> Tensor:
-    """Compute `loss` and its gradient for all parameters; return the latter, model.grad in the layout of model.flat."""
-    model.make_room_for_gradients()
-    if model.ops is Fast:
-        # The kernels write into model.grad themselves, and Fast.written lists what they wrote. Asking for one gradient
-        # at the bottom of the model builds the whole way back.
-        Fast.written.clear()
-        loss.gradient(model.wpe.weight)
-        written = [Tensor(gradient) for gradient in Fast.written]
-    else:
-        parameters = get_state_dict(model).values()
-        written = [p.grad.assign(g) for p, g in zip(parameters, loss.gradient(*parameters), strict=True)]
-    Tensor.realize(loss, *written)
-    return model.grad
-
-DEVICES = 1  # --devices sets it, where Plain runs
-
-def spread_loss(model: GPT, x: Tensor, y: Tensor, key: Tensor) -> Tensor:
-    """The loss of a batch (B, T), computed on DEVICES devices. Each gets a share of the sequences and a copy of all
-    parameters; tinygrad sums their gradients on the first. (Fast's kernels share their loops among cores instead.)"""
-    if DEVICES == 1 or model.ops is Fast: return model.loss(x, y, key)
-    devices, parameters = tuple(f"{Device.DEFAULT}:{n}" for n in range(DEVICES)), get_state_dict(model).values()
-    before = [Tensor(parameter.uop) for parameter in parameters]
-    for parameter in parameters: parameter.replace(parameter.shard(devices))
-    loss = model.loss(x.shard(devices, axis=0), y.shard(devices, axis=0), key.shard(devices)).to(Device.DEFAULT)
-    for parameter, single in zip(parameters, before, strict=True): parameter.replace(single)
-    return loss
-
-class AdamW:
-    """Adam with decoupled weight decay over the model's one vector of parameters; `m` and `v` have its shape."""
-    def __init__(self, model: GPT, config: TrainConfig):
-        model.make_room_for_gradients()
-        self.model, self.config = model, config
-        self.m, self.v = (Tensor(np.zeros(model.flat.shape, np.float32)).realize() for _ in range(2))
-        shape = (config.grad_accum, config.batch_size, model.config.block_size)
-        self.x, self.y = (Tensor(np.zeros(shape, np.int32)).realize() for _ in range(2))
-        self.rates, self.key = Tensor(np.zeros(3, np.float32)).realize(), Tensor(np.zeros(1, np.uint32)).realize()
-        self.run = recorded(model.ops, self.step)
-
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One training step with the batch in `x` and `y`, ids (grad_accum, B, T); returns the loss (nats) and the
-        gradient's norm before clipping, both scalars. `rates` (3,) holds the learning rate and the two bias corrections
-        1 / (1 - beta ** t), which make up for the averages having started at zero."""
-        c, model, losses, grad = self.config, self.model, [], None
-        for i in range(c.grad_accum):
-            losses.append(spread_loss(model, self.x[i], self.y[i], self.key + i))
-            part = flat_gradient(model, losses[-1])
-            grad = part if c.grad_accum == 1 else (part / c.grad_accum + (0 if grad is None else grad)).contiguous()
-            grad.realize()
-        loss = sum(losses) / c.grad_accum
-        if model.ops is Fast:
-            parts = run(square_sums, Tensor.empty(divisor(grad.shape[0] // BLOCK, CORES)), grad)[0]
-            done = run(adamw, model.flat, self.m, self.v, grad, parts, self.rates, n_decay=model.n_decay, beta1=c.beta1,
-                       beta2=c.beta2, grad_clip=c.grad_clip, decay=c.weight_decay)[:3]
-            norm = parts.sum().sqrt()
+class Replay:
+    """Calls a recording again and again, in the quickest way."""
+    def __init__(self, recording: Recording, cores: int):
+        self.recording = recording
+        calls = recording.calls()
+        if calls is None:
+            self.ways = [recording.jit]
         else:
-            norm = grad.square().sum().sqrt().contiguous()
-            fine, grad = norm < math.inf, grad * (c.grad_clip / norm).minimum(1)
-            m, v = c.beta1 * self.m + (1 - c.beta1) * grad, c.beta2 * self.v + (1 - c.beta2) * grad.square()
-            decay = (Tensor.arange(grad.shape[0]) < model.n_decay).where(c.weight_decay, 0.0)
-            change = self.rates[0] * (m * self.rates[1] / ((v * self.rates[2]).sqrt() + 1e-8) + decay * model.flat)
-            pairs = (self.m, m), (self.v, v), (model.flat, model.flat - change)
-            done = [old.assign(fine.where(new, old)) for old, new in pairs]
-        return loss.realize(norm, *done), norm
+            self.ways = [Crew(calls, threads) for threads in sorted({1, cores}, reverse=True)]
+        self.times = [[] for _ in self.ways]
 
-    def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
-        """Take step number `i`; return its loss and gradient norm as numbers."""
-        c = self.config
-        x, y = get_batch(data, c, self.model.config.block_size, i)
-        rates = learning_rate(c, i), 1 / (1 - c.beta1 ** (i + 1)), 1 / (1 - c.beta2 ** (i + 1))
-        key = np.random.default_rng((c.seed, i, 1)).integers(2**32, size=1).astype(np.uint32)
-        inputs = (self.x, x), (self.y, y), (self.rates, np.array(rates, np.float32)), (self.key, key)
-        for tensor, array in inputs: put(tensor, array)
-        loss, norm = self.run()
-        return float(fetch(loss)), float(fetch(norm))
+    def __call__(self) -> None:
+        if len(self.ways) == 1:
+            self.ways[0]()
+            return
+        trial = sum(len(times) for times in self.times)
+        way = trial % 2
+        began = time.perf_counter()
+        self.ways[way]()
+        self.times[way].append(time.perf_counter() - began)
+        if trial == 0 and self.times[0][0] > 0.005 or trial >= 20:  # a long one needs all cores
+            best = min(range(len(self.ways)), key=lambda i: min(self.times[i], default=math.inf))
+            self.ways = [self.ways[best]]
 
-def evaluate(model: GPT, data: np.ndarray, batch_size: int, batches: int | None = None) -> float:
-    """Mean loss in nats a token over `batches` batches spread evenly over `data`; None: enough to cover all of it. The
-    windows are the same each time and no random number is drawn, so evaluating never changes a training run."""
-    T = model.config.block_size
-    batches = batches or math.ceil(len(data) / (batch_size * T))
-    starts = np.linspace(0, len(data) - T - 1, batches * batch_size, dtype=np.int64).reshape(batches, batch_size, 1)
-    (x, y, loss), total = eval_loss(model, batch_size), 0.0
-    for start in starts:
-        windows = data[start + np.arange(T + 1)].astype(np.int32)                          # (B, T + 1)
-        put(x, windows[:, :-1])
-        put(y, windows[:, 1:])
-        total += float(fetch(loss()))
-    return total / batches
-
-@functools.lru_cache(maxsize=1)
-def eval_loss(model: GPT, batch_size: int):
-    """Two tensors for a batch, and the model's loss on them as a recorded function, kept for the next evaluation."""
-    x, y = (Tensor(np.zeros((batch_size, model.config.block_size), np.int32)).realize() for _ in range(2))
-    return x, y, recorded(model.ops, lambda: model.loss(x, y).realize())
-
-def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
-    """The factor from nats a token to bits a byte of text, in which tokenizers can be compared."""
-    lengths = np.array([len(tokenizer.decode_bytes(i)) for i in range(tokenizer.vocab_size)])
-    n_bytes = sum(int(lengths[data[i:i + (1 << 20)]].sum()) for i in range(0, len(data), 1 << 20))
-    return len(data) / math.log(2) / n_bytes
-
-COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
-
-def log_rows(log: Path, start: int) -> list[str]:
-    """The rows of log.csv up to step `start`: a run that goes on from there writes what comes after it again."""
-    lines = log.read_text(errors="replace").splitlines()[1:] if start and log.exists() else []
-    row = re.compile(r"\d{1,9}" + r"(,(-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?)" * (len(COLUMNS) - 1))
-    return [line for line in lines if row.fullmatch(line) and int(line.split(",")[0]) <= start]
-
-def clock(seconds: float) -> str:
-    """75.3 -> "1:15"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-class TrainingFailed(Exception):
-    """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
-
-def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], checkpoint: bool) -> None:
-    """The log first: whoever goes on from a checkpoint finds all rows up to it."""
-    with whole(out_dir / "log.csv") as file: file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
-    if checkpoint and optimizer.config.keep:
-        model.save_checkpoint(step, optimizer, out_dir)
-        prune(out_dir, optimizer.config.keep, rows)
-
-def checked(name: str, ids, config: GPTConfig) -> np.ndarray | None:
-    """Token ids as an array; UserError if they do not suit the model."""
-    if ids is None: return None
-    ids, T = np.asarray(ids), config.block_size
-    if len(ids) <= T:
-        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs {T + 1}: bring "
-                        "more text or choose a smaller block")
-    if ids.max() >= config.vocab_size:
-        raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {config.vocab_size - 1}")
-    return ids
-
-def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None, start: int = 0,
-          out_dir: str | Path | None = None, stop=()) -> AdamW:
-    """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the optimizer.
-    The data are token ids in a row (list or integer array). With an `out_dir`, log.csv and checkpoints are written
-    there. UserError if a text is too short; TrainingFailed if numbers go wrong, or at last a save."""
-    T, tokenizer = model.config.block_size, model.tokenizer
-    data, val = checked("training", train_data, model.config), checked("validation", val_data, model.config)
-    optimizer, out_dir = optimizer or AdamW(model, config), None if out_dir is None else Path(out_dir)
-    if out_dir: out_dir.mkdir(parents=True, exist_ok=True)
-    rows, unsaved = log_rows(out_dir / "log.csv", start) if out_dir else [], None
-    bpb, val_bpb = (bits_per_byte(tokenizer, ids) if tokenizer and ids is not None else None for ids in (data, val))
-    tokens_a_step, began = config.grad_accum * config.batch_size * T, time.perf_counter()
-    last_time, last_step, last_shown, rate = began, start, 0.0, 0.0
-    show("compiling (the first run on a machine takes some seconds longer) ...")
-    for i in range(start, config.max_iters):
-        loss, norm = optimizer(data, i)
-        step, now = i + 1, time.perf_counter()
-        row = {"step": step, "train_loss": loss, "lr": learning_rate(config, i), "grad_norm": norm}
-        if not math.isfinite(loss + norm):  # the optimizer has not taken such a step
-            raise TrainingFailed(f"step {step} went wrong: with seed {config.seed} and learning rate {row['lr']:.2e} "
-                f"its batch has a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
-                "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
-                f"{config.learning_rate / 4:.1e}")
-        last = step == config.max_iters
-        evaluating = last or step % config.eval_interval == 0
-        logging = evaluating or step % 10 == 0
-        if logging or step == start + 1: rate = (step - last_step) * tokens_a_step / (now - last_time)
-        if now - last_shown > 0.1:
-            last_shown = now
-            show(f"step {step}/{config.max_iters}  loss {loss:.3f}" + (f" = {loss * bpb:.2f} bits/byte" if bpb else "")
-                 + f"  lr {row['lr']:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s"
-                 + f"  {clock((config.max_iters - step) * tokens_a_step / max(rate, 1))} to go")
-        if evaluating:
-            row["train_loss"] = evaluate(model, data, config.batch_size, config.eval_iters)
-            if val is not None:  # in the end all of it is read (of 20 MB, a part); on the way less
-                most = min(math.ceil(len(val) / (config.batch_size * T)), 50 * config.eval_iters)
-                row["val_loss"] = evaluate(model, val, config.batch_size, most if last else config.eval_iters)
-            if val_bpb: row["val_bpb"] = row["val_loss"] * val_bpb
-            say(f"step {step:5}  train {row['train_loss']:.3f}"
-                + ("" if val is None else f"  val {row['val_loss']:.3f}")
-                + (f" = {row['val_bpb']:.3f} bits/byte" if val_bpb else "")
-                + f"  {rate:,.0f} tokens/s  {clock(time.perf_counter() - began)}")
-            if tokenizer and step * 4 // config.max_iters > (step - config.eval_interval) * 4 // config.max_iters:
-                ids = list(stream(model, tokenizer.encode("\n"), 50, seed=step))
-                say("    | " + printable(tokenizer.decode(ids)).strip().replace("\n", "\n    | "))
-        if logging:
-            row |= {"tokens_per_s": round(rate)} | ({"train_bpb": row["train_loss"] * bpb} if bpb else {})
-            rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
-        saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
-        if out_dir and (evaluating or saving):
-            try:
-                save_run(model, optimizer, step, out_dir, rows, saving)
-                unsaved = None
-            except OSError as e:
-                unsaved = f"step {step} could not be saved in {out_dir} ({e.strerror or e})"
-                say(f"{unsaved}; training goes on, what was saved before is intact, and the next save is tried")
-        if stop and saving: break  # (after a signal that comes too late for this save, one more step is taken)
-        if logging or saving or step == start + 1: last_time, last_step = time.perf_counter(), step
-    show("")
-    if unsaved: raise TrainingFailed(f"{unsaved}; what was saved before is intact")
-    return optimizer
-
-# ====================================================================================================================
-# Chapter 7. Checkpoints
+# === Chapter 20. The fast backend
 #
-# A checkpoint is everything that a run is: the weights, Adam's two averages, the step, and as text the configs and
-# the tokenizer. One file, so that copying it somewhere is enough to sample there or to go on training. The format is
-# safetensors (8 bytes: the header's length; a JSON header: name -> dtype, shape, place; then the raw numbers), which
-# every other tool reads and which, unlike Python's pickle, cannot contain code.
-#
-# Batches, dropout and evaluation depend on seed and step alone. So a run that was killed at any moment and goes on from
-# its last checkpoint ends with the same bits as one that never stopped: nothing of a run is outside that file. A file
-# that comes back may have been cut, mixed up or made by an enemy: all of it is checked before one number is used.
+# Here kernels take the place of part I's operations. Whoever changes an operation in part I must not get the
+# kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
+# operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
+# is computed.
 
-def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
-    """Of all that a file says, except for this line itself: one flipped bit anywhere is noticed."""
-    kept = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps([header, kept], sort_keys=True).encode())
-    for part in numbers: digest.update(part)
-    return digest.hexdigest()
-
-def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write float32 arrays and string metadata; OSError if that fails, with whatever `path` was before intact."""
-    header, offset = {}, 0
-    for name, array in arrays.items():
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
-    numbers = [np.ascontiguousarray(array, np.float32).reshape(-1).data for array in arrays.values()]
-    metadata = metadata | {"sha256": sha256_of(header, metadata, numbers)}
-    text = json.dumps({"__metadata__": metadata} | header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8 bytes
-    with whole(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in numbers: file.write(part)
-
-DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
-          "U8": "u1", "BOOL": "?"}
-
-def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file, as windows on it that are read when they are used, and its metadata. (bfloat16 comes as
-    uint16.) UserError unless the header describes the file to the last byte, and the file is what its writer wrote."""
+def digest(*things) -> str:
+    """A checksum of the source of functions or classes, without comments and docstrings; "" if it is
+    unknown."""
+    texts = []
     try:
-        if not path.is_file(): raise FileNotFoundError(0, "there is no such file")
-        data = np.memmap(path, np.uint8, "c")  # ("copy on write": tinygrad copies only from writable memory)
-        length = int.from_bytes(data[:8].tobytes(), "little")
-        if length > min(len(data) - 8, 8 << 20):  # (GPT-2's largest has a header of 0.1 MB)
-            raise ValueError("it is cut off, or not a safetensors file")
-        header, body, place, arrays = json.loads(data[8:8 + length].tobytes()), data[8 + length:], 0, {}
-        metadata = header.pop("__metadata__", {})
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind, shape, (start, end) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
-            if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(body) for n in shape):
-                raise ValueError(f"{name} has an impossible shape")
-            if start != place or end > len(body) or end - start != kind.itemsize * math.prod(shape):
-                raise ValueError(f"{name} is not where its neighbours leave room for it, or the file is cut off")
-            arrays[name], place = body[start:end].view(kind).reshape(shape), end
-        if place != len(body) or not all(type(value) is str for value in metadata.values()):
-            raise ValueError("it has bytes that no header speaks of, or metadata that is not text")
-        if "sha256" in metadata and metadata["sha256"] != sha256_of(header, metadata, [body]):
-            raise ValueError("its bytes are not those that were written (wrong SHA-256)")
-        return arrays, metadata
-    except OSError as e: raise UserError(f"cannot read {path}: {e.strerror or e}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path} is damaged: {e}") from e
+        for thing in things:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                    node.body = node.body[1:] or [ast.Pass()]
+            texts.append(ast.unparse(tree))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
-FORMAT = "minimiggy 2"
-PARTS = "", "optimizer.m.", "optimizer.v."  # before the names of the weights and of Adam's averages
+def instead_of(name: str, known: str):
+    """A decorator: the function below is used only while the operation `name` of part I has this checksum."""
+    def choose(fast):
+        plain = getattr(Plain, name, None)
+        return fast if digest(plain) == known else plain
+    return choose
 
-def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
-    """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path."""
-    path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
-    metadata = {"format": FORMAT, "iter_num": str(iter_num), "gpt_config": json.dumps(dataclasses.asdict(model.config))}
-    if model.tokenizer: metadata["tokenizer"] = model.tokenizer.to_json()
-    if model.data: metadata["data"] = json.dumps(model.data)
-    if optimizer: metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
-    vectors = zip(PARTS, [model.flat, optimizer.m, optimizer.v] if optimizer else [model.flat])
-    arrays = {part + name: array for part, vector in vectors for name, array in model.unpack(fetch(vector)).items()}
-    write_safetensors(path, arrays, metadata)
-    return path
+class Fast(Plain):
+    """Part I's operations by the kernels of part II: the same arguments and results, to float32's rounding,
+    on `cores` cores. What they do not know (another type of number, say) is computed the plain way."""
+    name = "fast"
 
-def gather(model: GPT, arrays: dict[str, np.ndarray], prefix: str, path: Path) -> list[tuple[str, np.ndarray]]:
-    """The arrays of a file whose names begin with `prefix`, by the model's names; UserError if one does not fit."""
-    for name, shape in model.shapes.items():
-        array = arrays.get(prefix + name)
-        if array is None or array.shape != shape or array.dtype.kind != "f":
-            found = "missing" if array is None else f"{array.dtype} {array.shape}"
-            raise UserError(f"{path} does not fit this model: {prefix + name} is {found}, not float {shape}")
-        if not np.isfinite(array).all():
-            raise UserError(f"{path} is damaged: {prefix + name} has numbers that are not finite")
-    return [(name, arrays[prefix + name].astype(np.float32, copy=False)) for name in model.shapes]
+    def __init__(self, cores: int):
+        self.cores = cores
 
-def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
-    """Restore the weights, and the optimizer's state if one is given; return the iteration. UserError, and nothing has
-    changed, unless everything fits."""
-    arrays, metadata = read_safetensors(Path(path))
-    if metadata.get("format") != FORMAT or "sha256" not in metadata or not re.fullmatch("[0-9]{1,9}", metadata.get(
-            "iter_num", "")):
-        raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
-    for name in arrays.keys() - {part + name for part in PARTS for name in model.shapes}:
-        raise UserError(f"{path} does not fit this model, which has no {name}")
-    found = [gather(model, arrays, part, path) for part in (PARTS if optimizer else PARTS[:1])]
-    model.set(found[0])
-    for average, named in zip((optimizer.m, optimizer.v) if optimizer else (), found[1:], strict=True):
-        for name, array in named: put(model.window(average, name), array)
-    return int(metadata["iter_num"])
+    def run(self, kernel, results: list[Tensor], inputs: list[Tensor], back=None, **options) -> list[Tensor]:
+        """Run a kernel; return the results, and then the inputs, as it leaves them. `back` is its
+        gradient."""
+        tensors = [*results, *inputs]
+        program = functools.partial(written_down, kernel, self.cores, **options)
+        return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back)
 
-GPT.save_checkpoint, GPT.load_checkpoint = save_checkpoint, load_checkpoint
+    @staticmethod
+    def knows(*tensors: Tensor | None) -> bool:
+        """Are these such as kernels can read?"""
+        return all(t is None or t.dtype == dtypes.float32 and t.device == "CPU" for t in tensors)
 
-def open_checkpoint(path: Path) -> tuple[GPT, TrainConfig, int]:
-    """The model of a checkpoint with its tokenizer, the config that it was trained with, and the iteration."""
-    _, metadata = read_safetensors(path)
-    try:
-        config = GPTConfig(**json.loads(metadata["gpt_config"]))
-        tokenizer = BPETokenizer.from_json(metadata["tokenizer"]) if "tokenizer" in metadata else None
-        train_config = TrainConfig(**json.loads(metadata.get("train_config", "{}")))
-        name, digest = json.loads(metadata.get("data", '["", ""]'))
-        if tokenizer and tokenizer.vocab_size > config.vocab_size: raise ValueError("its tokenizer has too many tokens")
-    except (UserError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as e:
-        raise UserError(f"{path} cannot be opened: {e if isinstance(e, UserError) else repr(e)}") from e
-    model = GPT(config, tokenizer, seed=None)  # (takes no memory before every shape has been compared)
-    model.data = str(name), str(digest)
-    return model, train_config, model.load_checkpoint(path)
+    @instead_of("embed", "b60bc1e56645")
+    def embed(self, idx, table):
+        if not self.knows(table):
+            return super().embed(idx, table)
+        idx = in_memory(idx)
 
-def checkpoints(out_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by iteration, the newest last; UserError, with what to type, if there is none."""
-    found = {int(p.stem[5:]): p for p in out_dir.glob("ckpt_*.safetensors") if p.stem[5:].isdecimal() and p.is_file()}
-    if not found: raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
-    return dict(sorted(found.items()))
+        def back(dx, call):
+            dtable = self.run(embed_back, [Tensor.empty(*table.shape)], [Tensor(dx), idx])[0]
+            return None, dtable.uop, None
+        x = Tensor.empty(*idx.shape, table.shape[1])
+        return self.run(embed, [x], [table, idx], back)[0]
 
-def newest(out_dir: Path) -> tuple[Path, GPT, TrainConfig, int]:
-    """The newest checkpoint that is whole, opened; what is skipped is named."""
-    for path in reversed(checkpoints(out_dir).values()):
-        try: return path, *open_checkpoint(path)
-        except UserError as e:
-            error = e
-            say(printable(f"skipped: {error}"))
-    raise error
+    @instead_of("linear", "c86bd6f2d0ae")
+    def linear(self, x, weight, bias=None):
+        check("linear", x.shape[-1] == weight.shape[0], x, weight)
+        check("linear", bias is None or bias.shape == weight.shape[1:], weight, bias)
+        if not self.knows(x, weight, bias):
+            return super().linear(x, weight, bias)
+        biases = [] if bias is None else [bias]
 
-def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss in the log's `rows`."""
-    found, columns = checkpoints(out_dir), (row.split(",") for row in rows)
-    losses = {int(step): float(val_loss) for step, _, val_loss, *_ in columns if val_loss and int(step) in found}
-    best = sorted(losses, key=losses.get)[:1]
-    for step in found.keys() - {*list(found)[-keep:], *best}:
-        with suppress(OSError): found[step].unlink()  # one too many is no harm
+        def back(dy, call):
+            dy = Tensor(dy)
+            dx = self.run(matmul, [Tensor.empty(*x.shape)], [dy, weight], b_transposed=True)[0]
+            kernel = weights_and_bias_back if biases else weights_back
+            results = [Tensor.empty(*parameter.shape) for parameter in (weight, *biases)]
+            gradients = self.run(kernel, results, [x, dy])[:len(results)]
+            return None, dx.uop, *(gradient.uop for gradient in gradients)
+        y = Tensor.empty(*x.shape[:-1], weight.shape[1])
+        kernel = matvec if x.numel() == weight.shape[0] else matmul
+        return self.run(kernel, [y], [x, weight, *biases], back)[0]
 
-@contextmanager
-def alone(out_dir: Path):
-    """Let only one run at a time write into a folder. The lock is on the open folder, so it goes when the process does,
-    however that ends; and what a killed one left half written goes now."""
-    is_new = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out_dir, os.O_RDONLY)
-    try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is at work in {out_dir}: wait for it, or choose another --out-dir") from None
-    try:
-        for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp"):
-            for unfinished in out_dir.glob(kind): unfinished.unlink()
-        yield
-    finally:
-        os.close(handle)
-        if is_new and not any(out_dir.iterdir()): out_dir.rmdir()
+    @instead_of("layer_norm", "4107472af387")
+    def layer_norm(self, x, weight, bias=None):
+        check("layer_norm", x.shape[-1:] == weight.shape, x, weight)
+        check("layer_norm", bias is None or bias.shape == weight.shape, weight, bias)
+        if not self.knows(x, weight, bias):
+            return super().layer_norm(x, weight, bias)
+        biases = [] if bias is None else [bias]
 
-def set_aside(out_dir: Path, start: int) -> None:
-    """Move the checkpoints after step `start` to a folder of their own: of an earlier run (and its log) when a new one
-    starts at 0, or of a future that a run which went back will write anew. Nothing is written over."""
-    old = [path for path in out_dir.glob("ckpt_*.safetensors") if int(re.sub(r"\D", "", path.stem) or 0) > start]
-    if start == 0: old += out_dir.glob("log.csv")
-    if not old: return
-    folder = next(f for n in itertools.count(1) if not (f := out_dir / f"run-{n}").exists())
-    folder.mkdir()
-    for path in old: path.rename(folder / path.name)
-    say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
+        def back(dy, call):
+            dy = Tensor(dy)
+            stats = Tensor(call.src[2].after(call))
+            dx = self.run(layer_norm_back, [Tensor.empty(*x.shape)], [dy, x, weight, stats])[0]
+            results = [Tensor.empty(*weight.shape) for _ in (weight, *biases)]
+            gradients = self.run(layer_norm_weights_back, results, [dy, x, stats])[:len(results)]
+            return None, None, dx.uop, *(gradient.uop for gradient in gradients)
+        results = [Tensor.empty(*x.shape), Tensor.empty(*x.shape[:-1], 2)]
+        return self.run(layer_norm, results, [x, weight, *biases], back)[0]
 
-# ====================================================================================================================
-# Chapter 8. Sampling
+    @instead_of("gelu", "cb21fcecc912")
+    def gelu(self, x):
+        if not self.knows(x):
+            return super().gelu(x)
+
+        def back(dy, call):
+            return None, self.run(gelu, [Tensor.empty(*x.shape)], [x, Tensor(dy)])[0].uop
+        return self.run(gelu, [Tensor.empty(*x.shape)], [x], back)[0]
+
+    @instead_of("attention", "f9faae301230")
+    def attention(self, qkv, position, cache=None):
+        if not self.knows(qkv):
+            return super().attention(qkv, position, cache)
+        B, T, _, H, D = qkv.shape
+        y = Tensor.empty(B, T, H, D)
+        if cache is not None:
+            keys, values = cache.room(B, H, D)
+            if T == 1:
+                return self.run(attend, [y, keys, values], [qkv, in_memory(position)])[0]
+            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, keys, values])[0]
+
+        def back(dy, call):
+            y = Tensor(call.src[1].after(call))
+            lse = Tensor(call.src[2].after(call))
+            dqkv = self.run(flash_back, [Tensor.empty(*qkv.shape)], [Tensor(dy), y, lse, qkv])[0]
+            return None, None, dqkv.uop
+        return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv], back)[0]
+
+    @instead_of("unembed", "9de2977d1982")
+    def unembed(self, x, table):
+        check("unembed", x.shape[-1] == table.shape[1], x, table)
+        if not self.knows(x, table):
+            return super().unembed(x, table)
+
+        def back(dy, call):
+            dy = Tensor(dy)
+            dx = self.run(matmul, [Tensor.empty(*x.shape)], [dy, table])[0]
+            dtable = self.run(weights_back, [Tensor.empty(*table.shape)], [dy, x])[0]
+            return None, dx.uop, dtable.uop
+        y = Tensor.empty(*x.shape[:-1], table.shape[0])
+        if x.numel() == table.shape[1]:
+            return self.run(dot_rows, [y.reshape(-1)], [x, table], back)[0].reshape(y.shape)
+        return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
+
+    @instead_of("cross_entropy", "722afa913ccb")
+    def cross_entropy(self, logits, targets):
+        check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
+        if not self.knows(logits):
+            return super().cross_entropy(logits, targets)
+        targets = in_memory(targets)
+
+        def back(dloss, call):
+            lse = Tensor(call.src[2].after(call))
+            inputs = [Tensor(dloss), logits, lse, targets]
+            dlogits = self.run(cross_entropy_back, [Tensor.empty(*logits.shape)], inputs)[0]
+            return None, None, dlogits.uop, None
+        results = [Tensor.empty(*targets.shape), Tensor.empty(*targets.shape)]
+        return self.run(cross_entropy, results, [logits, targets], back)[0]
+
+    @instead_of("norm", "8f3658e4b9d3")
+    def norm(self, gradients):
+        if not self.knows(*gradients):
+            return super().norm(gradients)
+        total = Tensor.zeros(self.cores, dtype=dtypes.double).contiguous()
+        for gradient in gradients:
+            after = Tensor.empty(self.cores, dtype=dtypes.double)
+            total = self.run(square_sums, [after], [total, gradient])[0]
+        return total.sum().sqrt().cast(dtypes.float32)
+
+    @instead_of("adamw", "331c7392232d")
+    def adamw(self, theta, m, v, gradient, scale, rates, config):
+        if not self.knows(theta, m, v, gradient):
+            return super().adamw(theta, m, v, gradient, scale, rates, config)
+        decay = config.weight_decay if theta.ndim == 2 else 0.0
+        return self.run(adamw, [theta, m, v], [gradient, scale.reshape(1), rates], beta1=config.beta1,
+                        beta2=config.beta2, decay=decay)[:3]
+
+    def record(self, function):
+        """As `Plain.record`, on all cores."""
+        replay = None
+
+        def call(*arrays: np.ndarray) -> list[np.ndarray]:
+            nonlocal replay
+            if replay is None:
+                replay = Replay(Recording(function, arrays), self.cores)  # (which runs it once)
+            else:
+                for memory, array in zip(replay.recording.arrays, arrays, strict=True):
+                    memory[...] = array
+                replay()
+            return [result.copy() for result in replay.recording.results]
+        return call
+
+def in_memory(ids: Tensor) -> Tensor:
+    """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not."""
+    ids = ids.cast(dtypes.int32)
+    return ids.clone() if ids.device is None else ids.contiguous()
+
+def check(operation: str, fits: bool, *tensors: Tensor) -> None:
+    """A kernel reads as far as its arguments' shapes say: ValueError unless they fit together."""
+    if not fits:
+        shapes = " and ".join(str(tensor.shape) for tensor in tensors)
+        raise ValueError(f"{operation}: shapes {shapes} do not fit together")
+
+OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "cross_entropy",
+              "norm", "adamw")
+CHANGED = [name for name in OPERATIONS
+           if hasattr(Plain, name) and getattr(Fast, name) is getattr(Plain, name)]
+
+if KNOWN:
+    if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
+        BACKENDS.append(Fast(CORES))
+    else:
+        WHY_PLAIN = f"part II's programs are for the CPU and clang, not for {DEV}: part I's operations run"
+
+# === Chapter 21. Writing text without computing anything twice
 #
-# To write, the model is asked for the next token, one token is drawn from its answer and appended, and so on. Done
-# naively, each new token costs a pass over all T tokens before it. But causal attention means that the past never
-# changes: the keys and values of the tokens so far can be kept (the "KV cache"), and only the new token is computed.
+# To write a token, part I's `write` passes all T tokens through the model. But because of the mask, what the
+# earlier tokens compute does not depend on the later ones: their keys and values are what they were. So we
+# keep these (the *KV cache*) and compute the new token alone: one query against the keys of all before it.
 #
-# The model knows only block_size positions. When they are used up, we drop the older half of the text, compute the
-# newer half again at the front, and go on: half a context is remembered at the worst, and the extra work stays small.
+# When block_size tokens are there, the older half is let go and the newer half read again, at once, from
+# place 0 on. So at least half a context is always remembered, and the extra work stays small. What comes out
+# must be what `write` writes; the tests compare.
 
-@functools.lru_cache(maxsize=1)
-def decoder(model: GPT):
-    """A function (ids, position) -> logits (V,) of the next token, with its own KV cache. `ids` is one token, which
-    stands at `position`, or the first block_size / 2 tokens of a text."""
-    c, ops, H, half = model.config, model.ops, model.config.n_head, max(1, model.config.block_size // 2)
-    one, many, position = (Tensor(np.zeros(shape, np.int32)).realize() for shape in ((1, 1), (1, half), 1))
-    caches = [[Tensor(np.zeros((H, c.block_size, c.n_embd // H), np.float32)).realize() for _ in "kv"] for _ in model.h]
-    def step() -> Tensor:
-        x = model.hidden(one, None, position, lambda i, qkv: ops.cached_attention(qkv, H, *caches[i], position))
-        return ops.logits(x, model.wte.weight).contiguous().realize()
-    def start() -> Tensor:
-        def attention(i: int, qkv: Tensor) -> Tensor:
-            _, k, v = qkv.reshape(half, 3, H, -1).permute(1, 2, 0, 3)                      # three of (H, T / 2, D)
-            kept.extend(cache[:, :half].assign(new) for cache, new in zip(caches[i], (k, v), strict=True))
-            return ops.attention(qkv, H)
-        kept = []
-        x = model.hidden(many, attention=attention)[:, -1:].contiguous()                   # (1, 1, C)
-        return ops.logits(x, model.wte.weight).contiguous().realize(*kept)
-    # To wake a second core takes 50 microseconds: a small model has written its token by then.
-    replay_step, replay_start = recorded(ops, step, None if model.flat.shape[0] > 4e6 else 1), recorded(ops, start)
-    def call(ids: list[int], place: int) -> np.ndarray:
-        tokens, replay = (one, replay_step) if len(ids) == 1 else (many, replay_start)
-        put(tokens, np.array(ids, np.int32))
-        put(position, np.array([place], np.int32))
-        return fetch(replay())
-    return call
+def attend(k, y, keys, values, qkv, position):
+    """Attention of one new token, qkv (B, 1, 3, H, D), at position (1,) -> y (B, 1, H, D). Its key and value
+    first take their place in the caches (B, H, S, D)."""
+    B, H, S, D = keys.shape
+    score = k.array(S)
+    top = k.array(1)
+    total = k.array(1)
+    last = position[0] if S > 1 else 0  # (an index that is always 0 vanishes, and would leave a bare load)
+    for bh in k.share(B * H):
+        b = bh // H
+        h = bh % H
+        for d in k.loop(D):
+            keys[b, h, last, d] = qkv[b, 0, 1, h, d]
+            values[b, h, last, d] = qkv[b, 0, 2, h, d]
+            y[b, 0, h, d] = 0.0
+        top[0] = -1e30
+        total[0] = 0.0
+        for j in k.loop(last + 1):
+            score[j] = k.sum(D, lambda d: qkv[b, 0, 0, h, d] * keys[b, h, j, d]) * D**-0.5
+        for j in k.loop(last + 1):
+            top[0] = top[0].maximum(score[j])
+        for j in k.loop(last + 1):
+            score[j] = exp(score[j] - top[0])
+        for j in k.loop(last + 1):
+            total[0] += score[j]
+        for j, d in k.loop(last + 1, D):
+            y[b, 0, h, d] += score[j] / total[0] * values[b, h, j, d]
 
-def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
-    """Logits (V,) -> a token. Temperature 0 takes the likeliest, 1 is the model's own opinion, above that it grows
-    bolder; top_k leaves only the k likeliest to choose from, top_p the fewest that have this share of all probability
-    ("nucleus sampling", arXiv:1904.09751)."""
-    if temperature == 0: return int(logits.argmax())
-    logits = (logits.astype(np.float64) - logits.max()) / temperature
-    if top_k or top_p < 1:
-        likeliest = np.argsort(-logits)[:top_k or None]
-        p = np.exp(logits[likeliest])
-        n = 1 + (np.cumsum(p)[:-1] < top_p * p.sum()).sum()
-        return int(rng.choice(likeliest[:n], p=p[:n] / p[:n].sum()))
-    # The Gumbel trick: the largest of log-probabilities plus Gumbel noise is a draw from the distribution.
-    return int((logits + rng.gumbel(size=len(logits))).argmax())
+class Cache:
+    """The keys and values of one block, (B, H, S, D) each, S = block_size."""
+    def __init__(self, S: int):
+        self.S = S
+        self.keys = None
+        self.values = None
 
-def stream(model: GPT, ids: list[int], max_tokens: int, seed, **how):
-    """Yield the next `max_tokens` tokens after the prompt `ids`, which has at least one; `how` is for `draw`."""
-    step, T, rng = decoder(model), model.config.block_size, np.random.default_rng(seed)
-    half = max(1, T // 2)
-    text, done = ids[-T:], 0                         # what the model is to see, and how much of it is in the cache
-    for _ in range(max_tokens):
-        if len(text) > T: text, done = text[-half:], 0
-        while done < len(text):
-            n = half if done == 0 and len(text) >= half else 1
-            logits, done = step(text[done:done + n], done), done + n
-        text.append(draw(logits, rng, **how))
-        yield text[-1]
+    def room(self, B: int, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """The memory, made at the first call. (Values may have another `width` than keys.)"""
+        if self.keys is None:
+            self.keys = Tensor(np.zeros((B, H, self.S, D), np.float32)).realize()
+            self.values = Tensor(np.zeros((B, H, self.S, width or D), np.float32)).realize()
+        return self.keys, self.values
+
+    def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put keys and values (B, H, T, D) to their `position` (T,). Returns all keys and values, (B, H, S,
+        D), and which of them each new token may see, (T, S)."""
+        B, H, T, D = k.shape
+        keys, values = self.room(B, H, D, v.shape[-1])
+        places = Tensor.arange(self.S).reshape(1, self.S)
+        position = position.reshape(T, 1)
+        here = (position == places).transpose(0, 1)                   # (S, T): token t belongs to place s
+        is_new = here.max(1, keepdim=True)                            # (S, 1)
+        for memory, new in ((keys, k), (values, v)):
+            moved = here.cast(new.dtype) @ new                        # (B, H, S, D)
+            memory.assign(is_new.where(moved, memory))
+        return keys, values, places <= position
+
+# This holds for part I's model. A reader's own may look at earlier tokens in another way, which no cache of
+# keys and values knows of. So where part I's layers have been changed, a Writer compares: it reads some
+# tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
+# way.
+
+LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
+LAYERS_AS_WE_KNOW_THEM = digest(*LAYERS) == "9167cd5dee36"
+
+def is_as_in_part_one(thing) -> bool:
+    """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
+    if isinstance(thing, list):
+        return all(is_as_in_part_one(part) for part in thing)
+    if type(thing) in LAYERS:
+        return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
+    return isinstance(thing, Tensor | Plain | GPTConfig | BPETokenizer | tuple | int | None)
+
+class Writer:
+    """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
+    def __init__(self, model: GPT):
+        self.model = model
+        self.half = max(1, model.config.block_size // 2)
+        self.caches = [Cache(model.config.block_size) for _ in model.h]
+        self.read_one = model.ops.record(self.read)
+        self.read_half = model.ops.record(lambda idx: self.read(idx, Tensor.arange(self.half)))
+        self.remembers = True
+        model.parameters()
+        try:
+            first = Tensor([0], dtype=dtypes.int32)
+            model.hidden(first.reshape(1, 1), None, first, self.caches)  # computes nothing, but makes room
+            if not is_as_in_part_one(model):
+                self.remembers = self.agrees()
+        except Exception:  # a layer that takes no cache, or cannot be asked for one token: whatever it says
+            self.remembers = False
+        if not self.remembers:
+            print("minimiggy: with a cache of keys and values this model would write something else; it "
+                  "writes without, more slowly", file=sys.stderr)
+
+    def agrees(self) -> bool:
+        """Do the caches lead to the logits that the model gives without?"""
+        n = min(self.model.config.block_size, 64)
+        ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
+        whole = self.model.ops.record(lambda idx: (self.model(idx).realize(),))
+        want = whole(np.array([ids], np.int32))[0][0]                 # (n, V)
+        got = [self.logits([token], place) for place, token in enumerate(ids)]
+        if self.half <= n:
+            got[self.half - 1] = self.logits(ids[:self.half], 0)      # (the last one to read the first half)
+        return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
+
+    def read(self, idx: Tensor, position: Tensor) -> tuple[Tensor]:
+        """Ids (1, n), at `position` (n,) -> the logits (1, 1, V) of what comes next."""
+        x = self.model.hidden(idx, None, position, self.caches)
+        return (self.model.head(x[:, -1:].contiguous()).realize(),)
+
+    def logits(self, ids: list[int], place: int) -> np.ndarray:
+        """Read one token that stands at `place`, or the first `half` tokens of a text; return logits (V,)."""
+        idx = np.array([ids], np.int32)
+        if len(ids) == self.half and place == 0:
+            return self.read_half(idx)[0].reshape(-1)
+        return self.read_one(idx, np.array([place], np.int32))[0].reshape(-1)
+
+    def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
+        """Yield what part I's `write` yields, sooner."""
+        if not self.remembers:
+            yield from write(self.model, ids, max_tokens, seed, text, **how)
+            return
+        T = self.model.config.block_size
+        rng = np.random.default_rng((WRITING, seed, text))
+        seen = list(ids)[-T:]
+        done = 0                                                      # so many of them are in the caches
+        for _ in range(max_tokens):
+            if len(seen) > T:
+                seen = seen[-self.half:]
+                done = 0
+            while done < len(seen):
+                n = self.half if done == 0 and len(seen) >= self.half else 1
+                logits = self.logits(seen[done:done + n], done)
+                done += n
+            seen.append(draw(logits, rng, **how))
+            yield seen[-1]
 
 def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how) -> Tensor:
-    """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompt, and what the model writes after it."""
-    rows = [row + list(stream(model, row, max_tokens, (seed, i), **how)) for i, row in enumerate(x.tolist())]
+    """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompts, and what the model writes after each."""
+    writer = Writer(model)
+    rows = []
+    for text, row in enumerate(x.tolist()):
+        rows.append(row + list(writer.stream(row, max_tokens, seed, text, **how)))
     return Tensor(np.array(rows, np.int32))
 
 GPT.generate = generate
 
-def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how) -> None:
-    """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`."""
+# ============================================================================================================
+# Part III. Dependable, and at home
+# ============================================================================================================
+#
+# Parts I and II learn and write, as long as nothing happens. But something always does. A laptop's lid closes
+# in the middle of a save, a disk is full, a download stops half-way, a terminal is closed, and somebody types
+# `--n-layer 0`. This part is about all that: it keeps what was learned, says in one line what went wrong,
+# speaks with other programs, and lets you check that what the first two parts claim is true. It can be read
+# in any order.
+
+import argparse
+import codecs
+import dataclasses
+import json
+import signal
+import timeit
+import traceback
+import warnings
+from collections import namedtuple
+from contextlib import contextmanager, suppress
+
+# === Chapter 22. Files that are whole, and lines that are harmless
+#
+# When a program is killed while it writes a file, half of a file is left, under a name that promises all of
+# it. So whatever we keep is written under another name, pushed out of the system's buffers onto the disk
+# (`fsync`), and only then renamed. A rename happens or does not happen; there is no moment in between. And
+# since the name is an entry in the folder, and a folder is a kind of file, the folder must reach the disk as
+# well.
+
+VERSION = "2.0"
+
+@contextmanager
+def whole(path: Path):
+    """A binary file to write to, in a `with` block. If the block ends well, the file takes the place of
+    `path`; if not, everything is as before. OSError if the disk does not take it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)  # after a rename, nothing has this name any more
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+# What we print is of two kinds: lines that stay, and lines that show progress and are overwritten by the next
+# one. The latter make sense only where somebody watches, so a file or a pipe does not get them. And much of
+# what we print comes from elsewhere: a model can write any byte, and a file can have any name. Control
+# characters in it could move the cursor or recolour the terminal, so they are replaced by U+FFFD, the sign
+# for "not readable".
+
+def say(line: str = "", end: str = "\n") -> None:
+    """Print a line that stays. If the terminal is gone, or the disk behind it is full, training goes on."""
+    clear = "\r\033[K" if sys.stdout.isatty() else ""  # wipe what `show` has left there
+    with suppress(OSError):
+        print(clear + line, end=end, flush=True)
+
+def show(line: str) -> None:
+    """Show a line that the next one overwrites, if there is a terminal; "" wipes the last one."""
+    if sys.stdout.isatty():
+        say(line[:shutil.get_terminal_size().columns - 1], end="")
+
+def printable(text: str) -> str:
+    """`text` with U+FFFD in place of each control character, except for tabs and ends of lines."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+def brief(text, most: int = 300) -> str:
+    """`text` as one printable line of at most `most` characters; if it is longer, its middle is left out."""
+    line = printable(str(text)).replace("\n", " ")
+    if len(line) <= most:
+        return line
+    half = (most - 5) // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+def in_words(error: Exception) -> str:
+    """What an error says, without Python's way of writing it down."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+# === Chapter 23. A text from elsewhere
+#
+# The text to learn from is by default "tiny Shakespeare", 1.1 MB of plays, which are fetched once. Downloads
+# go wrong in many ways: there is no network, the connection breaks, or a hotel's login page comes in place of
+# the file. A SHA-256 settles all of them. It is a number of 256 bits that is computed from all bytes of a
+# file; whoever changes one of them gets another number, and nobody knows how to make a second file with the
+# same. So what came gets its name only if its number is the one that we expect. Where there is no network at
+# all, a play that was written for this project stands in: the first run always works.
+#
+# A download that broke off can go on where it stopped, and for that HTTP has a header. With `Range:
+# bytes=1000-` we ask for the file from its thousandth byte on. A server that understands answers 206 and
+# sends the rest; one that does not answers 200 and sends everything; and 416 means that nothing comes after
+# that byte.
+
+DATA = Path(__file__).resolve().parent / "data"
+SHAKESPEARE = {
+    "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"}
+TIMEOUT = (5, 30)  # seconds until a server must have answered, and between two pieces of its file
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch `url` into `path`, unless there is a file of that name. Without a `sha256`, what comes must have
+    the one that the server announces. OSError if that fails; what has come stays in a file `path`.part for
+    the next try."""
+    if path.exists():
+        return
+    unfinished = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = sha256 or announced_sha256(url)
+        fetch_rest(url, unfinished, path.name)
+        with open(unfinished, "rb") as file:
+            came = hashlib.file_digest(file, "sha256").hexdigest()
+        if came != sha256:
+            unfinished.unlink()
+            raise OSError("what came is another file: wrong SHA-256")
+        unfinished.replace(path)
+    except OSError as error:
+        line = f"could not download {path.name} ({trouble(error)}): try again, or bring {url} to {path}"
+        raise OSError(line) from error
+    finally:
+        show("")
+
+def announced_sha256(url: str) -> str:
+    """The SHA-256 that a server such as Hugging Face's hub tells, in quotes, in the header of its answer. (It
+    does so where it points to the place where the file is stored, so we do not follow it there.)"""
+    import requests  # here and not above: most runs need no network, and the import takes 0.2 s
+    headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
+    sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
+    if len(sha256) != 64:
+        raise OSError("the server announces no SHA-256")
+    return sha256
+
+def fetch_rest(url: str, unfinished: Path, name: str) -> None:
+    """Add to `unfinished` what it lacks of the file at `url`; `name` is for the line that shows how far it
+    is."""
+    import requests
+    got = unfinished.stat().st_size if unfinished.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
+    if got:
+        headers["Range"] = f"bytes={got}-"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:
+            return
+        response.raise_for_status()
+        goes_on = response.status_code == 206
+        with open(unfinished, "ab" if goes_on else "wb", buffering=0) as file:
+            left = response.headers.get("content-length", "")
+            total = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left.isdecimal() else ""
+            for chunk in response.iter_content(1 << 16):
+                file.write(chunk)
+                show(f"downloading {name}: {file.tell() / 1e6:.1f}{total} MB")
+            os.fsync(file.fileno())
+
+def trouble(error: OSError) -> str:
+    """Why a download failed, in plain words. (The errors of requests are OSErrors.)"""
+    import requests
+    if isinstance(error, requests.HTTPError):
+        return f"the server answers {error.response.status_code}"
+    if isinstance(error, requests.RequestException):
+        return "the server cannot be reached, or has stopped in the middle"
+    return in_words(error)
+
+# A text of your own may be anything: written on Windows (its lines end with "\r\n", and a "byte-order mark",
+# three bytes that mean nothing, may stand in front), hundreds of megabytes long, or no text at all. It is
+# read a megabyte at a time, so that a text of 200 MB takes 200 MB of memory and no more. Python decodes it on
+# the way and tells us if a byte cannot be UTF-8, but counts from the beginning of the piece that it is
+# decoding just then. The piece ends where Python has read to, so its beginning is that place less its length.
+
+def read_text(path: Path, replace: bool = False) -> bytearray:
+    """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. Bytes that are not UTF-8
+    are a UserError that says where they are, or become U+FFFD with `replace`; so is a file that cannot be
+    read."""
+    text = bytearray()
+    errors = "replace" if replace else "strict"
+    try:
+        with open(path, encoding="utf-8-sig", errors=errors) as file:
+            try:
+                while piece := file.read(1 << 20):
+                    text += piece.encode()
+                    show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
+            except UnicodeDecodeError as error:
+                offset = file.buffer.tell() - len(error.object) + error.start
+                byte = error.object[error.start]
+                raise UserError(f"{path} is not UTF-8 text: byte {byte:#04x} at offset {offset} "
+                                "(--replace-bad-bytes reads on, with U+FFFD in such places)") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return text
+
+# tiktoken is quick, but cannot take a text of any length at once: its regular expressions overflow the stack
+# on a million blanks, and the lists of numbers that it returns take ten times the memory of an array. So a
+# long text is encoded in pieces. They must end where the pattern of chapter 3 cuts in any case, or a token
+# would be torn apart: after the letters of a word, or before white space.
+
+SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)"
+
+def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
+    """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint16 if they fit,
+    else int32."""
+    import regex
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    arrays = [np.zeros(0, kind)]
+    start = 0
+    length = size
+    while start < len(text):
+        end = border(text, start + length)
+        piece = str(text[start:end], "utf-8")
+        cut = regex.search(f"(?r){SURE_CUT}", piece)  # (?r): from the right, so the last such place
+        if end < len(text) and not piece.isspace():
+            if cut is None:
+                length *= 2  # a piece without any: a longer one may have one
+                continue
+            piece = piece[:cut.end()]
+        arrays.append(np.array(tokenizer.encode(piece), kind))
+        start += len(piece.encode())
+        length = size
+    return np.concatenate(arrays)
+
+BPETokenizer.encode_array = encode_array
+
+def find_file(name: str) -> Path | None:
+    """The file of that name, or None. A name may come from a checkpoint, so it may be nonsense: too long for
+    a path, with characters that no path can have, or a link to itself."""
+    try:
+        path = Path(name).resolve()
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
+    """The text that `--data` asks for, and what to ask for to get it again; None asks for the default.
+    UserError if there is no such text."""
+    ours = {"shakespeare": DATA / "tinyshakespeare.txt", "play": DATA / "play.txt"}
+    name = data or "shakespeare"
+    if name == "shakespeare":
+        try:
+            download(path=ours[name], **SHAKESPEARE)
+        except OSError as error:
+            if data:
+                raise UserError(f"{error}, or use --data play") from error
+            say(f"{error}\ntraining on data/play.txt, a play that came with this file, instead")
+            name = "play"
+    path = find_file(ours.get(name, name))
+    if path is None:
+        raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
+    return read_text(path, replace), name if name in ours else str(path)
+
+# === Chapter 24. What a knob may be
+#
+# Part I says what each number of a config means, and believes whatever it is given. But numbers also come
+# from a keyboard or from a file that somebody sent. This table has the smallest and the largest sensible
+# value of each, and a line of help. The command line makes its flags from it, and a checkpoint's configs are
+# held against it, so that neither can drift away from the other. (A field that you add to a config needs no
+# entry: it becomes a flag that takes any value.)
+
+@dataclasses.dataclass
+class SampleConfig:
+    """How text is written."""
+    max_tokens: int = 300
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    num_samples: int = 1
+
+KNOBS = {
+    "block_size": (1, 65536, "tokens that the model sees at once, its context length T"),
+    "vocab_size": (2, 400_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)"),
+    "n_layer": (1, 1000, "transformer blocks, one after the other"),
+    "n_head": (1, 1000, "attention heads in a block; must divide --n-embd"),
+    "n_embd": (1, 65536, "channels a token is represented by, C"),
+    "dropout": (0.0, 0.99, "share of activations zeroed at random while training, against overfitting"),
+    "batch_size": (1, 65536, "sequences in a batch, B"),
+    "learning_rate": (0.0, 10.0, "largest step size of Adam, reached after the warm-up"),
+    "warmup_steps": (0, 10**9, "steps over which the learning rate rises from 0"),
+    "max_iters": (1, 10**9, "training steps in all"),
+    "eval_interval": (1, 10**9, "steps between two evaluations"),
+    "eval_iters": (1, 10**6, "batches that an evaluation averages over"),
+    "min_lr": (0.0, 10.0, "learning rate at the end of the cosine decay"),
+    "weight_decay": (0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step"),
+    "beta1": (0.0, 0.9999, "Adam's memory of the gradient"),
+    "beta2": (0.0, 0.9999, "Adam's memory of the squared gradient"),
+    "grad_clip": (1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened"),
+    "grad_accum": (1, 1000, "batches whose gradients are averaged into one step"),
+    "seed": (0, 2**31 - 1, "seed of every random choice: weights, batches, dropout"),
+    "save_every": (0, 10**9, "steps between two checkpoints; 0: one at each evaluation"),
+    "keep": (0, 10**9, "newest checkpoints to keep, besides the one of the lowest validation loss; 0: none"),
+    "max_tokens": (0, 10**9, "tokens to write"),
+    "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
+    "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
+    "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
+    "num_samples": (1, 1_000_000, "texts to write, one after the other")}
+
+def flag_of(name: str) -> str:
+    """n_layer -> --n-layer."""
+    return "--" + name.replace("_", "-")
+
+def check_value(name: str, value, kind: type) -> None:
+    """UserError if the field `name`, whose values are of a `kind`, cannot be `value`. (A whole number will do
+    for a fraction; a NaN is in no range.)"""
+    if name not in KNOBS:
+        return
+    low, high, _ = KNOBS[name]
+    if type(value) not in (int, kind) or not low <= value <= high:
+        raise UserError(f"{flag_of(name)} must be between {low} and {high}, not {brief(value, 50)}")
+
+def check_config(config) -> None:
+    """UserError for the first field of a config whose value it cannot have."""
+    for field in dataclasses.fields(config):
+        check_value(field.name, getattr(config, field.name), type(field.default))
+    if isinstance(config, GPTConfig) and config.n_embd % config.n_head:
+        shares = f"--n-embd {config.n_embd} into equal shares"
+        raise UserError(f"--n-head {config.n_head} does not divide {shares}")
+
+# === Chapter 25. Checkpoints
+#
+# A checkpoint is one file with all that a run knows: the model's parameters, Adam's two averages of each, the
+# number of the step, and as text the configs, the tokenizer, and the name and SHA-256 of the text that was
+# learned from (the text itself stays where it is). Whoever has the file can let the model write; whoever has
+# the text, too, can go on training.
+#
+# The format is safetensors, which other tools read as well. A file consists of three parts:
+#
+#     8 bytes        how long the header is
+#     the header     {"wte.weight": {"dtype": "F32", "shape": [1024, 128], "data_offsets": [0, 524288]}, ...}
+#     the numbers    of one tensor after the other, as they stand in memory
+#
+# Unlike Python's own format, pickle, it cannot contain a program that runs when the file is opened. In the
+# header, under the name "__metadata__", there is room for texts, and one of ours is a SHA-256 of everything
+# else in the file. It cannot count itself, so it is computed without its own entry.
+
+def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
+    """The SHA-256 of a file's header, of its metadata other than "sha256", and of its `numbers`, pieces of
+    bytes."""
+    kept = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps([header, kept], sort_keys=True).encode())
+    for piece in numbers:
+        digest.update(piece)
+    return digest.hexdigest()
+
+def header_bytes(header: dict, metadata: dict[str, str]) -> bytes:
+    """The beginning of a file, as far as the numbers, which begin at a multiple of 8 bytes."""
+    text = json.dumps({"__metadata__": metadata} | header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+def write_numbers(file, tensors):
+    """Write the numbers of one tensor or array after the other; yield each as bytes when it has been
+    written."""
+    for tensor in tensors:
+        array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
+        numbers = np.ascontiguousarray(array, np.float32).reshape(-1).data
+        file.write(numbers)
+        yield numbers
+
+def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
+    `path` was before is then intact. One tensor at a time is copied, however large they are together."""
+    header = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    with whole(path) as file:
+        file.write(header_bytes(header, metadata | {"sha256": "0" * 64}))  # not known yet
+        sha256 = sha256_of(header, metadata, write_numbers(file, tensors.values()))
+        file.seek(0)
+        file.write(header_bytes(header, metadata | {"sha256": sha256}))
+
+# Reading is where one has to be careful. The file may have been cut, mixed up on its way, or made by somebody
+# who means harm and knows how to compute a SHA-256. So nothing in the header is believed before it is
+# checked: every tensor must begin where the one before it ended, must be as long as its shape says, and the
+# last one must end where the file does. Then no number can be read from a wrong place, and no memory is taken
+# for what is not there.
+#
+# The numbers are not read at all, at first. `np.memmap` makes an array of a file, and the system fetches
+# those of its pages that somebody looks at: to let a model write, the third of the file that is the model is
+# enough. Only for the SHA-256 everything has to be read once, a megabyte at a time.
+
+DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2",
+          "I8": "i1", "U8": "u1", "BOOL": "?"}  # their names in a file, and numpy's
+LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
+
+class Damaged(UserError):
+    """What is wrong with a file."""
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a file, by name, as windows on it, and its texts. (bfloat16, which numpy lacks, comes as
+    uint16.) UserError unless the header describes the file to its last byte and the SHA-256, if it has one,
+    is right."""
+    try:
+        if not path.is_file():
+            raise UserError(f"cannot read {path}: there is no such file")
+        with open(path, "rb") as file:
+            header, metadata, start = read_header(file)
+            file_bytes = np.memmap(file, np.uint8, "c")  # "c": whoever writes to it gets a copy of that page
+            arrays = windows(header, file_bytes[start:])
+            if "sha256" in metadata:
+                file.seek(start)
+                pieces = iter(functools.partial(file.read, 1 << 20), b"")
+                if metadata["sha256"] != sha256_of(header, metadata, pieces):
+                    raise Damaged("its bytes are not those that were written (wrong SHA-256)")
+        return arrays, metadata
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except Damaged as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its header is not one of a safetensors file") from error
+
+def read_header(file) -> tuple[dict, dict[str, str], int]:
+    """A file's header, its texts, and where its numbers begin. Damaged, or the errors of json, if it has
+    none."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, LONGEST_HEADER):
+        raise Damaged("it is cut off, or not a safetensors file")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not all(type(text) is str for text in metadata.values()):
+        raise Damaged("it has metadata that is not text")
+    return header, metadata, 8 + length
+
+def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """The arrays that a header describes, as windows on the bytes that come after it."""
+    arrays = {}
+    place = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = entry["shape"]
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise Damaged(f"{brief(name, 60)} has numbers of a kind that is not read here")
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(numbers) for n in shape):
+            raise Damaged(f"{brief(name, 60)} has an impossible shape")
+        kind = np.dtype(DTYPES[entry["dtype"]])
+        fits = start == place and end <= len(numbers)
+        if not fits or end - start != kind.itemsize * math.prod(shape):
+            raise Damaged(f"{brief(name, 60)} is not where it belongs, or the file is cut off")
+        arrays[name] = numbers[start:end].view(kind).reshape(shape)
+        place = end
+    if place != len(numbers):
+        raise Damaged("it has bytes that no header speaks of")
+    return arrays
+
+# The numbers then have to fit the model. All are looked at before the first one is used: a model that is half
+# the old one and half the new one would be worse than either.
+
+def load_array(tensor: Tensor, array: np.ndarray) -> None:
+    """Write the numbers of `array` into the memory of `tensor`, of the same shape, where recordings look for
+    them."""
+    numbers = Tensor(np.ascontiguousarray(array), device=tensor.device).cast(tensor.dtype)
+    tensor.assign(numbers).realize()
+
+def as_float32(array: np.ndarray) -> np.ndarray:
+    """Numbers of any precision as float32. Those of bfloat16 are the upper halves of a float32's 32 bits."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and `fill` looks for that
+        return array.astype(np.float32, copy=False)
+
+def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Give each tensor the numbers of the array of the same name. UserError, and nothing has changed, unless
+    there is one for each, of its shape, and with finite numbers. `path` is where they come from, for that
+    line."""
+    for name, tensor in tensors.items():
+        array = arrays.get(name)
+        if array is None:
+            raise UserError(f"{path} does not fit this model: {name} is missing")
+        if array.shape != tensor.shape or array.dtype.kind != "f" and array.dtype != np.uint16:
+            found = f"{array.dtype} {array.shape}"
+            raise UserError(f"{path} does not fit this model: {name} is {found}, not float {tensor.shape}")
+        numbers = as_float32(array)
+        ends = [numbers.min(initial=0), numbers.max(initial=0)]  # (a NaN is both the least and the largest)
+        if not np.isfinite(ends).all():
+            raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
+    for name, tensor in tensors.items():
+        load_array(tensor, as_float32(arrays[name]))
+
+# Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
+# same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
+# whatever you add to it is saved as well. `read_checkpoint` reads and checks a file once; `restore` and
+# `model_of` use what it has found.
+
+FORMAT = "minimiggy 3"
+Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
+
+def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
+    """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
+    them."""
+    tensors = dict(model.parameters())
+    if optimizer:
+        for name in model.parameters():
+            tensors[f"optimizer.m.{name}"] = optimizer.m[name]
+        for name in model.parameters():
+            tensors[f"optimizer.v.{name}"] = optimizer.v[name]
+    return tensors
+
+def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
+    """All that is needed to make the tokenizer again, as a text."""
+    return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
+
+def tokenizer_from_json(text: str) -> BPETokenizer:
+    """The opposite; ValueError if the text is not of that kind."""
+    try:
+        saved = json.loads(text)
+        if saved["name"] == "gpt2":
+            return BPETokenizer("gpt2")
+        return BPETokenizer("bpe", [(int(left), int(right)) for left, right in saved["merges"]])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError("this is no tokenizer") from error
+
+def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
+    """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
+    disk does not take it."""
+    path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
+    metadata = {"format": FORMAT, "iter_num": str(iter_num)}
+    metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
+    if model.tokenizer:
+        metadata["tokenizer"] = tokenizer_to_json(model.tokenizer)
+    if model.source:
+        metadata["data"], metadata["data_sha256"] = model.source
+    if optimizer:
+        metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
+    write_safetensors(path, state_of(model, optimizer), metadata)
+    return path
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose every byte has been checked; UserError if it is none."""
+    arrays, metadata = read_safetensors(path)
+    number = metadata.get("iter_num", "")
+    if metadata.get("format") != FORMAT or "sha256" not in metadata or not re.fullmatch("[0-9]{1,9}", number):
+        raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
+    return Checkpoint(path, int(number), arrays, metadata)
+
+def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) -> None:
+    """Give a model, and an optimizer, the numbers of a checkpoint. UserError, and nothing has changed, if it
+    does not fit."""
+    named = model.parameters()
+    for name in checkpoint.arrays:
+        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
+            raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
+    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path)
+
+def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
+    """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
+    UserError, and nothing has changed, if the file is damaged or does not fit."""
+    checkpoint = read_checkpoint(Path(path))
+    restore(checkpoint, model, optimizer)
+    return checkpoint.step
+
+GPT.save_checkpoint = save_checkpoint
+GPT.load_checkpoint = load_checkpoint
+
+# A checkpoint also says what model to make. Here, a file from an enemy could ask for a thousand layers of
+# 65536 channels. But a model without numbers (`seed=None`) takes no memory yet: we can make it, count how
+# many numbers it would need, and compare that with how many there are. A tokenizer is asked in the same way
+# how long it may be.
+
+def config_from(kind: type, text: str):
+    """A config from its JSON; Damaged if a field is unknown or has a value that it cannot have."""
+    try:
+        config = kind(**json.loads(text))
+        check_config(config)
+        return config
+    except UserError as error:
+        raise Damaged(f"its {kind.__name__} says that {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"its {kind.__name__} has other fields than ours") from error
+
+def needed_numbers(model: GPT) -> int:
+    """How many numbers a model's parameters are, counted without taking memory for them."""
+    distinct = {id(tensor): tensor for tensor in get_state_dict(model).values()}
+    return sum(math.prod(tensor.shape) for tensor in distinct.values() if tensor.is_param)
+
+def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT, TrainConfig]:
+    """The model of a checkpoint, with its tokenizer and its numbers, and the config that it was trained with;
+    UserError if they cannot be made."""
+    metadata = checkpoint.metadata
+    try:
+        config = config_from(GPTConfig, metadata.get("gpt_config", ""))
+        train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
+        model = GPT(config, backend, seed=None)
+        stored = sum(array.size for array in checkpoint.arrays.values())
+        if needed_numbers(model) > stored:
+            raise Damaged("it has fewer numbers than its model needs")
+        if "tokenizer" in metadata:
+            if len(metadata["tokenizer"]) > 100 + 20 * config.vocab_size:  # 18 for "[399998, 399999], "
+                raise Damaged("its tokenizer is too long for its vocabulary")
+            model.tokenizer = tokenizer_from_json(metadata["tokenizer"])
+            if model.tokenizer.vocab_size > config.vocab_size:
+                raise Damaged("its tokenizer has more tokens than its model")
+    except (Damaged, ValueError) as error:
+        raise UserError(brief(f"{checkpoint.path} cannot be opened: {error}")) from error
+    model.source = (metadata.get("data", ""), metadata.get("data_sha256", ""))
+    restore(checkpoint, model)
+    return model, train_config
+
+def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT, TrainConfig, int]:
+    """The model of a checkpoint, with its tokenizer; the config that it was trained with; and the number of
+    steps. UserError if the file is damaged."""
+    checkpoint = read_checkpoint(Path(path))
+    return *model_of(checkpoint, backend), checkpoint.step
+
+# In a folder there are several checkpoints. The newest one that is whole is the one to use, and not all of
+# them need be kept: the last few, for whoever has to go back a little, and the one whose exam went best.
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint; None for any other file."""
+    match = re.fullmatch("ckpt_([0-9]{1,9})", path.stem)
+    return int(match[1]) if match and path.suffix == ".safetensors" else None
+
+def checkpoints(out_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a folder by their steps, the newest last; UserError, with what to type, if it has
+    none."""
+    found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors") if path.is_file()}
+    found.pop(None, None)
+    if not found:
+        raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
+    return dict(sorted(found.items()))
+
+def open_newest(out_dir: Path, backend: Plain | None = None) -> tuple[Checkpoint, GPT, TrainConfig]:
+    """The newest checkpoint of a folder that is whole, and its model. What is skipped is named; UserError if
+    all are damaged."""
+    for path in reversed(checkpoints(out_dir).values()):
+        try:
+            checkpoint = read_checkpoint(path)
+            return checkpoint, *model_of(checkpoint, backend)
+        except UserError as error:
+            last_error = error
+            say(printable(f"skipped: {error}"))
+    raise last_error
+
+def newest(out_dir: Path, backend: Plain | None = None) -> tuple[Path, GPT, TrainConfig, int]:
+    """The path of the newest checkpoint that is whole, its model, its config and its step."""
+    checkpoint, model, config = open_newest(out_dir, backend)
+    return checkpoint.path, model, config, checkpoint.step
+
+def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
+    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss, which stands
+    in the third column of the log's `rows`."""
+    found = checkpoints(out_dir)
+    losses = {}
+    for row in rows:
+        step, _, val_loss, *_ = row.split(",")
+        if val_loss and int(step) in found:
+            losses[int(step)] = float(val_loss)
+    kept = set(list(found)[-keep:])
+    if losses:
+        kept.add(min(losses, key=losses.get))
+    for step, path in found.items():
+        if step not in kept:
+            with suppress(OSError):  # one too many does no harm
+                path.unlink()
+
+# === Chapter 26. A run that can be stopped
+#
+# Part I's loop says after each step how it went. `train` listens to it: every so often it holds an exam,
+# writes a line, lets the model write a little, adds a row to the log, and saves. All of this only looks at
+# the run and never changes it. Passages and dropout depend on nothing but the seed and the step; exams draw
+# nothing at random; and a checkpoint has all the rest. So a run that was killed at any moment, and went on
+# from its last checkpoint, ends with the same numbers, to the last bit, as one that was never stopped.
+#
+# An exam measures the loss on the part of the text that was not learned from. The model sees windows of T
+# tokens, and a token at the beginning of a window is harder than one at its end, which has more before it. On
+# the way, a few windows will do, evenly spread and always the same ones, so that two exams can be compared.
+# At the end the windows lie side by side and every token is counted once: then the result depends on the
+# model and the text alone, and not on how many windows are computed at a time.
+
+class Evaluator:
+    """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
+
+    def __init__(self, model: GPT, batch_size: int):
+        def losses(x: Tensor, y: Tensor) -> tuple[Tensor]:
+            logits = model.head(model.hidden(x))                      # (B, T, V)
+            return (model.ops.cross_entropy(logits, y).realize(),)    # (B, T)
+        self.T = model.config.block_size
+        self.batch_size = batch_size
+        self.losses = model.ops.record(losses)
+
+    def at(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The loss of every token in the windows of T tokens that begin at `starts` (n,) -> (n, T)."""
+        rows = []
+        for i in range(0, len(starts), self.batch_size):
+            batch = np.resize(starts[i:i + self.batch_size], self.batch_size)  # (fills up the last one)
+            passages = data[batch[:, None] + np.arange(self.T + 1)].astype(np.int32)
+            rows.append(self.losses(passages[:, :-1], passages[:, 1:])[0])
+        return np.concatenate(rows)[:len(starts)]
+
+    def mean(self, data: np.ndarray, batches: int) -> float:
+        """A quick look: the mean over so many batches of windows, spread evenly over `data`."""
+        starts = np.linspace(0, len(data) - self.T - 1, batches * self.batch_size).astype(np.int64)
+        return float(self.at(data, starts).mean(dtype=np.float64))
+
+    def whole(self, data: np.ndarray) -> float:
+        """The mean over all tokens but the first, which nothing comes before; each is counted once."""
+        starts = np.arange(0, len(data) - 1, self.T)
+        starts[-1] = len(data) - 1 - self.T       # the last window must end with the text, so it reaches back
+        losses = self.at(data, starts)
+        repeated = -(len(data) - 1) % self.T      # over so many tokens of the one before it
+        losses[-1, :repeated] = 0
+        return float(losses.sum(dtype=np.float64) / (len(data) - 1))
+
+def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
+    """The factor from nats a token to bits a byte, for the text of these token ids."""
+    lengths = np.array([len(tokenizer.decode_bytes(token)) for token in range(tokenizer.vocab_size)])
+    n_bytes = 0
+    for i in range(0, len(data), 1 << 20):  # (a megabyte of numbers at a time: a text can be long)
+        n_bytes += int(lengths[data[i:i + (1 << 20)]].sum())
+    return len(data) / math.log(2) / n_bytes
+
+# What has been measured is kept in a table, log.csv, and what the model has written in samples.txt, which
+# looks as it did on the screen. Both are written anew, whole, at each save. A run that goes on from step 600
+# reads them as far as that step and drops the rest, which it is going to do again.
+
+COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
+
+class TrainingFailed(Exception):
+    """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
+
+def log_rows(log: Path, start: int) -> list[str]:
+    """The rows of log.csv up to step `start`: a run that goes on from there writes those after it again.
+    Lines that are no rows, as a program that was killed or somebody's editor may have left them, are
+    dropped."""
+    if start == 0 or not log.is_file():
+        return []
+    number = r"(-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?"
+    row = re.compile(r"\d{1,9}" + f"(,{number})" * (len(COLUMNS) - 1), re.ASCII)
+    lines = log.read_text(errors="replace").splitlines()
+    return [line for line in lines if row.fullmatch(line) and int(line.split(",")[0]) <= start]
+
+def sample_blocks(file: Path, start: int) -> list[str]:
+    """The texts in samples.txt that were written up to step `start`, each under a line that says at which
+    step."""
+    if start == 0 or not file.is_file():
+        return []
+    text = file.read_text(errors="replace")
+    blocks = re.finditer(r"step (\d{1,9})\n(    \|.*\n)+", text, re.ASCII)
+    return [block.group() for block in blocks if int(block[1]) <= start]
+
+def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
+    """Token ids as an array; UserError if there are too few for one block, or some that the model does not
+    know."""
+    ids = np.asarray(ids)
+    T = config.block_size
+    if len(ids) <= T:
+        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs "
+                        f"{T + 1}: bring more text or choose a smaller block")
+    if ids.max() >= config.vocab_size:
+        last = config.vocab_size - 1
+        raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {last}")
+    return ids
+
+def clock(seconds: float) -> str:
+    """75.3 -> "1:15"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], samples: list[str],
+             checkpoint: bool) -> None:
+    """Write the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever goes
+    on from a checkpoint finds all rows up to it."""
+    with whole(out_dir / "log.csv") as file:
+        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
+    if samples:
+        with whole(out_dir / "samples.txt") as file:
+            file.write("".join(samples).encode())
+    if checkpoint and optimizer.config.keep:
+        model.save_checkpoint(step, optimizer, out_dir)
+        prune(out_dir, optimizer.config.keep, rows)
+
+# `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
+# Speed is measured in laps of ten steps, which leave out exams and saves.
+
+class Run:
+    """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
+
+    def __init__(self, model: GPT, config: TrainConfig, train_data, val_data, optimizer, start: int, out_dir):
+        self.model = model
+        self.config = config
+        self.data = checked("training", train_data, model.config)
+        self.val = None if val_data is None else checked("validation", val_data, model.config)
+        self.optimizer = optimizer or AdamW(model, config)
+        self.evaluator = Evaluator(model, config.batch_size)
+        self.writer = None  # made when the first sample is written
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        self.rows = []
+        self.samples = []
+        if self.out_dir:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.rows = log_rows(self.out_dir / "log.csv", start)
+            self.samples = sample_blocks(self.out_dir / "samples.txt", start)
+        tokenizer = model.tokenizer
+        self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
+        self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
+        self.began = time.perf_counter()  # (`bits` and `val_bits` turn nats a token into bits a byte)
+        self.lap = (start, self.began)  # since which step, and when, the speed is measured
+        self.last_shown = 0.0
+        self.speed = 0.0  # tokens a second
+        self.unsaved = None  # what to say about a save that failed
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.config.grad_accum * self.config.batch_size * self.model.config.block_size
+
+    def measure_speed(self, step: int) -> None:
+        """Tokens a second since the lap began."""
+        since, then = self.lap
+        self.speed = (step - since) * self.tokens_a_step / (time.perf_counter() - then)
+
+    def show_progress(self, step: int, loss: float, norm: float) -> None:
+        """The line that is overwritten, ten times a second at most."""
+        now = time.perf_counter()
+        if now - self.last_shown < 0.1:
+            return
+        self.last_shown = now
+        left = (self.config.max_iters - step) * self.tokens_a_step / max(self.speed, 1)
+        bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
+        rate = learning_rate(self.config, step - 1)
+        show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
+             f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
+
+    def examine(self, step: int) -> dict[str, float]:
+        """The losses on both texts, by the log's columns, and a line about them. On the way, some batches of
+        each will do. At the end all of the validation text is read, or of a very long one 50 times as much as
+        before."""
+        c = self.config
+        found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
+        line = f"step {step:5}  train {found['train_loss']:.3f}"
+        if self.val is not None:
+            batches = math.ceil(len(self.val) / (c.batch_size * self.model.config.block_size))
+            if step < c.max_iters:
+                found["val_loss"] = self.evaluator.mean(self.val, c.eval_iters)
+            elif batches <= 50 * c.eval_iters:
+                found["val_loss"] = self.evaluator.whole(self.val)
+            else:
+                found["val_loss"] = self.evaluator.mean(self.val, 50 * c.eval_iters)
+            line += f"  val {found['val_loss']:.3f}"
+        if self.val_bits:
+            found["val_bpb"] = found["val_loss"] * self.val_bits
+            line += f" = {found['val_bpb']:.3f} bits/byte"
+        say(f"{line}  {self.speed:,.0f} tokens/s  {clock(time.perf_counter() - self.began)}")
+        return found
+
+    def write_sample(self, step: int) -> None:
+        """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
+        c = self.config
+        quarter = step * 4 // c.max_iters
+        if not self.model.tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
+            return
+        self.writer = self.writer or Writer(self.model)
+        tokenizer = self.model.tokenizer
+        ids = list(self.writer.stream(tokenizer.encode("\n"), 50, seed=step))
+        lines = printable(tokenizer.decode(ids)).strip().split("\n")
+        text = "    | " + "\n    | ".join(lines)
+        say(text)
+        self.samples.append(f"step {step}\n{text}\n")
+
+    def log(self, row: dict[str, float]) -> None:
+        """Add a row to the log; it is written at the next save."""
+        row["tokens_per_s"] = round(self.speed)
+        if self.bits:
+            row["train_bpb"] = row["train_loss"] * self.bits
+        self.rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
+
+    def save(self, step: int, checkpoint: bool) -> None:
+        """Save. A full disk must not end a run that has taken hours: it is said, and the next save is
+        tried."""
+        try:
+            save_run(self.model, self.optimizer, step, self.out_dir, self.rows, self.samples, checkpoint)
+            self.unsaved = None
+        except OSError as error:
+            self.unsaved = f"step {step} could not be saved in {self.out_dir} ({error.strerror or error})"
+            say(f"{self.unsaved}; training goes on, what was saved before is intact, and the next save is "
+                "tried")
+
+def check_finite(config: TrainConfig, step: int, loss: float, norm: float) -> None:
+    """TrainingFailed if a step has brought numbers that are none. (The optimizer has not taken such a
+    step.)"""
+    if not math.isfinite(loss + norm):
+        rate = learning_rate(config, step - 1)
+        raise TrainingFailed(
+            f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
+            f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last checkpoint "
+            f"is intact; to go on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+
+def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
+          start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
+    """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
+    optimizer. The data are token ids in a row, a list or an integer array (N,). With an `out_dir`, log.csv,
+    samples.txt and checkpoints are written there. UserError if a text is too short; TrainingFailed if numbers
+    go wrong, or if the last save fails."""
+    run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
+    show("compiling (the first run on a machine takes some seconds longer) ...")
+    for step, loss, norm in training(model, config, run.data, run.optimizer, start):
+        check_finite(config, step, loss, norm)
+        last = step == config.max_iters
+        examining = last or step % config.eval_interval == 0
+        logging = examining or step % 10 == 0
+        new_lap = logging or step == start + 1
+        if new_lap:
+            run.measure_speed(step)
+        run.show_progress(step, loss, norm)
+        row = {"step": step, "train_loss": loss, "lr": learning_rate(config, step - 1), "grad_norm": norm}
+        if examining:
+            row |= run.examine(step)
+            run.write_sample(step)
+        if logging:
+            run.log(row)
+        saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
+        if run.out_dir and (examining or saving):
+            run.save(step, saving)
+        if stop and saving:  # (if the signal came after that save had been decided, one more step is taken)
+            break
+        if new_lap or saving:
+            run.lap = (step, time.perf_counter())
+    show("")
+    if run.unsaved:
+        raise TrainingFailed(f"{run.unsaved}; what was saved before is intact")
+    return run.optimizer
+
+# Who stops a run? Ctrl-C sends the program a signal, and so do `kill` and a terminal that is closed. By
+# default a signal ends a program on the spot. Ours only notes that it came. The loop above then finishes its
+# step, saves, and leaves. Whoever cannot wait sends a second one, which ends the program at once: the last
+# checkpoint is whole.
+
+@contextmanager
+def finishing_the_step():
+    """In the `with` block, signals are put into a list, which it yields, in place of ending the program."""
+    caught = []
+
+    def catch(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        with suppress(OSError):  # (print might be in the middle of something; this cannot be)
+            os.write(2, b"\nstopping after this step (the same again stops at once)\n")
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has one ignored, and that is to stay so
+            before[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# Two runs in one folder would delete each other's checkpoints, so the first one takes a lock, and the second
+# one is told. The system locks open files, and a folder can be opened like one. It gives a lock back when the
+# program that holds it ends, however it ends; a file named "lock" would still be there after a power cut.
+
+@contextmanager
+def alone(out_dir: Path):
+    """In the `with` block, nobody else trains in this folder; UserError if somebody does. What a program that
+    was killed has left half written is removed, and so is the folder if it was made for nothing."""
+    import fcntl  # here, since Windows has none
+    is_new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        line = f"another run is at work in {out_dir}: wait for it, or choose another --out-dir"
+        raise UserError(line) from None
+    try:
+        for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
+            for unfinished in out_dir.glob(kind):
+                unfinished.unlink()
+        yield
+    finally:
+        os.close(folder)
+        if is_new and not any(out_dir.iterdir()):
+            out_dir.rmdir()
+
+def set_aside(out_dir: Path, start: int) -> None:
+    """Move the checkpoints after step `start` into a folder of their own, run-1, run-2, ... They belong to an
+    earlier run (as its log does) if a new one begins at 0; or to a future that a run which went back will
+    write anew. Nothing is ever written over."""
+    old = [path for path in out_dir.glob("ckpt_*.safetensors") if (step_of(path) or 0) > start]
+    if start == 0:
+        old += out_dir.glob("log.csv")
+        old += out_dir.glob("samples.txt")
+    if not old:
+        return
+    n = 1
+    while (out_dir / f"run-{n}").exists():
+        n += 1
+    folder = out_dir / f"run-{n}"
+    folder.mkdir()
+    for path in old:
+        path.rename(folder / path.name)
+    say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
+
+# === Chapter 27. GPT-2, in and out
+#
+# Part I has GPT-2's formula, and its parameters have the names that they have at Hugging Face, where most
+# models of this kind are kept. So models can travel. GPT-2 as OpenAI trained it can be used here and trained
+# further, and a model of ours runs in any program that knows GPT-2. The numbers go over as they are. Three
+# things need care.
+#
+# *Is it a GPT-2?* Names and shapes do not say with which formula a model was trained. One with another
+# activation would load, and babble. Coming in, a model has a config.json that tells, and we compare it with
+# what part I is. Going out, our own model may be one that you have changed. So we compute GPT-2's formula
+# once more, in plain numpy and from nothing but the parameters and their names. If the model gives other
+# logits, it is no GPT-2 any more.
+
+def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a GPT-2 of this size: their shapes by name."""
+    C = config.n_embd
+    layers = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
+              "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    named = {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layers.items()}
+    named["ln_f"] = (C,)
+    shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
+    for name, shape in named.items():
+        shapes[f"{name}.weight"] = shape
+        shapes[f"{name}.bias"] = shape[-1:]
+    return shapes
+
+def gpt2_logits(p: dict[str, np.ndarray], ids: np.ndarray, config: GPTConfig) -> np.ndarray:
+    """GPT-2 in numpy: parameters by name and ids (T,) -> logits (T, V), float32."""
+    T = len(ids)
+    H = config.n_head
+    future = np.triu(np.full((T, T), -np.inf, np.float32), 1)         # -inf above the diagonal, else 0
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        spread = np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-5)
+        return centred / spread * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    x = p["wte.weight"][ids] + p["wpe.weight"][:T]                    # (T, C)
+    for i in range(config.n_layer):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
+        q, k, v = qkv.reshape(T, 3, H, -1).transpose(1, 2, 0, 3)      # three of (H, T, D)
+        scores = q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]) + future
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        y = (weights @ v).transpose(1, 0, 2).reshape(T, -1)           # (T, C)
+        x = x + linear(y, f"h.{i}.attn.c_proj")
+        u = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        u = 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        x = x + linear(u, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ p["wte.weight"].T
+
+def check_is_gpt2(model: GPT) -> None:
+    """UserError unless the model has a GPT-2's parameters and computes what a GPT-2 does."""
+    arrays = {name: tensor.numpy() for name, tensor in model.parameters().items()}
+    have = {(name, array.shape) for name, array in arrays.items()}
+    different = sorted(have ^ set(gpt2_shapes(model.config).items()))
+    if different:
+        name, shape = different[0]
+        verb = "has" if different[0] in have else "lacks"
+        raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(8, model.config.block_size))
+    with np.errstate(all="ignore"):
+        want = gpt2_logits(arrays, ids, model.config)
+    got = model(Tensor(ids[None].astype(np.int32))).numpy()[0]
+    if not np.abs(got - want).max() <= 1e-4 * np.abs(want).max():  # (a NaN is not, either)
+        raise UserError("this model is no GPT-2 any more: with the same numbers, a GPT-2 gives other logits")
+
+# *What is a token made of?* Our tokenizer, which is tiktoken's, knows which bytes are a token and which
+# number each has. It joins two neighbours whenever what they make together is a token, the smallest number
+# first; which two they are does not matter. Hugging Face's has a list of pairs and joins only what stands
+# there, in its order. So for each of our tokens we must name the one pair that it is made of in the end.
+#
+# Take "banana" from chapter 3: its tokens are an, ban, ana, banana, with the numbers 256 to 259. Let "ana" be
+# merged by itself: a|n|a becomes an|a, and here two parts are left. So the pair of "ana" is (an, a), and
+# never (a, na). That is all there is to `last_parts`. But why is one pair enough, if "ana" can stand anywhere
+# in a text? Suppose that it has just come to be one token, somewhere in a long word. Until then, nothing had
+# joined one of its bytes with a byte outside, or they could not be one token now. So its bytes were merged
+# among themselves, in the same order as if nothing stood around them: from the same two parts.
+#
+# Once in a while a token is never reached like this, because an earlier merge has cut it in the wrong place.
+# It can then only be a word that is looked up as a whole, and has no pair.
+
+def letters() -> dict[int, str]:
+    """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
+    others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
+    table = {}
+    others = itertools.count(256)
+    for byte in range(256):
+        plain = chr(byte).isprintable() and byte != ord(" ")
+        table[byte] = chr(byte) if plain else chr(next(others))
+    return table
+
+LETTERS = letters()
+
+def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
+    """All tokens, written in these letters, and their numbers."""
+    words = [tokenizer.decode_bytes(token).decode("latin-1") for token in range(tokenizer.vocab_size)]
+    return {word.translate(LETTERS): token for token, word in enumerate(words)}
+
+def last_parts(token: str, ids: dict[str, int]) -> list[str]:
+    """A token's letters, merged until two parts are left, or more if nothing can be merged any further."""
+    parts = list(token)
+    while len(parts) > 2:
+        joined = [left + right for left, right in itertools.pairwise(parts)]
+        numbers = [ids.get(pair, math.inf) for pair in joined]
+        first = min(numbers)
+        if first == math.inf:
+            break
+        i = numbers.index(first)
+        parts[i:i + 2] = [joined[i]]
+    return parts
+
+def earlier_parts(token: str, ids: dict[str, int]) -> tuple[int, int]:
+    """The numbers of two earlier tokens that together are this one; ValueError if there are none. In the
+    other direction, from a file to tiktoken, any two will do: it only wants to know the token's bytes."""
+    for n in range(1, len(token)):
+        left = ids.get(token[:n], math.inf)
+        right = ids.get(token[n:], math.inf)
+        if max(left, right) < ids[token]:
+            return left, right
+    raise ValueError("a token is not made of earlier ones")
+
+# *Which files?* A folder that `from_pretrained` of Hugging Face's transformers loads has the weights, a
+# config.json, and the tokenizer in two forms, an older and a newer one.
+
+GPT2 = {  # what a config.json may say that is true of part I; we write the first of each
+    "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False]}
+
+def tokenizer_files(tokenizer: BPETokenizer, block_size: int) -> dict[str, str]:
+    """The files of a tokenizer for transformers: their texts by name."""
+    ids = vocabulary(tokenizer)
+    pairs = [last_parts(token, ids) for token in ids]
+    merges = [" ".join(pair) for pair in pairs if len(pair) == 2]
+    # Words are cut by GPT-2's pattern (`use_regex`), and one that is a token is taken as it is
+    # (`ignore_merges`).
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": True}
+    newer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
+    # Left to itself, this class would also send token_type_ids, and a GPT-2 would add their embeddings.
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+             "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
+             "add_prefix_space": False}
+    return {"vocab.json": json.dumps(ids), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+            "tokenizer.json": json.dumps(newer), "tokenizer_config.json": json.dumps(about, indent=2)}
+
+def export(model: GPT, folder: Path) -> None:
+    """Write a folder that transformers load: the model, and its tokenizer if it has one. UserError if the
+    model is not a GPT-2; OSError if the disk does not take it."""
+    check_is_gpt2(model)
+    c = model.config
+    tokenizer = model.tokenizer
+    end = 50256 if tokenizer and tokenizer.name == "gpt2" else None  # <|endoftext|>; ours learn no such token
+    config = {key: values[0] for key, values in GPT2.items()} | {
+        "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True, "n_inner": None,
+        "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,
+        "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+        "attn_pdrop": 0.0, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
+        "bos_token_id": end, "eos_token_id": end}
+    files = {"config.json": json.dumps(config, indent=2)}
+    if tokenizer:
+        files |= tokenizer_files(tokenizer, c.block_size)
+    for name, text in files.items():
+        with whole(folder / name) as file:
+            file.write(text.encode())
+    tensors = {f"transformer.{name}": tensor for name, tensor in model.parameters().items()}
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})  # last: where it is, all is
+
+# Coming in, a model is a file of weights with a config.json and perhaps a tokenizer beside it. Large models
+# are cut into several files, and an index says which tensor is in which. Older ones are pickles, which can
+# contain programs and are not opened here.
+
+HUB = "https://huggingface.co/openai-community"
+HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+INDEX = "model.safetensors.index.json"
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of at most 64 MB; Damaged if it is something else."""
+    try:
+        if path.is_file() and path.stat().st_size <= 64 << 20:
+            values = json.loads(read_text(path))
+            if isinstance(values, dict):
+                return values
+    except (ValueError, RecursionError):
+        pass
+    raise Damaged(f"{path} is damaged: it is not a JSON object")
+
+def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
+    """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
+    a model with its 50257 tokens."""
+    newer = folder / "tokenizer.json"
+    older = folder / "vocab.json"
+    if not newer.exists() and not older.exists():
+        return BPETokenizer("gpt2") if vocab_size == 50257 else None
+    with suppress(Damaged, ValueError, LookupError, TypeError, AttributeError):
+        ids = read_json(newer)["model"]["vocab"] if newer.exists() else read_json(older)
+        if ids.get("<|endoftext|>") == 50256:
+            tokenizer = BPETokenizer("gpt2")
+        else:
+            learned = sorted(ids, key=ids.get)[256:]
+            if max(map(len, learned), default=0) > LONGEST:
+                raise ValueError("a token is too long")
+            tokenizer = BPETokenizer("bpe", [earlier_parts(token, ids) for token in learned])
+        if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
+            return tokenizer
+    say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
+    return None
+
+def weights_file(source: str) -> Path:
+    """The file, or the index of several files, that `source` means: a file, a folder, or one of HUB_MODELS,
+    which are downloaded once. UserError if it is a pickle or cannot be downloaded."""
+    path = Path(source)
+    if source in HUB_MODELS and not path.exists():
+        path = cache_folder() / source / "model.safetensors"
+        try:
+            download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
+        except OSError as error:
+            raise UserError(str(error)) from error
+    if path.is_dir():
+        candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
+        path = next(filter(Path.exists, candidates), candidates[0])
+    if path.suffix in (".bin", ".pt", ".pth") and path.exists():
+        raise UserError(f"{path} is a pickle, which can contain programs and is not opened here: load its "
+                        "folder with transformers, and save_pretrained makes a model.safetensors of it")
+    return path
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors file, or of all files that an index names; UserError if one is damaged."""
+    if not path.name.endswith(".json"):
+        return read_safetensors(path)[0]
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(type(name) is str for name in places.values()):
+        raise UserError(f"{path} is damaged: it does not say which tensor is in which file")
+    arrays = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name:
+            raise UserError(f"{path} is damaged: it names a file in another folder")
+        arrays |= read_safetensors(path.with_name(name))[0]
+    return arrays
+
+def check_told(path: Path, config: GPTConfig) -> int:
+    """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
+    of heads, which no shape tells. UserError if it speaks of another model."""
+    about = path.with_name("config.json")
+    C = config.n_embd
+    told = {"n_head": C / 64}  # OpenAI's own models have heads of 64 channels
+    if about.exists():
+        told = {"n_head": 12} | read_json(about)  # (12 is what transformers take if it says nothing)
+    fits = GPT2 | {"vocab_size": [config.vocab_size], "n_embd": [C], "n_layer": [config.n_layer],
+                   "n_positions": [config.block_size], "n_ctx": [config.block_size], "n_inner": [None, 4 * C],
+                   "n_head": [n for n in range(1, C + 1) if C % n == 0]}
+    for key, values in fits.items():
+        if key in told and told[key] not in values:
+            where = about if about.exists() else f"{path}, without a config.json beside it"
+            needed = " or ".join(map(json.dumps, values))
+            raise UserError(f"{where}: {key} is {brief(json.dumps(told[key]), 50)}; these weights and part I "
+                            f"need {brief(needed, 80)}")
+    return int(told["n_head"])
+
+def init_from(source: str, block_size: int | None = None, backend: Plain | None = None) -> GPT:
+    """A GPT with the weights of a .safetensors file, of a folder that has one or several, or of one of
+    HUB_MODELS; cut to its first `block_size` positions, without dropout. UserError if that is no GPT-2."""
+    path = weights_file(source)
+    arrays = read_weights(path)
+    prefix = ""  # of every name; some files have one
+    if any(name.startswith("transformer.") for name in arrays):
+        prefix = "transformer."
+    wte = arrays.get(f"{prefix}wte.weight", np.zeros(0))
+    wpe = arrays.get(f"{prefix}wpe.weight", np.zeros(0))
+    if wte.ndim != 2 or wpe.ndim != 2:
+        raise UserError(f"{path} has no matrices {prefix}wte.weight and {prefix}wpe.weight")
+    V, C = wte.shape
+    T = len(wpe)
+    layers = sum(name.endswith(".ln_1.weight") for name in arrays)
+    config = GPTConfig(T, V, max(1, layers), 1, C)
+    config.n_head = check_told(path, config)
+    check_config(config)
+    if not np.array_equal(arrays.pop("lm_head.weight", wte), wte):
+        raise UserError(f"{path}: lm_head.weight is another matrix than wte.weight; in a GPT-2 they are one")
+    if block_size and block_size > T:
+        raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
+    config.block_size = block_size or T
+    arrays[f"{prefix}wpe.weight"] = wpe[:config.block_size]
+    model = GPT(config, backend, tokenizer=read_tokenizer(path.parent, V), seed=None)
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.parameters().items()}
+    for name in arrays:
+        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
+        if not mask and name not in tensors:
+            raise UserError(f"{path} has {brief(name, 60)}, which this GPT has not")
+    fill(tensors, arrays, path)
+    return model
+
+# === Chapter 28. Seeing it
+#
+# The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
+# curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a log.csv: numbers by column, without the empty cells. UserError if it is not the log of a
+    run."""
+    if not path.is_file():
+        raise UserError(f"cannot read {path}: there is no such file")
+    heading, *lines = read_text(path).decode().splitlines() or [""]
+    names = heading.split(",")
+    rows = []
+    line = heading
+    try:
+        if not {"step", "train_loss", "lr"} <= set(names):
+            raise ValueError("another heading")
+        for line in lines:
+            cells = dict(zip(names, line.split(","), strict=True))
+            row = {name: float(cell) for name, cell in cells.items() if cell}
+            if not 0 <= row.get("step", -1) <= 1e9:  # (a NaN is not, either)
+                raise ValueError("no step")
+            rows.append(row)
+        return rows
+    except ValueError as error:
+        problem = f"is no log of a training run, or damaged, in the line: {brief(line, 40)}"
+        raise UserError(f"{path} {problem}") from error
+
+def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    """(step, value) for the rows that have a value in this column which a picture can show. (When a run blows
+    up, some are infinite, and a damaged log can have any; no float32 is above 1e38.)"""
+    return [(row["step"], row[name]) for row in rows if abs(row.get(name, math.nan)) < 1e38]
+
+# A terminal shows letters, but Unicode has letters that are drawings: a braille character is a grid of 4 rows
+# of 2 dots, each of which may be raised or not. Its number is 0x2800 plus one bit for each dot, with the bits
+# as in DOTS. So 56 x 8 characters are a screen of 112 x 32 dots.
+
+DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # for the rows from the top down: the left dot, the right dot
+
+def chart(rows: list[tuple[float, float]]) -> str:
+    """(step, value) pairs as a curve for the terminal, 10 lines of 64 characters; "" if there are fewer than
+    two, or if one is not a number."""
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return ""
+    steps, values = np.array(rows).T
+    low = values.min()
+    high = values.max()
+    places = np.linspace(steps[0], steps[-1], 112)
+    depths = np.interp(places, steps, (high - values) / (high - low or 1) * 31)  # 0 is the top row of dots
+    depths = np.rint([depths[0], *depths]).astype(int)
+    grid = np.full((8, 56), 0x2800)
+    for x, (before, here) in enumerate(itertools.pairwise(depths)):
+        for y in range(min(before, here), max(before, here) + 1):  # where it is steep, dots join the two
+            grid[y // 4, x // 2] |= DOTS[y % 4][x % 2]
+    labels = [f"{high:6.3f} ┤", *["       │"] * 6, f"{low:6.3f} ┤"]
+    lines = [label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True)]
+    axis = "       └" + "─" * 56
+    steps_line = f"{steps[0]:<20.0f}{'step':^16}{steps[-1]:>20.0f}".rjust(64)
+    return "\n".join([*lines, axis, steps_line])
+
+# In the picture, every run has one colour: a thin curve for the text that it learned from, a bold one for the
+# exam, and a filled dot where a checkpoint is kept. The name of a run stands at the end of its curve. Two
+# things are easy to get wrong. The losses of the first steps are so high that they would press everything
+# else together, so the first tenth of the run may leave the picture at the top. And names of runs that end
+# alike would be printed over each other, so each is moved up until it is clear of the one below.
+
+STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}
+
+def plot(folders: list[str | Path], path: Path):
+    """Draw the logs of these runs into one PNG; return matplotlib's Figure. UserError without matplotlib, or
+    if a log is damaged or empty."""
+    try:
+        from matplotlib import figure, rc_context
+    except ImportError as error:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from error
+    logs = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}
+    in_bits = all(column(rows, "val_bpb") for rows in logs.values())
+    unit = "bpb" if in_bits else "loss"
+    last = max([step for rows in logs.values() for step, _ in column(rows, "step")], default=0)
+    peak = max([rate for rows in logs.values() for _, rate in column(rows, "lr")], default=0)
+    late = []  # the values that the picture must have room for
+    names = []
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # (of letters in a folder's name that its font does not have)
+        picture = figure.Figure(figsize=(8, 5.2), dpi=160)
+        top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
+        for i, (folder, rows) in enumerate(logs.items()):
+            curve = draw_run(top, folder, rows, unit, f"C{i}")
+            bottom.plot(*zip(*column(rows, "lr"), strict=True), color=f"C{i}")
+            end, value = curve[-1]
+            names.append((value, f"C{i}", folder.resolve().name))
+            late += [y for step, y in curve if step >= min(last / 10, end)]
+        low = min(late)
+        high = max(late)
+        gap = (high - low) / 17 or max(0.1, abs(low) / 10)
+        place = -math.inf
+        for value, color, name in sorted(names):
+            place = max(value, place + gap)
+            label = f"{printable(name)}  {value:.3f}"
+            top.text(last * 1.03, place, label, color=color, va="center", parse_math=False)
+        measure = "bits per byte" if in_bits else "nats per token"
+        top.set(xlim=(0, max(last, 1) * 1.02), ylim=(low - gap, high + gap),
+                title=f"{measure}   (bold: validation, thin: training, ● checkpoint)")
+        bottom.set(title="learning rate", xlabel="step", ylim=(0, 1.1 * peak or 1))
+        bottom.set(yticks=[0, peak or 1], yticklabels=["0", f"{peak or 1:g}"])
+        with whole(path) as file:
+            picture.savefig(file, format="png", bbox_inches="tight")
+    return picture
+
+def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color: str) -> list[tuple]:
+    """Draw a run's two curves and its checkpoints; return all points (step, value), the last of which is
+    where the run's name goes."""
+    learned = column(rows, f"train_{unit}")
+    exams = column(rows, f"val_{unit}")
+    named = exams or learned
+    if not named:
+        raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
+    kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
+    axes.plot(*zip(*learned, strict=True), color=color, linewidth=0.8, alpha=0.45, zorder=1.9)
+    dots = {"color": color, "marker": "o", "markersize": 5}
+    axes.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
+    axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
+    return learned + named
+
+# === Chapter 29. Proving and measuring it
+#
+# Are the gradients right? A derivative is defined as what happens to the loss if one parameter is moved a
+# little, so one can simply do that: move it up by h, move it down by h, and divide the difference of the two
+# losses by 2h. In float64 and with h = 1e-5 that is good to nine digits or so. It takes two losses for every
+# single number of the model and so would be no way to train; for a model of some hundred numbers it takes
+# seconds. The losses are part I's, in plain operations; the gradients are those that training uses, from part
+# II's programs where there are any. If you have changed the model, this is the check to run. Each gradient is
+# taken twice, on two batches, since one that was added to another by mistake looks right the first time.
+
+def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, np.ndarray]:
+    """The slopes of the plain loss on each batch, by the parameters' names, from finite differences in
+    float64: of shape (N, ...) for a parameter of shape (...). `batches` (N, 2, B, T) int32: what is read,
+    what is predicted."""
+    arrays = {name: tensor.numpy().astype(np.float64) for name, tensor in model.parameters().items()}
+    slopes = {name: np.zeros((len(batches), *array.shape)) for name, array in arrays.items()}
+    elsewhere = {} if Device.DEFAULT == "CPU" else {"DEV": "CPU"}  # not every other device has float64
+    with Context(**elsewhere):
+        twin = GPT(model.config, PLAIN, seed=None)
+        for name, tensor in twin.parameters().items():  # tensors that look into numpy's memory
+            memory = arrays[name].ctypes.data
+            tensor.replace(Tensor.from_blob(memory, tensor.shape, dtype=dtypes.float64, device="CPU"))
+        losses = model.ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
+        for name, array in arrays.items():
+            for place in np.ndindex(array.shape):
+                middle = array[place]
+                array[place] = middle + h
+                above = np.array(losses(batches)).reshape(-1)
+                array[place] = middle - h
+                below = np.array(losses(batches)).reshape(-1)
+                array[place] = middle
+                slopes[name][:, *place] = (above - below) / (2 * h)
+    return slopes
+
+def gradients_of(model: GPT, batch: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradients that training uses, by the parameters' names, of the loss on a batch (2, B, T)."""
+    named = model.parameters()
+    loss = model.loss(Tensor(batch[0]), Tensor(batch[1]))
+    gradients = loss.gradient(*named.values())
+    Tensor.realize(loss, *gradients)
+    return {name: gradient.numpy() for name, gradient in zip(named, gradients, strict=True)}
+
+def gradcheck(seed: int, backend: Plain | None = None) -> bool:
+    """Print for every parameter of a tiny model how far its gradient is from finite differences. Returns
+    whether all agree to 1e-4, relative to the largest gradient of the parameter."""
+    config = GPTConfig(block_size=5, vocab_size=7, n_layer=2, n_head=2, n_embd=4)
+    model = GPT(config, backend, seed=seed)
+    rng = np.random.default_rng(seed)
+    batches = rng.integers(0, config.vocab_size, (2, 2, 2, 5)).astype(np.int32)
+    for tensor in model.parameters().values():  # so that nothing is zero by accident, where errors could hide
+        load_array(tensor, tensor.numpy() + 0.1 * rng.standard_normal(tensor.shape, np.float32))
+    show("computing the loss with each parameter a little larger and a little smaller ...")
+    slopes = exact_slopes(model, batches)
+    found = [gradients_of(model, batch) for batch in batches]
+    show("")
+    say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
+    worst = 0.0
+    for name, tensor in model.parameters().items():
+        got = np.array([gradients[name] for gradients in found])
+        size = np.abs(slopes[name]).max()
+        error = np.abs(got - slopes[name]).max()
+        worst = np.maximum(worst, error / max(size, 1e-12))  # (which stays NaN, if it ever is)
+        shape = str(tuple(tensor.shape)).replace(" ", "")
+        say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
+    right = bool(worst < 1e-4)  # (a NaN is not)
+    say(f"largest relative error {worst:.1e}: {'all gradients are right' if right else 'SOMETHING IS WRONG'}")
+    return right
+
+# Is it fast? Milliseconds do not tell, since machines differ. So we count the operations that a step cannot
+# do without, and compare what we reach with the rate of this machine's best-tuned program, numpy's product of
+# matrices.
+#
+# How many are they? A product of (N, I) and (I, O) takes N * I * O multiplications and as many additions: two
+# operations for each weight and token. A block has C x 3C weights for queries, keys and values, C x C for
+# c_proj, and twice C x 4C in the MLP: 12 C^2 in all; the head has V C. On the way back, each product has two
+# more of its size, one for the gradient of the weights and one for that of the input. So a weight costs 6 for
+# each token. Attention compares each token with T / 2 others on average, C operations for the scores and C
+# for the values: T C.
+
+def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
+    """The floating-point operations that a training step cannot do without."""
+    tokens = train_config.grad_accum * train_config.batch_size * config.block_size
+    C = config.n_embd
+    weights = 12 * config.n_layer * C**2 + config.vocab_size * C
+    attention = config.n_layer * config.block_size * C
+    return 6 * tokens * (weights + attention)
+
+def blas_gflops() -> float:
+    """The rate of numpy's float32 matrix product on this machine, in billions of operations a second: the
+    best of five."""
+    a = np.ones((1024, 1024), np.float32)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
+
+def peak_memory() -> float:
+    """The most memory that this process has had so far, in MB."""
+    import resource
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
+    """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
+    model = GPT(config, backend)
+    if what == "step":
+        data = np.random.default_rng(0).integers(0, config.vocab_size, 200_000)
+        optimizer = AdamW(model, train_config)
+        work = (optimizer(data, i) for i in range(60))
+        warm_up = 4
+        flops = step_flops(config, train_config)
+    else:  # by then the context was full once, and everything that is needed has been compiled
+        work = Writer(model).stream([0], config.block_size + 401, seed=0)
+        warm_up = config.block_size + 1
+        flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
+    times = [time.perf_counter() for _ in work]
+    seconds = np.diff(times)[warm_up:]
+    # The median passes over what else the machine did. But that some tokens take longer, since half the
+    # context is read again, belongs to writing.
+    second = float(np.median(seconds) if what == "step" else seconds.mean())
+    speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
+    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    result = {"bench": what, "parameters": n_parameters} | speed
+    result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
+    print(json.dumps(result))
+
+# Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
+# programs without a word. The estimate is rough, and rather too high: four numbers for each parameter
+# (itself, its gradient, Adam's two averages); for each token in a batch 16 C numbers in a block and V logits,
+# each with its gradient; the passages themselves; and where part I's attention runs, its weights, T for each
+# token and head.
+
+def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int) -> tuple:
+    """About how many bytes a run takes: for its parameters, in so many copies, and for its batches."""
+    parameters = sum(math.prod(shape) for shape in gpt2_shapes(config).values())
+    a_token = 16 * config.n_layer * config.n_embd + config.vocab_size
+    if not isinstance(backend, Fast):
+        a_token += config.n_layer * config.n_head * config.block_size
+    tokens = train_config.batch_size * config.block_size
+    passages = 32 * train_config.grad_accum * tokens
+    return 4.0 * copies * parameters, 8.0 * a_token * tokens + passages
+
+def memory_available() -> float:
+    """How many bytes this process can still get, as far as the system tells."""
+    limits = [math.inf]
+    with suppress(OSError):
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        limits += [1024 * int(kilobytes) for kilobytes in (found.groups() if found else ())]
+    with suppress(OSError, ValueError):  # a container's limit, if it is not "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:
+    """UserError, with the flag to change, if a run on the CPU would take more memory than there is."""
+    for_parameters, for_batches = memory_needed(config, train_config, backend, copies)
+    needed = for_parameters + for_batches
+    available = memory_available()
+    if Device.DEFAULT != "CPU" or needed < available:
+        return
+    remedy = f"--batch-size, which is {train_config.batch_size}"
+    if for_parameters > for_batches:
+        remedy = f"--n-embd, which is {config.n_embd}"
+    raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
+                    f"are free: choose a smaller {remedy}")
+
+# === Chapter 30. The command line
+#
+# Every field of the configs is a flag. Where a flag is not given, the command line has some defaults of its
+# own, for a first run of about a minute that ends with verse; part I's are for whoever uses the file as a
+# library.
+#
+# A newcomer's first meeting with a program is often a mistake, and what they see then decides whether they
+# stay. So every mistake gets one line that names the flag or the file and says what to do. Nothing is
+# written, moved or deleted before all flags, files and texts have been looked at.
+
+DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200,
+            "learning_rate": 4e-3}
+EXAMPLES = """examples:
+  python minimiggy.py --train                             learn from tiny Shakespeare
+  python minimiggy.py --train --data my.txt               learn from your own text
+  python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
+  python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
+  python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line in place of argparse's page of usage."""
+        raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
+
+def make_parser() -> Parser:
+    """The flags: what to do, with which files, on which machine, and every knob."""
+    parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
+                    description="Train, sample and read a GPT in one file.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
+    add_actions(parser)
+    add_files(parser)
+    group = parser.add_argument_group("the machine")
+    group.add_argument("--devices", type=int, metavar="N",
+                       help=f"CPU cores to use, for part II's programs (default: all, {CORES} here)")
+    group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
+        add_knobs(parser.add_argument_group(title), kind)
+    group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
+    return parser
+
+def add_actions(parser: Parser) -> None:
+    """The flags that say what to do."""
+    group = parser.add_argument_group("what to do (one of these)")
+    flag = group.add_mutually_exclusive_group(required=True).add_argument
+    flag("--train", action="store_true", help="train a model from the start")
+    flag("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
+    flag("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint (FILE:name "
+         "takes the prompt from a file, - from standard input)")
+    flag("--eval-only", action="store_true", help="the loss on the whole validation text")
+    flag("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
+    flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
+    flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
+    flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
+
+def add_files(parser: Parser) -> None:
+    """The flags that say which text, which weights, and where to keep what is made."""
+    flag = parser.add_argument_group("text and files").add_argument
+    flag("--data", metavar="NAME|FILE",
+         help="the text to learn from: shakespeare (the default), play, or a UTF-8 text file")
+    flag("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
+    flag("--tokenizer", choices=["bpe", "bytes", "gpt2"],
+         help="learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens")
+    flag("--out-dir", metavar="DIR", default="checkpoints",
+         help="where checkpoints, log.csv and samples.txt are (default: %(default)s)")
+    flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
+    flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
+         f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
+
+def add_knobs(group, kind: type) -> None:
+    """A flag for each field of a config, written with hyphens or, as in Python, with underscores."""
+    for field in dataclasses.fields(kind):
+        names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # (of two equal ones, one)
+        _, _, text = KNOBS.get(field.name, (None, None, "a field of your own"))
+        text += f" (default: {DEFAULTS.get(field.name, field.default)})"
+        of = type(field.default)
+        if of is bool:
+            group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            metavar = "N" if of is int else "X"
+            group.add_argument(*names, dest=field.name, type=of, metavar=metavar, help=text)
+
+def check_flags(args: argparse.Namespace) -> None:
+    """UserError if a flag's value is out of its range, or flags contradict each other."""
+    for name, value in vars(args).items():
+        if value == "" and name not in ("sample", "stop"):
+            raise UserError(f"{flag_of(name)} is empty")
+        if name in KNOBS and value is not None:
+            check_value(name, value, type(value))
+    if args.train and args.checkpoint or args.resume and args.init_from:
+        raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
+                        "--checkpoint")
+    if args.devices is not None and not 1 <= args.devices <= 1024:
+        raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
+
+def choose_backend(args: argparse.Namespace) -> Plain:
+    """The operations that the flags ask for; UserError if --devices is given where it means nothing."""
+    backend = PLAIN if args.plain else BACKENDS[-1]
+    if args.devices is None:
+        return backend
+    if not isinstance(backend, Fast):
+        raise UserError("--devices shares the work of part II's programs among the CPU's cores; here, part "
+                        "I's operations run, which use one")
+    if args.devices > CORES:
+        print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
+    return Fast(cores=min(args.devices, CORES))
+
+def chosen(args: argparse.Namespace, kind: type, saved=None):
+    """A config of a `kind`: each field from the user's flag, else from a `saved` config, else the command
+    line's default, else part I's. UserError if a value cannot be."""
+    values = {}
+    for field in dataclasses.fields(kind):
+        given = getattr(args, field.name)
+        if given is not None:
+            values[field.name] = given
+        elif saved:
+            values[field.name] = getattr(saved, field.name)
+        else:
+            values[field.name] = DEFAULTS.get(field.name, field.default)
+    if kind is TrainConfig and not saved and args.min_lr is None:
+        values["min_lr"] = values["learning_rate"] / 10
+    config = kind(**values)
+    check_config(config)
+    return config
+
+# *Which model?* Writing, examining and exporting all need one: the newest checkpoint of a folder, a certain
+# one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag that speaks of another size was
+# meant for another model, and to ignore it would be worse than to refuse.
+
+Opened = namedtuple("Opened", "source model config step checkpoint")
+
+def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
+    """The model that the flags ask for: where it came from, itself, its training config, its step, and its
+    checkpoint, if it has one. UserError if other flags speak of another model."""
+    if args.init_from:  # here, block_size and dropout may be chosen anew
+        model = init_from(args.init_from, args.block_size, backend)
+        model.config.dropout = args.dropout or 0.0
+        opened = Opened(args.init_from, model, chosen(args, TrainConfig), 0, None)
+    elif args.checkpoint:
+        checkpoint = read_checkpoint(Path(args.checkpoint))
+        opened = Opened(args.checkpoint, *model_of(checkpoint, backend), checkpoint.step, checkpoint)
+    else:
+        checkpoint, model, config = open_newest(Path(args.out_dir), backend)
+        opened = Opened(checkpoint.path, model, config, checkpoint.step, checkpoint)
+    tokenizer = opened.model.tokenizer
+    has = dataclasses.asdict(opened.model.config)
+    has["tokenizer"] = tokenizer.name if tokenizer else None
+    if tokenizer and tokenizer.vocab_size == 256:
+        has["tokenizer"] = "bytes"
+    for name, value in has.items():
+        wanted = getattr(args, name)
+        if wanted not in (None, value):
+            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
+                            "leave the flag away, or --train a new model")
+    if tokenizer is None and not args.export:
+        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot be talked to")
+    return opened
+
+# *Which text?* It is needed as token ids, together with a few facts about it: its name, so that a resumed run
+# finds it again, and its SHA-256, so that it notices if the text has changed. The text itself is let go as
+# soon as it has been encoded.
+
+Corpus = namedtuple("Corpus", "name sha256 n_bytes tokenizer train val")
+
+def learn_tokenizer(text: memoryview, kind: str | None, vocab_size: int) -> BPETokenizer:
+    """The tokenizer that --tokenizer asks for. Ten pieces of a megabyte, spread over a text, are enough to
+    learn a vocabulary from."""
+    if kind == "gpt2":
+        return BPETokenizer("gpt2")
+    places = range(0, len(text), max(1 << 20, len(text) // 10))
+    pieces = [str(text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
+    show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
+    return BPETokenizer.train("".join(pieces), 256 if kind == "bytes" else vocab_size)
+
+def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokenizer | None = None) -> Corpus:
+    """The text that `data` names (see load_text), encoded; without a `tokenizer`, one is learned."""
+    text, name = load_text(data, args.replace_bad_bytes)
+    if not text:
+        raise UserError(f"{name} is empty: there is nothing to learn from")
+    train_text, val_text = split_text(text)
+    if tokenizer is None:
+        tokenizer = learn_tokenizer(train_text, args.tokenizer, chosen(args, GPTConfig).vocab_size)
+    show(f"encoding {len(text) / 1e6:.1f} MB ...")
+    train_ids = tokenizer.encode_array(train_text)
+    val_ids = tokenizer.encode_array(val_text)
+    show("")
+    return Corpus(name, hashlib.sha256(text).hexdigest(), len(text), tokenizer, train_ids, val_ids)
+
+# *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
+# text come from; from there on, they are one.
+
+def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
+    """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
+    text."""
+    gpt_config = chosen(args, GPTConfig)
+    config = chosen(args, TrainConfig)
+    if args.init_from:
+        model = open_model(args, backend).model
+        check_memory(model.config, config, backend)
+        return model, config, None, 0, read_corpus(args, args.data, model.tokenizer)
+    corpus = read_corpus(args, args.data)
+    gpt_config.vocab_size = corpus.tokenizer.vocab_size
+    check_memory(gpt_config, config, backend)
+    model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
+    return model, config, None, 0, corpus
+
+def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, AdamW, int, Corpus]:
+    """For --resume: the same from a checkpoint. What flags say of training replaces what the checkpoint
+    says."""
+    opened = open_model(args, backend)
+    model = opened.model
+    config = chosen(args, TrainConfig, opened.config)
+    if opened.step >= config.max_iters:
+        raise UserError(f"{opened.source} has all its {config.max_iters} steps: give a higher --max-iters "
+                        "to go on")
+    check_memory(model.config, config, backend)
+    optimizer = AdamW(model, config)
+    restore(opened.checkpoint, model, optimizer)
+    name, sha256 = model.source or ("", "")
+    corpus = read_corpus(args, args.data or name, model.tokenizer)
+    if corpus.name == name and corpus.sha256 != sha256:
+        say(f"{name} has changed since {opened.source} was saved")
+    return model, config, optimizer, opened.step, corpus
+
+def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit: float) -> None:
+    """Say what is going to be trained, on what. `limit`: numpy's operations a second on this machine."""
+    c = model.config
+    ids = len(corpus.train) + len(corpus.val)
+    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    where = f"on {Device.DEFAULT}"
+    if isinstance(model.ops, Fast):  # it reaches about half of that rate
+        seconds = (config.max_iters - start) * step_flops(c, config) / limit / 0.5
+        where += f" ({model.ops.cores} cores); about {clock(seconds)} min if nothing else runs"
+    say(f"text       {printable(corpus.name)}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be "
+        "examined on")
+    say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
+        f"{corpus.n_bytes / ids:.2f} bytes each on average")
+    say(f"model      {n_parameters / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
+        f"{c.n_embd} channels, {c.block_size} tokens of context")
+    say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x "
+        f"{c.block_size} tokens each, {where}")
+    if WHY_PLAIN:
+        say(f"note       {WHY_PLAIN}")
+    say()
+
+def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
+    """Show the curve of a finished run, how fast it was, and what to type next."""
+    log = read_log(out_dir / "log.csv")
+    curve = chart(column(log, "val_bpb"))
+    if curve:
+        say(f"\nbits per byte on the validation text\n{curve}")
+    tokens_a_step = config.grad_accum * config.batch_size * model.config.block_size
+    flops = step_flops(model.config, config)
+    speed = flops * np.median([row["tokens_per_s"] for row in log]) / tokens_a_step
+    say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
+        "machine's rate for a matrix product in numpy")
+    if config.keep:
+        path = out_dir / f"ckpt_{config.max_iters}.safetensors"
+        say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{flags}')
+
+def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
+    """--train and --resume; returns the exit code."""
+    out_dir = Path(args.out_dir)
+    model, config, optimizer, start, corpus = (go_on if args.resume else begin)(args, backend)
+    checked("training", corpus.train, model.config)
+    checked("validation", corpus.val, model.config)
+    set_aside(out_dir, start)  # only now: a mistake moves nothing
+    model.source = (corpus.name, corpus.sha256)
+    limit = 1e9 * blas_gflops()
+    introduce(model, config, start, corpus, limit)
+    train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
+          stop=stop)
+    flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
+    finished = not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists()
+    if finished:
+        conclude(model, config, out_dir, flags, limit)
+        return 0
+    next_command = f"to go on: python minimiggy.py --resume{flags}"
+    say(f"stopped; {next_command if config.keep else 'nothing was saved'}")
+    return 128 + stop[0]
+
+# *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
+# that other programs can use it.
+
+def run_eval(args: argparse.Namespace, backend: Plain) -> None:
+    """--eval-only: the loss on all of the validation text, each token counted once, whatever the batch
+    size."""
+    opened = open_model(args, backend)
+    model = opened.model
+    config = chosen(args, TrainConfig, opened.config)
+    check_memory(model.config, config, backend, copies=1)
+    name, _ = model.source or ("", "")
+    text, name = load_text(args.data or name, args.replace_bad_bytes)
+    ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
+    loss = Evaluator(model, config.batch_size).whole(ids)
+    bits = loss * bits_per_byte(model.tokenizer, ids)
+    say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of "
+        f"{printable(name)}, {len(ids) - 1:,} tokens, each counted once")
+
+def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", *, number: int = 0,
+           writer: Writer | None = None, **how) -> None:
+    """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`. The
+    `number` tells several texts with one seed apart; a `writer` can be given to be used again; `how` is for
+    `draw`."""
+    writer = writer or Writer(model)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
-    # A character may be spread over several tokens: it is printed when its last byte has come. And the beginning of
-    # what may become `stop` waits until that is decided.
-    decoder, waiting = codecs.getincrementaldecoder("utf-8")(errors="replace"), ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
+    # And what may become `stop` waits until that is decided.
+    waiting = ""
     print(printable(prompt), end="", flush=True)
-    for token in stream(model, ids, max_tokens, seed, **how):
+    for token in writer.stream(ids, max_tokens, seed, number, **how):
         waiting += decoder.decode(model.tokenizer.decode_bytes(token))
         if stop and stop in waiting:
             waiting = waiting[:waiting.index(stop)]
@@ -1607,451 +3971,97 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed, stop: str = "", **how
         ready = max(0, len(waiting) + 1 - len(stop))
         print(printable(waiting[:ready]), end="", flush=True)
         waiting = waiting[ready:]
-    else: waiting += decoder.decode(b"", final=True)  # the bytes of a character that was not finished
+    else:
+        waiting += decoder.decode(b"", final=True)  # a character that was never finished
     print(printable(waiting))
 
-# ====================================================================================================================
-# Chapter 9. At home elsewhere
-#
-# Chapter 4 kept GPT-2's arithmetic and Hugging Face's names so that weights can travel: GPT-2 as OpenAI trained it is
-# trained on here, and a model of ours runs wherever a GPT-2 does. The numbers go over unchanged; two things need care.
-# What weights do not say: a GPT-2 with another activation, or other heads, has the same names and shapes. It would
-# load, and babble. So what its config.json says is held against what chapter 4 is.
-#
-# And what tokens are made of. tiktoken joins any two neighbours that together are a token, the lowest id first; Hugging
-# Face has a list of pairs and joins only these, in its order. One pair a token makes them agree on every text: the last
-# two parts when the token's own bytes are merged. For as long as nothing has joined bytes inside a stretch of text with
-# bytes outside, the stretch merges as if it stood alone; so wherever a token arises, it is from the same two parts.
+def run_sample(args: argparse.Namespace, backend: Plain) -> None:
+    """--sample."""
+    how = dataclasses.asdict(chosen(args, SampleConfig))
+    n_samples = how.pop("num_samples")
+    model = open_model(args, backend).model
+    prompt = args.sample
+    if prompt.startswith("FILE:"):
+        prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
+    elif prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    seed = time.time_ns() if args.seed is None else args.seed
+    writer = Writer(model)
+    for number in range(n_samples):
+        sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
 
-HUB, HUB_MODELS = "https://huggingface.co/openai-community", ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2 = {"model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "layer_norm_epsilon": [1e-5],
-        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "add_cross_attention": [False]}
-# The files write bytes as letters: printable ones as in Latin-1, the others as those from 256 on (a space is "Ġ").
-LETTERS = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b == 32 or not chr(b).isprintable())}
-
-def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
-    """All tokens, in these letters, and their ids."""
-    return {tokenizer.decode_bytes(i).decode("latin-1").translate(LETTERS): i for i in range(tokenizer.vocab_size)}
-
-def last_parts(token: str, ids: dict[str, int]) -> list[str]:
-    """A token's letters, merged until two parts are left, or as far as that goes."""
-    parts = list(token)
-    while len(parts) > 2:
-        best, i = min((ids.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
-        if best == math.inf: break
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-def export(model: GPT, folder: Path) -> None:
-    """Write a folder that Hugging Face's transformers load: the model, and its tokenizer if it has one."""
-    c, tokenizer = model.config, model.tokenizer
-    end = 50256 if tokenizer and tokenizer.name == "gpt2" else None  # GPT-2's <|endoftext|>; we learn no such token
-    config = {key: values[0] for key, values in GPT2.items()} | {"architectures": ["GPT2LMHeadModel"], "n_inner": None,
-        "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
-        "n_layer": c.n_layer, "n_head": c.n_head, "attn_pdrop": 0.0, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
-        "tie_word_embeddings": True, "bos_token_id": end, "eos_token_id": end}
-    files = {"config.json": json.dumps(config, indent=2)}
-    if tokenizer:
-        ids = vocabulary(tokenizer)
-        merges = [" ".join(parts) for token in ids if len(parts := last_parts(token, ids)) == 2]
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}  # SPLIT's
-        bpe = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": True}  # for a word that is a token
-        fast = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": bpe}
-        # (left to itself, this class sends token_type_ids along, and a GPT-2 would add their embeddings)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
-                 "model_max_length": c.block_size, "clean_up_tokenization_spaces": False, "add_prefix_space": False}
-        files |= {"vocab.json": json.dumps(ids), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-                  "tokenizer.json": json.dumps(fast), "tokenizer_config.json": json.dumps(about, indent=2)}
-    for name, text in files.items():
-        with whole(folder / name) as file: file.write(text.encode())
-    arrays = {f"transformer.{name}": array for name, array in model.unpack(fetch(model.flat)).items()}
-    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})  # last: where it is, all is
-
-def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
-    """The tokenizer in a folder if it is one of ours or GPT-2's; where there is none, GPT-2's for its 50257 tokens."""
-    fast, table, merges = folder / "tokenizer.json", folder / "vocab.json", []
-    if not fast.exists() and not table.exists(): return BPETokenizer("gpt2") if vocab_size == 50257 else None
-    with suppress(ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError):  # of another kind
-        ids = json.loads(read_text(fast))["model"]["vocab"] if fast.exists() else json.loads(read_text(table))
-        gpt2 = ids.get("<|endoftext|>") == 50256
-        for i, token in enumerate(() if gpt2 else sorted(ids, key=ids.get)[256:], 256):  # any two earlier ones will do
-            cuts = ((ids.get(token[:n], i), ids.get(token[n:], i)) for n in range(1, len(token)))
-            merges.append(next(cut for cut in cuts if max(cut) < i))
-        tokenizer = BPETokenizer("gpt2") if gpt2 else BPETokenizer("bpe", merges)
-        if vocabulary(tokenizer) == ids and len(ids) == vocab_size: return tokenizer
-    say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
-
-def init_from(source: str, block_size: int | None = None) -> GPT:
-    """A GPT with the weights of a FILE.safetensors, of the model.safetensors in a folder, or of one of HUB_MODELS (kept
-    in the cache); cut to the first `block_size` positions, without dropout. UserError if the file is no such model."""
-    path = Path(source)
-    if source in HUB_MODELS and not path.exists():
-        path = CACHE / source / "model.safetensors"
-        try: download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
-        except OSError as e: raise UserError(str(e)) from e
-    if path.is_dir(): path /= "model.safetensors"
-    arrays, about = read_safetensors(path)[0], path.with_name("config.json")
-    prefix = "transformer." if any(name.startswith("transformer.") for name in arrays) else ""
-    wte, wpe = (arrays.get(f"{prefix}{kind}.weight", np.zeros(0)) for kind in ("wte", "wpe"))
-    if wte.ndim != 2 or wpe.ndim != 2: raise UserError(f"{path} has no matrices {prefix}wte.weight, {prefix}wpe.weight")
-    (V, C), T = wte.shape, len(wpe)
-    L = sum(name.endswith(".ln_1.weight") for name in arrays) or 1
-    try: told = {"n_head": 12} | json.loads(read_text(about)) if about.exists() else {"n_head": C / 64}  # as OpenAI's
-    except (ValueError, TypeError, RecursionError) as e: raise UserError(f"{about} is damaged: {e}") from e
-    fits = GPT2 | {"vocab_size": [V], "n_positions": [T], "n_ctx": [T], "n_embd": [C], "n_layer": [L],
-                   "n_inner": [None, 4 * C], "n_head": [n for n in range(1, C + 1) if C % n == 0]}
-    for key, values in fits.items():
-        if key in told and told[key] not in values:
-            where = about if about.exists() else f"{path}, without a config.json beside it"
-            needed = " or ".join(map(json.dumps, values))
-            raise UserError(f"{where}: {key} is {json.dumps(told[key])}; these weights and chapter 4 need {needed}")
-    if not np.array_equal(arrays.pop("lm_head.weight", wte), wte): raise UserError(f"{path}: lm_head.weight is untied")
-    if block_size and block_size > T: raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
-    config = GPTConfig(T if block_size is None else block_size, V, L, int(told["n_head"]), C)
-    model, arrays[f"{prefix}wpe.weight"] = GPT(config, read_tokenizer(path.parent, V), seed=None), wpe[:block_size]
-    for name, array in arrays.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")): continue  # old files hold the causal mask, too
-        if name.removeprefix(prefix) not in model.shapes: raise UserError(f"{path} has {name}, which no GPT-2 has")
-        if array.dtype == np.uint16: arrays[name] = (array.astype(np.uint32) << 16).view(np.float32)  # from bfloat16
-    model.set(gather(model, arrays, prefix, path))
-    return model
-
-# ====================================================================================================================
-# Chapter 10. Seeing it and proving it
-#
-# What a run has learned is drawn from its log: a curve in the terminal, and with matplotlib a picture of several runs.
-#
-# Two questions that a reader may ask of any such file. Are the gradients right? The derivative's definition answers:
-# nudge one parameter up and down and see how the loss moves. And is it fast? Milliseconds alone do not tell; the rate
-# of the machine's own matrix product (numpy's BLAS, tuned by experts for years) is the limit to compare with.
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log.csv, numbers by column, empty cells left out; UserError if it is not the log of a run."""
-    line, *lines = read_text(path).decode().splitlines() or [""]
-    names, rows = line.split(","), []
-    try:
-        if not {"step", "train_loss", "lr"} <= set(names): raise ValueError("another heading")
-        for line in lines:
-            rows.append({n: float(cell) for n, cell in zip(names, line.split(","), strict=True) if cell or n == "step"})
-        return rows
-    except ValueError as e: raise UserError(f"{path} is no log of a training run, or damaged, in {line[:40]!r}") from e
-
-def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows that have a finite value in this column (a run that blows up leaves others)."""
-    return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-
-def chart(rows: list[tuple[float, float]]) -> str:
-    """(step, value) pairs as a curve for the terminal, 10 lines by 64 columns; "" for fewer than two, or a NaN."""
-    if len(rows) < 2 or not np.isfinite(rows).all(): return ""
-    (steps, values), grid = np.array(rows).T, np.full((8, 56), 0x2800)  # braille: a character is 4 rows of 2 dots
-    low, high = values.min(), values.max()
-    depths = np.interp(np.linspace(steps[0], steps[-1], 112), steps, (high - values) / (high - low or 1) * 31)
-    for x, ends in enumerate(itertools.pairwise(np.rint([depths[0], *depths]).astype(int))):
-        for y in range(min(ends), max(ends) + 1):  # where the curve is steep, a column of dots joins its ends
-            grid[y // 4, x // 2] |= ((1, 8), (2, 16), (4, 32), (64, 128))[y % 4][x % 2]  # each dot is a bit
-    labels = [f"{high:6.3f} ┤", *["       │"] * 6, f"{low:6.3f} ┤"]
-    lines = (label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True))
-    return "\n".join([*lines, "       └" + "─" * 56, f"{steps[0]:<20.0f}{'step':^16}{steps[-1]:>20.0f}".rjust(64)])
-
-def plot(folders: list[str | Path], path: Path):
-    """Draw the logs of these runs into one PNG; return the Figure. UserError without matplotlib or for a bad log."""
-    try:
-        from matplotlib import figure, rc_context
-    except ImportError as e: raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    logs, late, ends = {folder: read_log(folder / "log.csv") for folder in map(Path, folders)}, [], []
-    unit = "bpb" if all(column(rows, "val_bpb") for rows in logs.values()) else "loss"
-    last, peak = (max((y for rows in logs.values() for _, y in column(rows, x)), default=0) for x in ("step", "lr"))
-    with rc_context({"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
-                     "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}):
-        picture = figure.Figure(figsize=(8, 5.2), dpi=160)
-        top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
-        for i, (folder, rows) in enumerate(logs.items()):
-            train, val, color = column(rows, f"train_{unit}"), column(rows, f"val_{unit}"), f"C{i}"
-            if not train + val: raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
-            end, value = (val or train)[-1]
-            kept = [point for point in val or train if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
-            top.plot(*zip(*train), color=color, linewidth=0.8, alpha=0.45, zorder=1.9)
-            top.plot(*zip(*val), color=color, linewidth=2, marker="o", markersize=5, markerfacecolor="white")
-            top.plot(*zip(*kept), color=color, linewidth=0, marker="o", markersize=5)
-            bottom.plot(*zip(*column(rows, "lr")), color=color)
-            late += [y for step, y in train + val if step >= min(last / 10, end)]  # the first tenth may stick out
-            ends.append((value, color, folder.resolve().name))
-        gap, place = (max(late) - min(late)) / 17 or 0.1, -math.inf
-        for value, color, name in sorted(ends):  # each name at the end of its curve, or above the name that is there
-            place = max(value, place + gap)
-            top.text(last * 1.03, place, f"{name}  {value:.3f}", color=color, va="center", parse_math=False)
-        measure = "bits per byte" if unit == "bpb" else "nats per token"
-        top.set(xlim=(0, last * 1.02), ylim=(min(late) - gap, max(late) + gap),
-                title=f"{measure}   (bold: validation, thin: training, ● checkpoint)")
-        bottom.set(title="learning rate", xlabel="step", ylim=0, yticks=[0, peak], yticklabels=["0", f"{peak:g}"])
-        picture.savefig(path, format="png", bbox_inches="tight")
-    return picture
-
-def gradcheck(seed: int) -> bool:
-    """Print, for every parameter of a tiny model, how far the gradient that training uses is from central finite
-    differences of the plain loss in float64, where (loss(p + h) - loss(p - h)) / 2h is good to some nine digits.
-    Returns whether all agree to 1e-4, relative to the parameter's largest gradient."""
-    model = GPT(GPTConfig(block_size=5, vocab_size=11, n_layer=1, n_head=2, n_embd=6), seed=seed)
-    rng, h, worst = np.random.default_rng(seed), 1e-5, 0.0
-    x, y = (Tensor(rng.integers(0, 11, (2, 5)).astype(np.int32)).realize() for _ in range(2))
-    theta = model.flat.numpy() + 0.1 * rng.standard_normal(model.flat.shape, np.float32)  # no bias is zero by accident
-    put(model.flat, theta)
-    gradient = flat_gradient(model, model.loss(x, y)).numpy()
-    model.ops, model.flat, theta = Plain, None, theta.astype(np.float64)
-    model.set(model.unpack(theta).items(), np.float64)
-    loss, every = recorded(Plain, lambda: model.loss(x, y).realize()), np.arange(len(theta))
-
-    def loss_with(i: int, nudge: float) -> float:
-        put(model.flat, theta + nudge * (every == i))
-        return loss().item()
-
-    say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
-    for name, places in model.unpack(every).items():  # where in the vector this parameter's numbers are
-        differences = np.array([loss_with(i, h) - loss_with(i, -h) for i in places.flat]) / (2 * h)
-        size, error = np.abs(differences).max(), np.abs(gradient[places.flat] - differences).max()
-        worst = max(worst, error / size)
-        say(f"{name:<24}{str(places.shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
-    say(f"largest relative error {worst:.1e}: {'all gradients are right' if worst < 1e-4 else 'SOMETHING IS WRONG'}")
-    return worst < 1e-4
-
-def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
-    """Floating-point operations of a training step: 2 for each weight and token forward, and 4 backward; attention's
-    two products of (T, T) are counted half, as causality leaves half of them out."""
-    c, tokens = config, train_config.grad_accum * train_config.batch_size * config.block_size
-    return 6 * tokens * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd + c.n_layer * c.block_size * c.n_embd)
-
-def blas_gflops() -> float:
-    """This machine's float32 matrix product rate in GFLOP/s: the best of five 1024-cubed products in numpy."""
-    a = np.ones((1024, 1024), np.float32)
-    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
-
-def bench(what: str, config: GPTConfig, train_config: TrainConfig) -> None:
-    """Time training steps, or sampling, on random data; the last line printed is JSON."""
-    model = GPT(config)
-    if what == "step":
-        data, optimizer = np.random.default_rng(0).integers(0, config.vocab_size, 200_000), AdamW(model, train_config)
-        work, warm_up, flops = (optimizer(data, i) for i in range(60)), 4, step_flops(config, train_config)
-    else:  # the warm-up ends when the window has moved once, and everything is compiled
-        work, warm_up = stream(model, [0], config.block_size + 401, seed=0), config.block_size + 1
-        flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
-    seconds = np.diff([time.perf_counter() for _ in work])[warm_up:]
-    # A median passes over what else the machine did; but that the window moves now and then belongs to sampling.
-    second = float(np.median(seconds) if what == "step" else seconds.mean())
-    speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    print(json.dumps({"bench": what, "parameters": sum(map(math.prod, model.shapes.values())), **speed,
-                      "gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}))
-
-# ====================================================================================================================
-# Chapter 11. The command line
-#
-# Every field of the configs is a flag. Where a flag is not given, the command line has defaults of its own: they make a
-# first run of about a minute that ends with verse, while the dataclasses' defaults are for use as a library.
-
-DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200, "learning_rate": 4e-3}
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, and exit code 2: what argparse does, less its page of usage."""
-        raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
-
-def make_parser() -> Parser:
-    parser = Parser(usage="python minimiggy.py WHAT [flags]", description="Train, sample and read a GPT in one file.",
-                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""examples:
-  python minimiggy.py --train                             learn from tiny Shakespeare
-  python minimiggy.py --train --data my.txt               learn from your own text
-  python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
-  python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
-  python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50""")
-    def flag(name: str, help: str, **options):
-        group.add_argument(name, help=help, **options or {"action": "store_true"})
-    group = parser.add_argument_group("what to do (one of these)").add_mutually_exclusive_group(required=True)
-    flag("--train", "train a model from the start")
-    flag("--resume", "go on training from the newest checkpoint in --out-dir")
-    flag("--sample", "write on after PROMPT, with the newest checkpoint (FILE:name takes the prompt from a file, - "
-         "from standard input)", metavar="PROMPT")
-    flag("--eval-only", "the loss on the whole validation text")
-    flag("--export", "write the newest checkpoint for Hugging Face's transformers", metavar="DIR")
-    flag("--plot", "draw the logs of runs into the first one's plot.png", metavar="DIR", nargs="+")
-    flag("--gradcheck", "compare all gradients with finite differences")
-    flag("--bench", "time training steps or sampling, on random data", choices=["step", "sample"])
-    parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
-    group = parser.add_argument_group("text and files")
-    flag("--data", "the text to learn from: shakespeare (the default), play, or a UTF-8 text file", metavar="NAME|FILE")
-    flag("--replace-bad-bytes", "read bytes that are not UTF-8 as U+FFFD")
-    flag("--tokenizer", "learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens",
-         choices=["bpe", "bytes", "gpt2"])
-    flag("--out-dir", "where checkpoints and log.csv are (default: %(default)s)", metavar="DIR", default="checkpoints")
-    flag("--checkpoint", "use this checkpoint instead of the newest in --out-dir", metavar="FILE")
-    flag("--init-from", "begin with, or use, these weights: a .safetensors file of a GPT-2, a folder that has one, or "
-         f"one of {', '.join(HUB_MODELS)}, which are downloaded", metavar="GPT2")
-    flag("--no-checkpoint", "the same as --keep 0", action="store_const", const=0, dest="keep")
-    group = parser.add_argument_group("the machine")
-    flag("--devices", f"CPU cores to use (default: all, {CORES} here); on other devices, and with --plain, how many of "
-         "them share a batch (default: 1)", type=int, metavar="N")
-    flag("--plain", "chapter 4's operations, without chapter 5's kernels")
-    for title, config in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
-        group = parser.add_argument_group(title)
-        for f in dataclasses.fields(config):
-            names, kind = dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]), type(f.default)
-            group.add_argument(*names, dest=f.name, type=kind, metavar="N" if kind is int else "X",
-                               help=f"{f.metadata['help']} (default: {DEFAULTS.get(f.name, f.default)})")
-    flag("--stop", "end a text before TEXT", metavar="TEXT", default="")
-    return parser
-
-def chosen(args: argparse.Namespace, config: type, saved=None):
-    """A config from the user's flags, else a `saved` one, else the command line's defaults, else the class's own."""
-    fields = dataclasses.fields(config)
-    values = {f.name: getattr(saved, f.name) if saved else DEFAULTS.get(f.name, f.default) for f in fields}
-    values |= {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
-    if config is TrainConfig and not saved and args.min_lr is None: values["min_lr"] = values["learning_rate"] / 10
-    return config(**values)
-
-@contextmanager
-def finishing_the_step():
-    """Yields a list, into which Ctrl-C, `kill` and a closed terminal put their signal instead of ending the program: so
-    a training step can be finished and saved. A second signal ends it at once; the last checkpoint is whole."""
-    caught, wanted = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    def catch(number, frame):
-        if caught: os._exit(128 + number)
-        caught.append(number)
-        with suppress(OSError): os.write(2, b"\nstopping after this step (the same again stops at once)\n")
-    before = {n: signal.signal(n, catch) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}  # nohup ignores one
-    try: yield caught
-    finally:
-        for n, handler in before.items(): signal.signal(n, handler)
-
-def open_model(args: argparse.Namespace) -> tuple[str | Path, GPT, TrainConfig, int]:
-    """The model that the flags ask for, and where it came from; UserError if flags speak of another one."""
-    if args.init_from:  # here, block_size and dropout may be chosen anew
-        source, opened = args.init_from, (init_from(args.init_from, args.block_size), chosen(args, TrainConfig), 0)
-        opened[0].config.dropout = args.dropout or 0.0
-    elif args.checkpoint: source, opened = args.checkpoint, open_checkpoint(Path(args.checkpoint))
-    else: source, *opened = newest(Path(args.out_dir))
-    tokenizer, has = opened[0].tokenizer, dataclasses.asdict(opened[0].config)
-    has["tokenizer"] = "bytes" if tokenizer and tokenizer.vocab_size == 256 else tokenizer and tokenizer.name
-    for name, value in has.items():
-        if (wanted := getattr(args, name)) not in (None, value):
-            raise UserError(f"--{name.replace('_', '-')} {wanted} contradicts {source}, whose model has {value}: "
-                            "leave the flag away, or --train a new model")
-    if tokenizer is None and not args.export:
-        raise UserError(f"{source} has no tokenizer that we know, so its model cannot be talked to")
-    return source, *opened
-
-def run_train(args: argparse.Namespace, stop: list) -> int:
-    """--train and --resume; returns the exit code."""
-    out_dir, start, optimizer = Path(args.out_dir), 0, None
-    if args.resume:
-        path, model, saved, start = open_model(args)
-        config = chosen(args, TrainConfig, saved)
-        if start >= config.max_iters:
-            raise UserError(f"{path} has all its {config.max_iters} steps: give a higher --max-iters to go on")
-        optimizer = AdamW(model, config)
-        model.load_checkpoint(path, optimizer)
+def run(args: argparse.Namespace) -> int:
+    """Do what the flags say; return the exit code."""
+    check_flags(args)
+    if args.plot:
+        path = Path(args.plot[0]) / "plot.png"
+        plot(args.plot, path)
+        say(f"drew {path}")
+        return 0
+    open_device()
+    backend = choose_backend(args)
+    if args.train or args.resume:
+        with alone(Path(args.out_dir)), finishing_the_step() as stop:
+            return run_train(args, backend, stop)
+    if args.sample is not None:
+        run_sample(args, backend)
+    elif args.eval_only:
+        run_eval(args, backend)
+    elif args.export:
+        opened = open_model(args, backend)
+        export(opened.model, Path(args.export))
+        say(f"wrote {opened.source} to {args.export}, as a GPT-2 that transformers load")
+    elif args.gradcheck:
+        return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
     else:
-        gpt_config, config = chosen(args, GPTConfig), chosen(args, TrainConfig)
-        if args.init_from: model = open_model(args)[1]
-    known, known_sha256 = model.data if args.resume else ("", "")
-    text, name = load_text(args.data or known, args.replace_bad_bytes)
-    if not text: raise UserError(f"{name} is empty: there is nothing to learn from")
-    sha256 = hashlib.sha256(text).hexdigest()
-    if name == known and sha256 != known_sha256: say(f"{name} has changed since {path} was saved")
-    parts, n_bytes = split_text(text), len(text)
-    if not args.resume and not args.init_from:
-        # Ten pieces of a megabyte, or all of a smaller text, are enough to learn a vocabulary from.
-        places = range(0, len(parts[0]), max(1 << 20, len(parts[0]) // 10))
-        pieces = (str(parts[0][i:i + (1 << 20)], "utf-8", "ignore") for i in places)
-        tokenizer = BPETokenizer("gpt2") if args.tokenizer == "gpt2" else BPETokenizer.train(
-            "".join(pieces), 256 if args.tokenizer == "bytes" else gpt_config.vocab_size)
-        model = GPT(dataclasses.replace(gpt_config, vocab_size=tokenizer.vocab_size), tokenizer, config.seed)
-    train_data, val_data = (checked(part_name, model.tokenizer.encode_array(part), model.config)
-                            for part_name, part in zip(("training", "validation"), parts, strict=True))
-    set_aside(out_dir, start)
-    c, tokenizer, model.data, B = model.config, model.tokenizer, (name, sha256), config.grad_accum * config.batch_size
-    del text, parts  # 200 MB of text need not stay
-    flops, limit = step_flops(c, config), 1e9 * blas_gflops()
-    say(f"text       {name}: {n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
-    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, "
-        f"{n_bytes / (len(train_data) + len(val_data)):.2f} bytes each on average")
-    say(f"model      {sum(map(math.prod, model.shapes.values())) / 1e6:.2f} million parameters: {c.n_layer} layers, "
-        f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context")
-    say(f"training   steps {start + 1} to {config.max_iters}, {B} x {c.block_size} tokens each, on {Device.DEFAULT}"
-        f"{f' ({CORES} cores)' if model.ops is Fast else ''}; "
-        f"about {clock((config.max_iters - start) * flops / limit / 0.5)} min if nothing else runs\n")
-    train(model, config, train_data, val_data, optimizer=optimizer, start=start, out_dir=out_dir, stop=stop)
-    folder = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    path, log = out_dir / f"ckpt_{config.max_iters}.safetensors", read_log(out_dir / "log.csv")
-    if stop and not path.exists():
-        say(f"stopped; to go on: python minimiggy.py --resume{folder}" if config.keep else "stopped; nothing was saved")
-        return 128 + stop[0]
-    if curve := chart(column(log, "val_bpb")): say(f"\nbits per byte on the validation text\n{curve}")
-    speed = flops * np.median([row["tokens_per_s"] for row in log] or [0]) / (B * c.block_size)
-    say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this machine's "
-        "rate for a matrix product in numpy")
-    if config.keep: say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{folder}')
+        config = chosen(args, GPTConfig)
+        train_config = chosen(args, TrainConfig)
+        check_memory(config, train_config, backend)
+        bench(args.bench, config, train_config, backend)
     return 0
 
-def run_eval(args: argparse.Namespace) -> None:
-    """--eval-only."""
-    path, model, config, _ = open_model(args)
-    text, name = load_text(args.data or (model.data or [""])[0], args.replace_bad_bytes)
-    val_data = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
-    loss = evaluate(model, val_data, config.batch_size)
-    say(f"{path}: {loss:.4f} nats a token = {loss * bits_per_byte(model.tokenizer, val_data):.4f} bits/byte on the "
-        f"last tenth of {name}, {len(val_data):,} tokens")
+# An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
+# the line says what it was and where, so that whoever mends it has something to go by.
 
-def run_sample(args: argparse.Namespace) -> None:
-    """--sample."""
-    how, prompt, model = dataclasses.asdict(chosen(args, SampleConfig)), args.sample, open_model(args)[1]
-    if prompt.startswith("FILE:"): prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
-    elif prompt == "-": prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    seed = time.time_ns() if args.seed is None else args.seed
-    for n in range(how.pop("num_samples")): sample(model, prompt, seed=(seed, n), stop=args.stop, **how)
+def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
+    """The exit code and the line for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped"
+    if isinstance(error, TrainingFailed):
+        return 1, str(error)
+    if isinstance(error, (UserError, OSError)):
+        return 2, in_words(error)
+    if isinstance(error, MemoryError):
+        return 2, "there is not enough memory: choose a smaller --batch-size, or a smaller model"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
+    what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
+    return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "
+                "tracker (--debug shows the traceback)")
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 after a user's mistake, which gets one line on stderr."""
-    global CORES, DEVICES, PLAIN
+    """Run the command line; return the exit code: 0, or 2 after a mistake of the user's, who gets one line
+    about it on stderr, or 70 after one of ours."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser().parse_args(argv)
-        if MISSING_COMPILER: raise UserError(MISSING_COMPILER)
-        for name, value in vars(args).items():
-            if value == "" and name not in ("sample", "stop"): raise UserError(f"--{name.replace('_', '-')} is empty")
-        if args.train and args.checkpoint or args.resume and args.init_from:
-            raise UserError("--train begins anew or from --init-from, --resume goes on from the newest --checkpoint")
-        if args.devices is not None and not 1 <= args.devices <= 1024:
-            raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
-        PLAIN = args.plain
-        if default_ops() is Fast: CORES = args.devices or CORES
-        else:
-            DEVICES = args.devices or 1
-            if (args.batch_size or DEFAULTS["batch_size"]) % DEVICES:
-                raise UserError(f"--devices {DEVICES} must divide the batch: choose a --batch-size that it divides")
-        if args.train or args.resume:
-            with alone(Path(args.out_dir)), finishing_the_step() as stop: return run_train(args, stop)
-        if args.sample is not None: run_sample(args)
-        elif args.eval_only: run_eval(args)
-        elif args.export:
-            source, model, *_ = open_model(args)
-            export(model, Path(args.export))
-            say(f"wrote {source} to {args.export}, as a GPT-2 that transformers load")
-        elif args.plot:
-            plot(args.plot, Path(args.plot[0]) / "plot.png")
-            say(f"drew {Path(args.plot[0]) / 'plot.png'}")
-        elif args.gradcheck: return 0 if gradcheck(chosen(args, TrainConfig).seed) else 1
-        else: bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig))
-        return 0
+        code = run(make_parser().parse_args(arguments))
+        keep_programs()
+        return code
     except BrokenPipeError:  # as in `... | head`: who listened has heard enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt: code, e = 130, "stopped"
-    except TrainingFailed as failure: code, e = 1, failure
-    except (UserError, OSError, MemoryError) as mistake: code, e = 2, mistake
-    show("")
-    print("minimiggy:", printable(str(e)).replace("\n", " "), file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        show("")
+        if "--debug" in arguments:
+            traceback.print_exc()
+        code, line = explain(error)
+        with suppress(OSError):
+            print("minimiggy:", brief(line), file=sys.stderr)
+        return code
 
 if __name__ == "__main__":
-    for stream_name in ("stdin", "stdout", "stderr"):  # a shell may have closed them: `>&-`
-        if getattr(sys, stream_name) is None: setattr(sys, stream_name, open(os.devnull, "r+"))  # noqa: SIM115
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # a shell has closed it: `>&-`
+            setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
     sys.exit(main())
