@@ -17,7 +17,6 @@ Lines that begin with >>> can be pasted into Python after `from minimiggy import
 # ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone)
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -136,7 +135,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 
     def count(i: int, sign: int) -> None:
         """Add the pairs of word i to the counts, or take them away again."""
-        for pair in itertools.pairwise(words[i]):
+        for pair in zip(words[i], words[i][1:], strict=False):
             counts[pair] += sign * times[i]
             places[pair].add(i)
 
@@ -300,8 +299,8 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
 # its own, a row in a table `wte` ("word token embedding") with V rows. The rows begin as noise and are
 # parameters like all others, so training moves them: tokens that behave alike, such as " king" and " queen",
-# end up with similar rows. A column can come to stand for something, such as "is a name" or "ends a
-# sentence"; nobody chooses what.
+# end up with similar rows. A column can come to stand for something, such as "is a name"; nobody chooses
+# what.
 #
 # All further layers treat a *set* of rows: by themselves they could not tell "dog bites man" from "man bites
 # dog". So a second table, `wpe` ("word position embedding"), has a row for each of the T places in the
@@ -317,10 +316,9 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant. The weights are
 # what is learned. One product of matrices does it for all tokens at once.
 #
-# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1, and
-# then lets a learned scale and shift undo as much of that as is useful. Without it, numbers grow or shrink
-# from layer to layer, and their gradients with them. (The 1e-5 prevents a division by zero when all C numbers
-# are equal.)
+# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
+# learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink from layer
+# to layer, and their gradients with them. (The 1e-5 prevents a division by zero.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) bends: two linear layers in a row are again one linear
 # layer, unless something that is not linear stands between them. It is nearly 0 for negative numbers and
@@ -350,8 +348,6 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # heads with D = C / H channels each; each asks its own question, and the H answers are put side by side.
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself."""
-    name = "plain"
-
     def embed(self, idx: Tensor, table: Tensor) -> Tensor:
         """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C)."""
         return table[idx]
@@ -399,24 +395,32 @@ class Plain:
         chosen = logits.gather(-1, targets.unsqueeze(-1))
         return (top + total - chosen).squeeze(-1)
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
+    def norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """The length (a scalar) of all gradients as one long vector: the root of the sum of squares."""
-        return sum(gradient.square().sum() for gradient in gradients).sqrt()
+        return sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
 
-    def adamw(self, theta: Tensor, m: Tensor, v: Tensor, gradient: Tensor, scale: Tensor, rates: Tensor,
-              config: TrainConfig) -> list[Tensor]:
-        """A step of AdamW (chapter 8) on one parameter, in place. `scale` is a scalar; `rates` (3,): the step
-        size, 1 - beta1^t and 1 - beta2^t, where t = 1 at the first step. Returns what has to be realized."""
+    def adamw(self, parameters: dict[str, Tensor], m: dict, v: dict, gradients: dict, scale: Tensor,
+              rates: Tensor, config: TrainConfig) -> list[Tensor]:
+        """A step of AdamW (chapter 8), in place. All are by name; `scale` is a scalar; `rates` (3,) holds the
+        step size, 1 - beta1^t and 1 - beta2^t, where t = 1 at the first step. Returns what has to be
+        realized."""
         rate, start_1, start_2 = rates[0], rates[1], rates[2]
-        gradient = gradient * scale
-        new_m = config.beta1 * m + (1 - config.beta1) * gradient
-        new_v = config.beta2 * v + (1 - config.beta2) * gradient.square()
-        m_hat = new_m / start_1
-        v_hat = new_v / start_2
-        decay = config.weight_decay if theta.ndim == 2 else 0.0
-        new_theta = theta - rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
-        changes = [(theta, new_theta), (m, new_m), (v, new_v)]
-        return [old.assign((scale > 0).where(new, old)) for old, new in changes]
+        changed = []
+        for name, theta in parameters.items():
+            gradient = gradients[name] * scale
+            new_m = config.beta1 * m[name] + (1 - config.beta1) * gradient
+            new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()
+            m_hat = new_m / start_1
+            v_hat = new_v / start_2
+            decay = config.weight_decay if theta.ndim == 2 else 0.0
+            new_theta = theta - rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
+            for old, new in ((theta, new_theta), (m[name], new_m), (v[name], new_v)):
+                changed.append(old.assign((scale > 0).where(new, old)))
+        return changed
+
+    def place(self, array: np.ndarray) -> Tensor:
+        """A tensor with the numbers of an array."""
+        return Tensor(array)
 
     def record(self, function):
         """`function`, from tensors to a tuple of tensors, as one from arrays to a list of arrays, recorded by
@@ -435,20 +439,19 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 #
 # A layer is its parameters, together with the operation that uses them. `Linear` begins with small random
 # weights: were they all equal, all outputs would be equal, would get equal gradients, and would stay equal
-# for ever. Scales begin at 1 and constants at 0, where they change nothing. tinygrad finds all tensors that
-# are attributes of a model by itself, so a tensor that you add is trained and saved like the others. (One
-# that is not to be learned says so with `.is_param_(False)`.)
-def first_weights(rng, *shape: int, std: float = 0.02) -> Tensor:
+# for ever. tinygrad finds all tensors that are attributes of a model by itself, so a tensor that you add is
+# trained and saved like the others. (One that is not to be learned says so with `.is_param_(False)`.)
+def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
         return Tensor.empty(*shape)
-    return Tensor(np.float32(std) * rng.standard_normal(shape, np.float32))
+    return ops.place(np.float32(std) * rng.standard_normal(shape, np.float32))
 
 class Embedding:
     """A table with a learned row for each of `n` things: ids (...,) -> (..., C)."""
     def __init__(self, ops: Plain, rng, n: int, C: int):
         self.ops = ops
-        self.weight = first_weights(rng, n, C)
+        self.weight = first_weights(ops, rng, n, C)
 
     def __call__(self, idx: Tensor) -> Tensor:
         return self.ops.embed(idx, self.weight)
@@ -457,8 +460,8 @@ class Linear:
     """(..., n_in) -> (..., n_out)."""
     def __init__(self, ops: Plain, rng, n_in: int, n_out: int, std: float = 0.02):
         self.ops = ops
-        self.weight = first_weights(rng, n_in, n_out, std=std)
-        self.bias = Tensor.zeros(n_out)
+        self.weight = first_weights(ops, rng, n_in, n_out, std=std)
+        self.bias = ops.place(np.zeros(n_out, np.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
@@ -467,17 +470,17 @@ class LayerNorm:
     """(..., C) -> (..., C)."""
     def __init__(self, ops: Plain, C: int):
         self.ops = ops
-        self.weight = Tensor.ones(C)
-        self.bias = Tensor.zeros(C)
+        self.weight = ops.place(np.ones(C, np.float32))
+        self.bias = ops.place(np.zeros(C, np.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
 # nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
-# computed from their place and from a `key` that is new at each step: the bits of both are stirred (multiply,
-# fold, multiply) until they look random. Without a key, dropout does nothing: exams and writing have none,
-# and cannot forget to switch it off.
+# computed from their place and from a `key` that is new at each step, stirred (multiply, fold, multiply)
+# until the bits look random. Without a key, dropout does nothing: exams and writing have none, and cannot
+# forget to switch it off.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -513,8 +516,8 @@ def stir(h: Tensor) -> Tensor:
 # arXiv:2002.04745).
 #
 # 2 n_layer outputs are added to the stream, each by a `c_proj`. If each had variance s^2, the sum would have
-# 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream begins no
-# larger than a shallow one.
+# 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream begins as
+# small as a shallow one.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -591,7 +594,8 @@ class GPT:
             if is_new and tensor.is_param and dtypes.is_float(tensor.dtype):
                 if tensor.device is None:  # a constant such as Tensor.ones(3) has no memory of its own as yet
                     tensor.replace(tensor.clone())
-                found[name] = tensor.realize()
+                found[name] = tensor
+        Tensor.realize(*found.values())
         return found
 
     def hidden(self, idx: Tensor, key: Tensor | None = None, position: Tensor | None = None,
@@ -645,8 +649,8 @@ GPT.loss = loss
 # === Chapter 8. A training step
 #
 # *A batch.* Computing the loss on the whole text for every step would take minutes. A handful of random
-# passages points nearly the same way and takes milliseconds. Each passage has T + 1 tokens: the first T are
-# read, the last T are to be predicted, each from those before it.
+# passages points nearly the same way and takes milliseconds. Each has T + 1 tokens: the first T are read, the
+# last T are predicted.
 def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
     source = np.random.default_rng((PASSAGES, config.seed, step))
@@ -676,8 +680,9 @@ class AdamW:
     def __init__(self, model: GPT, config: TrainConfig):
         self.model = model
         self.config = config
-        self.m = {name: Tensor.zeros_like(p).clone().realize() for name, p in model.parameters().items()}
-        self.v = {name: Tensor.zeros_like(p).clone().realize() for name, p in model.parameters().items()}
+        zeros = {name: np.zeros(p.shape, np.float32) for name, p in model.parameters().items()}
+        self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
+        self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.recorded = model.ops.record(self.step)
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
@@ -685,19 +690,18 @@ class AdamW:
         ops = self.model.ops
         parameters = self.model.parameters()
         losses = []
-        gradients = []
+        gradients = {}
         for i in range(self.config.grad_accum):
             losses.append(self.model.loss(x[i], y[i], key + i) / self.config.grad_accum)      # forward
-            parts = losses[i].gradient(*parameters.values())                                  # backward
-            gradients = [a + b for a, b in zip(gradients, parts, strict=True)] if gradients else parts
+            slopes = losses[i].gradient(*parameters.values())                                 # backward
+            for name, slope in zip(parameters, slopes, strict=True):
+                gradients[name] = gradients[name] + slope if name in gradients else slope
         length = ops.norm(gradients)
         scale = (self.config.grad_clip / length).minimum(1)                                   # clip
         scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
-        Tensor.realize(sum(losses), length, scale, *gradients)
-        changes = []
-        for (name, theta), gradient in zip(parameters.items(), gradients, strict=True):       # step
-            changes += ops.adamw(theta, self.m[name], self.v[name], gradient, scale, rates, self.config)
-        Tensor.realize(*changes)
+        Tensor.realize(sum(losses), length, scale, *gradients.values())
+        changed = ops.adamw(parameters, self.m, self.v, gradients, scale, rates, self.config) # step
+        Tensor.realize(*changed)
         return sum(losses), length
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
@@ -762,10 +766,9 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     line = np.cumsum(p)  # a token's stretch is as long as its probability: where does a random point fall?
     return int(np.searchsorted(line[:-1], rng.random() * line[-1], side="right"))
 
-# The model can look at T tokens. When there are more, we let go of the older half. (Part II's faster way
-# needs that; here we do the same, so that both write the same text.) The row that we hand over is always T
-# long, because a recording works for one shape. The zeros behind the text cannot disturb: no token looks at
-# those after it.
+# The model can look at T tokens. When there are more, we let go of the older half, as part II's faster way
+# has to. The row that we hand over is always T long, because a recording works for one shape. The zeros
+# behind the text cannot disturb: no token looks at those after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
     T = model.config.block_size
@@ -791,8 +794,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65. How can it know where a token stands?)
 # 3. No sqrt(D). Take it out of `attention`. (2.75.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
-# 5. Two tables. Give GPT an `lm_head = Embedding(...)` like `wte`, and use its weight in `head`. (2.61, for
-#    131,072 parameters more.)
+# 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and `head` its weight. (2.61; 131,072 more.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
 
 # ============================================================================================================
@@ -821,7 +823,7 @@ import ast
 import ctypes
 import functools
 import hashlib
-import inspect
+import itertools
 import pickle
 import platform
 import re
@@ -829,7 +831,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -965,20 +966,21 @@ def open_device() -> None:
     if named.upper().startswith("CPU"):
         find_compiler()
     try:
-        (Tensor([1.0]) + 1).tolist()
+        Tensor([1.0]).realize().tolist()
     except ModuleNotFoundError:
         raise UserError(f"DEV={named}: no such device (CPU, CUDA, METAL, AMD, CL, ...)") from None
     except Exception as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"DEV={named} cannot be used here ({words[0][:150]}): unset DEV to use the CPU") from None
+        reason = words[0][:150]
+        raise UserError(f"DEV={named} cannot be used here ({reason}): unset DEV to use the CPU") from None
 
 # 13.3 Programs that are kept
 #
 # To compile the programs of a training step takes some seconds. They are the same the next time, so we keep
-# them in a file: whatever tinygrad has compiled in this process goes in, and comes out at the next start. The
-# file's name says for which tinygrad, Python and processor it is. It begins with a checksum, and if that is
-# wrong, or the file cannot be read or written, we do without it: a cache must never be the reason why
-# something fails.
+# them in a file: whatever tinygrad has compiled in this process is added to it, and given back to tinygrad at
+# the next start. The file's name says for which tinygrad, Python and processor it is. Each addition begins
+# with its checksum and its length. Where that is wrong, or the file cannot be read or written, we do without:
+# a cache must never be the reason why something fails.
 
 def programs_file() -> Path:
     """Where the compiled programs for this machine are kept."""
@@ -990,27 +992,31 @@ def load_programs() -> set:
     """Give tinygrad the programs that were kept, once; return their keys, which grow as more are kept."""
     if not KNOWN:
         return set()
-    with suppress(Exception):
+    with suppress(Exception):  # (what a damaged pickle may raise, nobody knows)
         data = programs_file().read_bytes()
-        if hashlib.sha256(data[32:]).digest() == data[:32]:
-            to_program_cache.update(pickle.loads(data[32:]))
+        place = 0
+        while place < len(data):
+            end = place + 40 + int.from_bytes(data[place + 32:place + 40], "little")
+            if hashlib.sha256(data[place + 40:end]).digest() != data[place:place + 32] or end > 1 << 25:
+                programs_file().unlink()  # damaged, or too large: begin anew
+                break
+            to_program_cache.update(pickle.loads(data[place + 40:end]))
+            place = end
     return set(to_program_cache)
 
 def keep_programs() -> None:
-    """Keep what has been compiled since the last time, at most the newest 2000."""
+    """Keep what has been compiled since the last time."""
     kept = load_programs()
     if not KNOWN or kept >= to_program_cache.keys():
         return
     programs = {}
-    for key, program in list(to_program_cache.items())[-2000:]:
-        sink, linear, *code = program.src  # what running does not need is left out
+    for key in to_program_cache.keys() - kept:
+        sink, linear, *code = to_program_cache[key].src  # what running does not need is left out
         arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
-        programs[key] = program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
-    with suppress(Exception):
+        programs[key] = to_program_cache[key].replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
+    with suppress(Exception), open(programs_file(), "ab") as file:
         data = pickle.dumps(programs)
-        unfinished = programs_file().with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(hashlib.sha256(data).digest() + data)
-        unfinished.replace(programs_file())
+        file.write(hashlib.sha256(data).digest() + len(data).to_bytes(8, "little") + data)
     kept.update(to_program_cache)
 
 # 13.4 A recording
@@ -1018,6 +1024,11 @@ def keep_programs() -> None:
 # TinyJit runs a function once before it records, to be sure; we record at the first call (`cnt` counts its
 # calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over new
 # numbers.
+
+def memory_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a computed or empty tensor on the CPU, as an array that shares it."""
+    memory = tensor.uop.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
+    return np.frombuffer(memory, np.dtype(tensor.dtype.fmt)).reshape(tensor.shape)
 
 class Recording:
     """A function from tensors to a tuple of tensors, as its programs: `calls` lists them. `arrays` are the
@@ -1031,8 +1042,7 @@ class Recording:
         load_programs()
         results = self.jit()
         keep_programs()
-        self.results = [np.frombuffer(result.uop.buffer.as_memoryview(force_zero_copy=True),
-                                      np.dtype(result.dtype.fmt)).reshape(result.shape) for result in results]
+        self.results = [memory_of(result) for result in results]
 
     def calls(self) -> list | None:
         """For each recorded call: the address of its program, those of its arguments, and its number of
@@ -1072,6 +1082,9 @@ class Recording:
 # >>> x = Tensor([[1.0, 2.0], [3.0, 4.0]])
 # >>> Fast(cores=1).run(example, [Tensor.empty(2, 2)], [x, Tensor([10.0, 20.0])])[0].tolist()
 # [[12.0, 24.0], [16.0, 28.0]]
+#
+# Two environment variables let you look behind the curtain, here and everywhere in tinygrad: with DEBUG=2 it
+# prints each program that it runs, and how long that took; with DEBUG=4 also its C.
 #
 # `k.share(n)` is a loop whose turns are shared out among the cores. (A kernel that asks for its `core_id` is
 # called once for each core.) Kernels can be differentiated only if we say how; chapter 15 has the first
@@ -1212,6 +1225,14 @@ def exp(x):
 # Here every multiplication fetches two numbers, and B with a stride. *Tiled*: compute a tile of C at once,
 # say 4 rows by 64 columns, with its 256 sums in registers. For each k, fetch 64 numbers of B and 4 of A, and
 # use each of them 4 or 64 times: 68 fetches for 256 multiplications. This is `product`.
+#
+#                       B, rows k = 0, 1, 2, ...
+#                       k  [  64 numbers of row k  ]         fetched once for each k, used 4 times
+#
+#     A   i     a(i, k)    [                       ]
+#         i+1   a(i+1, k)  [  4 x 64 sums, which   ]         each a fetched once for each k,
+#         i+2   a(i+2, k)  [  stay in registers    ]         used 64 times
+#         i+3   a(i+3, k)  [                       ]
 #
 # *Packed*: as the tiles walk down A, the same 64 columns of B are read over and over. They should stay in the
 # cache, but its places are assigned by address, and rows of B that lie 4096 bytes apart all compete for the
@@ -1572,40 +1593,49 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 # === Chapter 18. Adam in one pass over memory
 #
 # Left to itself, tinygrad reads and writes memory once for each of theta, m and v, on one core. Summing 100
-# million squares one by one in float32 loses digits, as each is tiny next to the sum; so we sum blocks, and
-# their sums in float64.
+# million squares one by one in float32 loses digits, as each is tiny next to the sum; so they are summed in
+# float64.
 
-def square_sums(k, after, before, gradient):
-    """after (cores,) float64 = before + each core's part of the sum of squares of a gradient."""
+def square_sums(k, after, before, *gradients):
+    """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
     cores = after.rows * after.columns
-    n = gradient.rows * gradient.columns
-    part = -(-n // cores)
-    block = min(4096, part)
+    lanes = k.array(16, dtype=dtypes.double)
     for core in k.share(cores):
-        after[core] = before[core]
-        for number in k.loop(-(-part // block)):
-            first = core * part + number * block
+        for lane in k.loop(16):
+            lanes[lane] = 0.0
+        for gradient in gradients:
+            n = gradient.rows * gradient.columns
+            full = n // 16
+            parts = -(-full // cores)
+            if full:
+                for number, lane in k.loop(parts, 16):
+                    inside = core * parts + number < full  # (the last core may have less to do)
+                    value = gradient[inside.where((core * parts + number) * 16, 0) + lane]
+                    lanes[lane] += inside.where(value * value, 0.0).cast(dtypes.double)
+            if n % 16:
+                for lane in k.loop(n % 16):
+                    value = gradient[full * 16 + lane]
+                    lanes[lane] += (core < 1).where(value * value, 0.0).cast(dtypes.double)
+        after[core] = sum((lanes[lane] for lane in range(16)), before[core])
 
-            def square(i):
-                place = first + i
-                inside = (number * block + i < part) & (place < n)
-                value = gradient[inside.where(place, 0)]
-                return inside.where(value * value, 0.0)
-            after[core] += k.sum(block, square).cast(dtypes.double)
-
-def adamw(k, theta, m, v, gradient, scale, rates, *, beta1: float, beta2: float, decay: float):
-    """A step of AdamW in place, as `Plain.adamw` has it. With a scale of 0 nothing changes."""
+def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
+    """A step of AdamW in place, as `Plain.adamw` has it, for some parameters: first all theta, then all m,
+    all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes."""
+    *arrays, scale, rates = arrays
+    n = len(decays)
     taken = scale[0] > 0.0
     shorter = scale[0]
     rate = rates[0]
     start_1 = rates[1]
     start_2 = rates[2]
-    for i in k.share(theta.rows * theta.columns):
-        g = gradient[i] * shorter
-        m[i] = taken.where(m[i] * beta1 + g * (1 - beta1), m[i])
-        v[i] = taken.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
-        change = (m[i] / start_1) / ((v[i] / start_2).sqrt() + 1e-8) + theta[i] * decay
-        theta[i] = taken.where(theta[i] - change * rate, theta[i])
+    kinds = [arrays[i * n:i * n + n] for i in range(4)]
+    for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
+        for i in k.share(theta.rows * theta.columns):
+            g = gradient[i] * shorter
+            m[i] = taken.where(m[i] * beta1 + g * (1 - beta1), m[i])
+            v[i] = taken.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
+            change = (m[i] / start_1) / ((v[i] / start_2).sqrt() + 1e-8) + theta[i] * decay
+            theta[i] = taken.where(theta[i] - change * rate, theta[i])
 
 # === Chapter 19. All cores at once
 #
@@ -1624,25 +1654,27 @@ def adamw(k, theta, m, v, gradient, scale, rates, *, beta1: float, beta2: float,
 # That takes 1.4 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
 # compiler.
 
-def replay_program(threads: int, length: int, width: int):
-    """The loop above, for lists of `length` lines of `width` words: the program, its arguments, and the
-    address of the C library's sched_yield. Its own arguments are the list, the place of `mine`, and the row
-    of all `done`."""
-    n = UOp.range(length, 0)
-    lines = UOp.param(0, dtypes.uint64, (length * width,), volatile=True)
-    mine = UOp.param(1, dtypes.uint64, (1,), volatile=True)
-    done = UOp.param(2, dtypes.uint64, (8 * threads,), volatile=True)  # 8: each thread has a cache line
+WIDTH = 64  # words in a line: the program, at most 62 arguments, and the address of C's sched_yield
+
+def replay_program(threads: int):
+    """The loop above. Its own arguments are the list, the length of the list, the place of `mine`, and all
+    `done`."""
+    lines = UOp.param(0, dtypes.uint64, (1 << 20,), volatile=True)
+    length = UOp.param(1, dtypes.int, (1,))
+    mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
+    done = UOp.param(3, dtypes.uint64, (8 * threads,), volatile=True)  # 8: each thread has a cache line
+    n = UOp.range(length[0].load(), 0)
     count = n.cast(dtypes.uint64) + 1
-    line = [lines.after(n)[n * width + word].load() for word in range(width - 1)]
+    line = [lines.after(n)[n * WIDTH + word].load() for word in range(WIDTH - 1)]
     call = line[0].call(*line[1:], ret_dtype=dtypes.void)
     last = mine.after(UOp(Ops.BARRIER, src=(call,)))[0].store(count)
     for thread in range(threads):
         loop = UOp.loop(1 + thread)
-        nap = lines.after(last, loop)[n * width + width - 1].load().call(ret_dtype=dtypes.void)
+        nap = lines.after(last, loop)[n * WIDTH + WIDTH - 1].load().call(ret_dtype=dtypes.void)
         seen = done.after(last, nap)[thread * 8].load()
         last = seen.end(loop, seen < count)
     end = UOp(Ops.BARRIER, src=(last,)).end(n)
-    return end.sink(arg=KernelInfo("replay", opts_to_apply=()), tag=1)
+    return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
 
 class Crew:
     """Calls all kernels of a recording, on so many threads. The numbers do not depend on how many."""
@@ -1653,15 +1685,16 @@ class Crew:
             lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
             lines += [[rest]] * (-shares % threads)                          # who has no share rests
             for i, line in enumerate(lines):
-                lists[i % threads].append(line)
-        width = max(len(line) for line in lists[0] + lists[-1])
-        words = [[line + [0] * (width - len(line)) + [rest] for line in lines] for lines in lists]
-        self.lists = np.array(words, np.uint64)                              # (threads, length, width + 1)
+                lists[i % threads].append(line + [0] * (WIDTH - 1 - len(line)) + [rest])
+        self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
+        self.length = np.array([len(lists[0])], np.int32)
         self.done = np.zeros((threads, 8), np.uint64)
-        program = to_program(replay_program(*self.lists.shape), Device["CPU"].renderer)
+        program = to_program(replay_program(threads), Device["CPU"].renderer)
         self.program = Device["CPU"].runtime(program.to_elf())
-        self.arguments = [[ctypes.c_uint64(array.ctypes.data) for array in (lines, mine, self.done)]
-                          for lines, mine in zip(self.lists, self.done, strict=True)]
+        self.arguments = []
+        for lines, mine in zip(self.lists, self.done, strict=True):
+            memory = (lines, self.length, mine, self.done)
+            self.arguments.append([ctypes.c_uint64(array.ctypes.data) for array in memory])
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
     def __call__(self) -> None:
@@ -1678,60 +1711,80 @@ class Replay:
     """Calls a recording again and again, in the quickest way."""
     def __init__(self, recording: Recording, cores: int):
         self.recording = recording
-        calls = recording.calls()
-        if calls is None:
-            self.ways = [recording.jit]
-        else:
-            self.ways = [Crew(calls, threads) for threads in sorted({1, cores}, reverse=True)]
-        self.times = [[] for _ in self.ways]
+        self.calls = recording.calls()
+        self.all_cores = recording.jit  # if there is something else than programs: tinygrad knows how
+        if self.calls is not None:
+            self.all_cores = Crew(self.calls, cores)
+        self.one_core = None
+        self.trials = 20 if self.calls is not None and cores > 1 else 0
+        self.best = {True: math.inf, False: math.inf}  # seconds: on one core, on all
 
     def __call__(self) -> None:
-        if len(self.ways) == 1:
-            self.ways[0]()
+        if self.trials == 0:
+            self.all_cores()
             return
-        trial = sum(len(times) for times in self.times)
-        way = trial % 2
+        alone = self.trials % 2 == 1
         began = time.perf_counter()
-        self.ways[way]()
-        self.times[way].append(time.perf_counter() - began)
-        if trial == 0 and self.times[0][0] > 0.005 or trial >= 20:  # a long one needs all cores
-            best = min(range(len(self.ways)), key=lambda i: min(self.times[i], default=math.inf))
-            self.ways = [self.ways[best]]
+        (self.one_core if alone else self.all_cores)()
+        self.best[alone] = min(self.best[alone], time.perf_counter() - began)
+        self.trials -= 1
+        if self.one_core is None:
+            self.one_core = Crew(self.calls, 1)
+            if self.best[False] > 0.05:  # a long one needs all cores
+                self.trials = 0
+        elif self.trials == 0 and self.best[True] < self.best[False]:
+            self.all_cores = self.one_core
 
 # === Chapter 20. The fast backend
+#
+# Now the pieces come together. `Fast` has the methods of `Plain`, and each of them calls kernels. Results
+# begin as `Tensor.empty`, memory without numbers, which the kernel fills; `back` says what to do on the way
+# back. Everything stays lazy: tinygrad sees a graph in which some nodes are our programs, schedules it, and
+# differentiates it like any other. So a layer of your own, written in ordinary operations, may stand between
+# two of ours, and its gradient comes out right without another word.
 #
 # Here kernels take the place of part I's operations. Whoever changes an operation in part I must not get the
 # kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
 # operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
-# is computed.
+# is computed. It does so, too, if somebody puts another function into Plain while the program runs.
 
-def digest(*things) -> str:
-    """A checksum of the source of functions or classes, without comments and docstrings; "" if it is
-    unknown."""
-    texts = []
-    try:
-        for thing in things:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
-                    node.body = node.body[1:] or [ast.Pass()]
-            texts.append(ast.unparse(tree))
-    except (OSError, TypeError, SyntaxError):
-        return ""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+def sources() -> dict:
+    """What part I defines, by name ("GPT", "Plain.gelu"): its source without comments and docstrings."""
+    found = {}
+    with suppress(OSError, NameError, SyntaxError):  # there need not be a file
+        text = Path(__file__).read_text(encoding="utf-8")
+        tree = ast.parse(text[:text.index("\n# Part II.")])
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        for thing in tree.body:
+            if isinstance(thing, ast.FunctionDef | ast.ClassDef):
+                found[thing.name] = ast.unparse(thing)
+                inner = thing.body if thing.name == "Plain" else []
+                found |= {f"Plain.{node.name}": ast.unparse(node) for node in inner if hasattr(node, "name")}
+    return found
+
+SOURCES = sources()
+
+def digest(*names: str) -> str:
+    """A checksum of what these do; of nothing, if one of them is unknown."""
+    text = "\n".join(SOURCES.get(name, "") for name in names)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def instead_of(name: str, known: str):
     """A decorator: the function below is used only while the operation `name` of part I has this checksum."""
+    plain = getattr(Plain, name, None)
+
     def choose(fast):
-        plain = getattr(Plain, name, None)
-        return fast if digest(plain) == known else plain
+        def call(self, *arguments):
+            now = getattr(Plain, name)
+            return (fast if now is plain else now)(self, *arguments)
+        return call if digest(f"Plain.{name}") == known else plain
     return choose
 
 class Fast(Plain):
     """Part I's operations by the kernels of part II: the same arguments and results, to float32's rounding,
     on `cores` cores. What they do not know (another type of number, say) is computed the plain way."""
-    name = "fast"
-
     def __init__(self, cores: int):
         self.cores = cores
 
@@ -1855,23 +1908,33 @@ class Fast(Plain):
         results = [Tensor.empty(*targets.shape), Tensor.empty(*targets.shape)]
         return self.run(cross_entropy, results, [logits, targets], back)[0]
 
-    @instead_of("norm", "8f3658e4b9d3")
+    @instead_of("norm", "4ef1be523e83")
     def norm(self, gradients):
-        if not self.knows(*gradients):
+        if not self.knows(*gradients.values()):
             return super().norm(gradients)
         total = Tensor.zeros(self.cores, dtype=dtypes.double).contiguous()
-        for gradient in gradients:
+        for names in groups(gradients):
             after = Tensor.empty(self.cores, dtype=dtypes.double)
-            total = self.run(square_sums, [after], [total, gradient])[0]
+            total = self.run(square_sums, [after], [total, *(gradients[name] for name in names)])[0]
         return total.sum().sqrt().cast(dtypes.float32)
 
-    @instead_of("adamw", "331c7392232d")
-    def adamw(self, theta, m, v, gradient, scale, rates, config):
-        if not self.knows(theta, m, v, gradient):
-            return super().adamw(theta, m, v, gradient, scale, rates, config)
-        decay = config.weight_decay if theta.ndim == 2 else 0.0
-        return self.run(adamw, [theta, m, v], [gradient, scale.reshape(1), rates], beta1=config.beta1,
-                        beta2=config.beta2, decay=decay)[:3]
+    @instead_of("adamw", "d09026b501b3")
+    def adamw(self, parameters, m, v, gradients, scale, rates, config):
+        if not self.knows(*parameters.values(), *gradients.values()):
+            return super().adamw(parameters, m, v, gradients, scale, rates, config)
+        changed = []
+        for names in groups(parameters):
+            results = [tensors[name] for tensors in (parameters, m, v) for name in names]
+            inputs = [*(gradients[name] for name in names), scale.reshape(1), rates]
+            decays = tuple(config.weight_decay if parameters[name].ndim == 2 else 0.0 for name in names)
+            changed += self.run(adamw, results, inputs, beta1=config.beta1, beta2=config.beta2,
+                                decays=decays)[:len(results)]
+        return changed
+
+    def place(self, array):
+        tensor = Tensor.empty(*array.shape, dtype=Tensor(array).dtype)
+        memory_of(tensor)[...] = array  # (part I's way is quick for one, but takes 2 ms to prepare)
+        return tensor
 
     def record(self, function):
         """As `Plain.record`, on all cores."""
@@ -1887,6 +1950,17 @@ class Fast(Plain):
                 replay()
             return [result.copy() for result in replay.recording.results]
         return call
+
+def groups(parameters: dict[str, Tensor]) -> list[list[str]]:
+    """The names of parameters, a block's together (one program then serves for every block), at most 12 in
+    one."""
+    def block(name: str) -> list[str]:
+        return name.split(".")[:2] if name.startswith("h.") else []
+    found = []
+    for _, names in itertools.groupby(parameters, block):
+        names = list(names)
+        found += [names[i:i + 12] for i in range(0, len(names), 12)]
+    return found
 
 def in_memory(ids: Tensor) -> Tensor:
     """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not."""
@@ -1976,13 +2050,17 @@ class Cache:
             memory.assign(is_new.where(moved, memory))
         return keys, values, places <= position
 
+# What does that save? Without the cache, a token of a text of T costs as much as a pass over T tokens. With
+# it, all products have a single row: for T = 64, a 64th of the arithmetic. Then memory decides how fast one
+# writes, since every weight has to come to the processor once for each token, and is used once.
+#
 # This holds for part I's model. A reader's own may look at earlier tokens in another way, which no cache of
 # keys and values knows of. So where part I's layers have been changed, a Writer compares: it reads some
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
 # way.
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*LAYERS) == "9167cd5dee36"
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "689aa46174aa" and not CHANGED
 
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
@@ -1990,7 +2068,7 @@ def is_as_in_part_one(thing) -> bool:
         return all(is_as_in_part_one(part) for part in thing)
     if type(thing) in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return isinstance(thing, Tensor | Plain | GPTConfig | BPETokenizer | tuple | int | None)
+    return type(thing) in (Tensor, Plain, Fast, GPTConfig, BPETokenizer, tuple, int, type(None))
 
 class Writer:
     """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
@@ -2291,6 +2369,14 @@ def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> n
 
 BPETokenizer.encode_array = encode_array
 
+def gpt2_tokenizer() -> BPETokenizer:
+    """GPT-2's tokenizer. tiktoken downloads its vocabulary once; UserError if it cannot be had."""
+    try:
+        return BPETokenizer("gpt2")
+    except Exception as error:  # the network, the disk or the file itself: all can fail, in many ways
+        raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
+                        "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from error
+
 def find_file(name: str) -> Path | None:
     """The file of that name, or None. A name may come from a checkpoint, so it may be nonsense: too long for
     a path, with characters that no path can have, or a link to itself."""
@@ -2521,8 +2607,11 @@ def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
 def load_array(tensor: Tensor, array: np.ndarray) -> None:
     """Write the numbers of `array` into the memory of `tensor`, of the same shape, where recordings look for
     them."""
-    numbers = Tensor(np.ascontiguousarray(array), device=tensor.device).cast(tensor.dtype)
-    tensor.assign(numbers).realize()
+    if KNOWN and tensor.device == "CPU":
+        memory_of(tensor)[...] = array
+    else:
+        numbers = Tensor(np.ascontiguousarray(array), device=tensor.device).cast(tensor.dtype)
+        tensor.assign(numbers).realize()
 
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Numbers of any precision as float32. Those of bfloat16 are the upper halves of a float32's 32 bits."""
@@ -2573,14 +2662,23 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; ValueError if the text is not of that kind."""
+    """The opposite; ValueError if the text is not of that kind. (Merges from an enemy could double the length
+    of a token forty times, and so take all memory.)"""
     try:
         saved = json.loads(text)
         if saved["name"] == "gpt2":
-            return BPETokenizer("gpt2")
-        return BPETokenizer("bpe", [(int(left), int(right)) for left, right in saved["merges"]])
+            return gpt2_tokenizer()
+        merges = [(int(left), int(right)) for left, right in saved["merges"]]
+        tokens = [bytes([byte]) for byte in range(256)]
+        for left, right in merges:
+            tokens.append(tokens[left] + tokens[right])
+            if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
+                raise ValueError("an impossible merge")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("two tokens are the same")
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError("this is no tokenizer") from error
+        raise ValueError("its tokenizer is none of ours") from error
+    return BPETokenizer("bpe", merges)
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
@@ -2624,10 +2722,16 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 GPT.save_checkpoint = save_checkpoint
 GPT.load_checkpoint = load_checkpoint
 
-# A checkpoint also says what model to make. Here, a file from an enemy could ask for a thousand layers of
-# 65536 channels. But a model without numbers (`seed=None`) takes no memory yet: we can make it, count how
-# many numbers it would need, and compare that with how many there are. A tokenizer is asked in the same way
-# how long it may be.
+# A checkpoint also says which model to make, and a file from an enemy could ask for a thousand layers of
+# 65536 channels. So before one is made, we compare how many numbers it would take with how many there are.
+# The comparison is a rough one, since your model may be another than GPT-2; what really fits, `restore` finds
+# out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
+
+def size_of(config: GPTConfig) -> int:
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter P8 counts them), and
+    a row of C for each token and each position."""
+    C = config.n_embd
+    return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
 
 def config_from(kind: type, text: str):
     """A config from its JSON; Damaged if a field is unknown or has a value that it cannot have."""
@@ -2640,11 +2744,6 @@ def config_from(kind: type, text: str):
     except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"its {kind.__name__} has other fields than ours") from error
 
-def needed_numbers(model: GPT) -> int:
-    """How many numbers a model's parameters are, counted without taking memory for them."""
-    distinct = {id(tensor): tensor for tensor in get_state_dict(model).values()}
-    return sum(math.prod(tensor.shape) for tensor in distinct.values() if tensor.is_param)
-
 def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT, TrainConfig]:
     """The model of a checkpoint, with its tokenizer and its numbers, and the config that it was trained with;
     UserError if they cannot be made."""
@@ -2652,20 +2751,19 @@ def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT,
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
+        if size_of(config) > 100 * sum(array.size for array in checkpoint.arrays.values()):
+            raise Damaged("it has far fewer numbers than the model that it speaks of")
         model = GPT(config, backend, seed=None)
-        stored = sum(array.size for array in checkpoint.arrays.values())
-        if needed_numbers(model) > stored:
-            raise Damaged("it has fewer numbers than its model needs")
-        if "tokenizer" in metadata:
-            if len(metadata["tokenizer"]) > 100 + 20 * config.vocab_size:  # 18 for "[399998, 399999], "
-                raise Damaged("its tokenizer is too long for its vocabulary")
-            model.tokenizer = tokenizer_from_json(metadata["tokenizer"])
-            if model.tokenizer.vocab_size > config.vocab_size:
-                raise Damaged("its tokenizer has more tokens than its model")
+        restore(checkpoint, model)
+        text = metadata.get("tokenizer")
+        if text and len(text) > 100 + 20 * config.vocab_size:  # (18 for "[399998, 399999], ")
+            raise Damaged("its tokenizer is too long for its vocabulary")
+        model.tokenizer = tokenizer_from_json(text) if text else None
+        if text and model.tokenizer.vocab_size > config.vocab_size:
+            raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
         raise UserError(brief(f"{checkpoint.path} cannot be opened: {error}")) from error
     model.source = (metadata.get("data", ""), metadata.get("data_sha256", ""))
-    restore(checkpoint, model)
     return model, train_config
 
 def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT, TrainConfig, int]:
@@ -2955,8 +3053,9 @@ def check_finite(config: TrainConfig, step: int, loss: float, norm: float) -> No
         rate = learning_rate(config, step - 1)
         raise TrainingFailed(
             f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-            f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last checkpoint "
-            f"is intact; to go on from it more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+            f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
+            "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
+            f"{config.learning_rate / 4:.1e}")
 
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
           start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
@@ -2992,6 +3091,20 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     if run.unsaved:
         raise TrainingFailed(f"{run.unsaved}; what was saved before is intact")
     return run.optimizer
+
+# A parameter that the loss does not depend on keeps its first numbers for ever. In a model that was changed,
+# that is easily forgotten, and nobody would notice: the loss falls all the same. So it is said.
+
+def untrained(model: GPT) -> list[str]:
+    """The names of a model's parameters that have no part in its loss."""
+    if is_as_in_part_one(model):
+        return []
+    named = model.parameters()
+    idx = Tensor(np.zeros((1, model.config.block_size), np.int32)).realize()
+    key = Tensor(np.zeros(1, np.uint32)).realize()
+    gradients = model.loss(idx, idx, key).gradient(*named.values())
+    constant = [(name, slope) for name, slope in zip(named, gradients, strict=True) if slope.device is None]
+    return [name for name, slope in constant if not slope.numpy().any()]
 
 # Who stops a run? Ctrl-C sends the program a signal, and so do `kill` and a terminal that is closed. By
 # default a signal ends a program on the spot. Ours only notes that it came. The loop above then finishes its
@@ -3264,11 +3377,11 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     newer = folder / "tokenizer.json"
     older = folder / "vocab.json"
     if not newer.exists() and not older.exists():
-        return BPETokenizer("gpt2") if vocab_size == 50257 else None
+        return gpt2_tokenizer() if vocab_size == 50257 else None
     with suppress(Damaged, ValueError, LookupError, TypeError, AttributeError):
         ids = read_json(newer)["model"]["vocab"] if newer.exists() else read_json(older)
         if ids.get("<|endoftext|>") == 50256:
-            tokenizer = BPETokenizer("gpt2")
+            tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
             if max(map(len, learned), default=0) > LONGEST:
@@ -3612,20 +3725,20 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     print(json.dumps(result))
 
 # Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
-# programs without a word. The estimate is rough, and rather too high: four numbers for each parameter
-# (itself, its gradient, Adam's two averages); for each token in a batch 16 C numbers in a block and V logits,
-# each with its gradient; the passages themselves; and where part I's attention runs, its weights, T for each
-# token and head.
+# programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
+# two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
+# each block that the way back needs; part I's operations take three times as much, and attention's weights
+# besides.
 
 def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int) -> tuple:
     """About how many bytes a run takes: for its parameters, in so many copies, and for its batches."""
-    parameters = sum(math.prod(shape) for shape in gpt2_shapes(config).values())
-    a_token = 16 * config.n_layer * config.n_embd + config.vocab_size
+    L = config.n_layer
+    a_token = 8 * config.vocab_size + 72 * L * config.n_embd
     if not isinstance(backend, Fast):
-        a_token += config.n_layer * config.n_head * config.block_size
+        a_token += 168 * L * config.n_embd + 24 * L * config.n_head * config.block_size
     tokens = train_config.batch_size * config.block_size
     passages = 32 * train_config.grad_accum * tokens
-    return 4.0 * copies * parameters, 8.0 * a_token * tokens + passages
+    return 4 * copies * size_of(config), a_token * tokens + passages
 
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
@@ -3820,7 +3933,7 @@ def learn_tokenizer(text: memoryview, kind: str | None, vocab_size: int) -> BPET
     """The tokenizer that --tokenizer asks for. Ten pieces of a megabyte, spread over a text, are enough to
     learn a vocabulary from."""
     if kind == "gpt2":
-        return BPETokenizer("gpt2")
+        return gpt2_tokenizer()
     places = range(0, len(text), max(1 << 20, len(text) // 10))
     pieces = [str(text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
     show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
@@ -3895,6 +4008,10 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         f"{c.block_size} tokens each, {where}")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
+    if CHANGED and isinstance(model.ops, Fast):
+        say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
+    if names := untrained(model):
+        say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
     say()
 
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
@@ -4033,7 +4150,12 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, in_words(error)
     if isinstance(error, MemoryError):
         return 2, "there is not enough memory: choose a smaller --batch-size, or a smaller model"
+    if isinstance(error, subprocess.CalledProcessError):
+        return 2, f"the C compiler {error.cmd[0]} failed (exit code {error.returncode}): start again"
     frames = traceback.extract_tb(error.__traceback__)
+    if Device.DEFAULT != "CPU" and "tinygrad" in frames[-1].filename:
+        said = brief(error, 150)
+        return 2, f"tinygrad could not compute on {Device.DEFAULT} ({said}): unset DEV to use the CPU"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
     return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "
