@@ -10,9 +10,9 @@ Part I. The GPT (for everyone; stop after it and you know how a GPT works)
 Part II. Fast (for whoever wonders where the time goes)
 Part III. Dependable, and at home (for whoever trains overnight, on a text of their own)
 
-Shapes stand in comments as (B, T, C): B sequences side by side, T tokens in each, C numbers ("channels") for
-each token. V is the size of the vocabulary, H the number of attention heads, D = C / H the width of a head.
-Lines that begin with >>> can be pasted into Python after `from minimiggy import *`; the tests run them all.
+Comments give shapes as (B, T, C): B sequences side by side, T tokens in each, C numbers ("channels") for each
+token. V is the size of the vocabulary, H the number of attention heads, D = C / H the width of a head. What
+follows >>> can be pasted into Python after `from minimiggy import *`; the tests run it all. MIT licence.
 """
 # ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone)
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
-os.environ.setdefault("PARALLEL", "0")  # no helper processes to compile them: they take as long to start
+os.environ.setdefault("PARALLEL", "0")  # no helper processes for it: starting them takes what they save
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
@@ -35,6 +35,9 @@ from tinygrad.nn.state import get_state_dict
 
 # ============================================================================================================
 # Part I. The GPT
+class UserError(Exception):
+    """A mistake that its reader can mend: the command line prints its text as one line."""
+
 # === Chapter 1. What a language model does
 #
 # A language model does one thing. It reads the beginning of a text and says, for everything that might come
@@ -44,11 +47,11 @@ from tinygrad.nn.state import get_state_dict
 #
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
 # speech in a play begins with a name and a colon, and who is likely to answer whom. Nobody tells the model
-# any of this. It has some hundred thousand numbers inside, its *parameters*, which are random at first. We
-# show it passages of a text, measure how surprised it was by each next piece, and change every parameter a
-# little so that it would have been less surprised. That is all there is to training. What comes out is
-# knowledge about the text, stored in numbers. (A GPT, a *generative pre-trained transformer*, is one such
-# model: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019.)
+# any of this. It has about a million numbers inside, its *parameters*, which are random at first. We show it
+# passages of a text, measure how surprised it was by each next piece, and change every parameter a little so
+# that it would have been less surprised. That is all there is to training. What comes out is knowledge about
+# the text, stored in numbers. (A GPT, a *generative pre-trained transformer*, is one such model: Vaswani et
+# al. 2017, arXiv:1706.03762; Radford et al. 2019.)
 
 # === Chapter 2. A text
 #
@@ -56,9 +59,8 @@ from tinygrad.nn.state import get_state_dict
 # exam, and never learned from. A model can come to know its text by heart, and then its surprise at that text
 # says nothing any more about what it has understood. Only a text that it has never seen can tell.
 #
-# We cut at one place, rather than setting lines aside at random. Neighbouring lines share a speaker, a rhyme,
-# a joke; a model that had learned the lines around a gap could fill the gap without having understood
-# anything.
+# We cut at one place: lines set aside at random would have neighbours that share a speaker, a rhyme, a joke
+# with them, and a model that had learned these could fill the gap without having understood anything.
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     """UTF-8 `text` in two: the first 90 % of its bytes to learn from, the last 10 % to be examined on."""
     cut = border(text, len(text) * 9 // 10)
@@ -73,22 +75,22 @@ def border(text: bytes, place: int) -> int:
 
 # === Chapter 3. Tokens: bytes and merges
 #
-# A network computes with numbers, so the text must become a row of whole numbers first. The pieces that get a
-# number each are called *tokens*. Single letters make long rows, in which a word is far away from the next
-# one. Whole words make short rows, but a word that was not in the text has no number.
+# A network computes with numbers, so the text must become a list of whole numbers first. The pieces that get
+# a number each are called *tokens*. Single letters make long lists, in which a word is far away from the next
+# one. Whole words make short lists, but a word that was not in the text has no number.
 #
-# *Byte-pair encoding* (Sennrich et al. 2016, arXiv:1508.07909) lies in between. A text in a computer is a row
-# of bytes, numbers from 0 to 255. These are our first 256 tokens: with them, any text in any script can be
-# written down. Then we look for the pair of neighbouring tokens that occurs most often, make it a new token,
-# number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent pieces
-# such as " the" become tokens of their own, and a word that was never seen is at worst written with its
-# bytes. Nothing can be "out of vocabulary".
+# *Byte-pair encoding* (Sennrich et al. 2016, arXiv:1508.07909) lies in between. A text in a computer is a
+# list of bytes, numbers from 0 to 255. These are our first 256 tokens: with them, any text in any script can
+# be written down. Then we look for the pair of neighbouring tokens that occurs most often, make it a new
+# token, number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent
+# pieces such as " the" become tokens of their own, and a word that was never seen is at worst written with
+# its bytes. Nothing can be "out of vocabulary".
 #
 # By hand, on the word "banana". Its letters b, a, n are the bytes 98, 97, 110.
 #
 #     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur twice, "ba" once. Of two that are
 #                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
-#     98 256 256 97           Each pair occurs once now; but let the word stand in the text twice. "ban"
+#     98 256 256 97           Now each pair occurs once: the end. But say the text has it twice, so "ban"
 #     257 256 97              (98, 256) has the smallest numbers and becomes 257; "ana" (256, 97) becomes 258;
 #     257 258                 and (257, 258) becomes 259, the whole word.
 #
@@ -116,10 +118,9 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
             merged.append(token)
     return merged
 
-# On a megabyte of text, counting all pairs anew for each of a thousand merges would take an hour. Two
+# On a megabyte of text, counting all pairs anew for each of a thousand merges would take many minutes. Two
 # observations make it half a second. A word that occurs 5,000 times need be looked at only once, if its pairs
-# count 5,000 times. And a merge changes only the words that contain the pair, so we remember which these are,
-# for each pair.
+# count 5,000 times. And a merge changes only the words that contain the pair, so we remember which.
 LONGEST = 256  # bytes in a token: a "word" of a million zeros would give tokens that double for ever
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
@@ -160,8 +161,8 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
-# a piece may be: 's, 't, 'll and so on; letters (\p{L}: of any script), digits (\p{N}) or other signs, each
-# perhaps with one space before it; white space.
+# a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
+# other signs, perhaps after one space; white space.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -170,7 +171,7 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 class BPETokenizer:
     """Text to token ids and back. `BPETokenizer.train` learns a vocabulary; `BPETokenizer()` is GPT-2's, of
-    50257 tokens. Attributes: `name`, "bpe" or "gpt2"; `vocab_size`; `merges` (not of GPT-2's). Applying
+    50257 tokens. Attributes: `name`, "bpe" or "gpt2"; `vocab_size`; `merges` (None: GPT-2's). Applying
     merges is a solved problem, so we leave it to tiktoken, which does in Rust what we did by hand."""
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
         import tiktoken
@@ -209,7 +210,7 @@ class BPETokenizer:
 # === Chapter 4. tinygrad in ten lines
 #
 # A *tensor* is an array of numbers with any number of dimensions. tinygrad computes with tensors, on a CPU or
-# a GPU, and knows how to differentiate. It is *lazy*: an operation computes nothing, it only notes down what
+# a GPU, and knows how to differentiate. It is *lazy*: an operation computes nothing; it only notes down what
 # would have to be done. Only when somebody wants to see numbers, or says `realize`, does tinygrad write a
 # small C program for everything noted so far, compile it, and run it.
 #
@@ -225,8 +226,7 @@ class BPETokenizer:
 # 8.96
 #
 # `gradient` is the important one. Each operation knows how its result changes with its inputs; by the chain
-# rule, tinygrad multiplies these slopes together, from the result back to whatever we ask for
-# (*backpropagation*).
+# rule, tinygrad multiplies these slopes, from the result back to what we ask for (*backpropagation*).
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use; `contiguous` says "compute this here, once, and keep it". And noting
@@ -237,12 +237,10 @@ class BPETokenizer:
 # >>> double = TinyJit(lambda x: (2 * x).realize())
 # >>> [double(Tensor([float(i)]).realize()).item() for i in range(4)]
 # [0.0, 2.0, 4.0, 6.0]
-class UserError(Exception):
-    """A mistake that its reader can mend: the command line prints its text as one line."""
 
-# A C program needs a C compiler. tinygrad asks the environment variable CC for one, or else calls clang. Few
-# laptops have clang, but the Python package `ziglang` contains all of it. It is called as `zig clang`, and CC
-# must be the name of one program, so we put a script of two lines beside `zig` that joins the words.
+# (Skip this at first.) A C program needs a C compiler. tinygrad asks the environment variable CC for one, or
+# else calls clang. Few laptops have clang, but the Python package `ziglang` contains all of it, as `zig
+# clang`. CC must be the name of one program, so we put a script of two lines beside `zig`.
 if not os.environ.get("CC") and not shutil.which("clang"):
     with suppress(ImportError, OSError):
         import ziglang
@@ -257,13 +255,12 @@ if not os.environ.get("CC") and not shutil.which("clang"):
 
 # === Chapter 5. Numbers to choose
 #
-# Training finds the parameters. It cannot find how large the model should be and how it should learn. These
-# numbers stand here together; the chapters below show what they do.
+# Training finds the parameters. The size of the model, and how it learns, are for you to choose.
 @dataclass
 class GPTConfig:
     """What the model is."""
     block_size: int = 64           # T: tokens that the model sees at once, its context
-    vocab_size: int = 50257        # V: tokens in the vocabulary
+    vocab_size: int = 50257        # V: tokens in the vocabulary (of GPT-2; we learn 1024)
     n_layer: int = 4               # blocks, one after the other
     n_head: int = 4                # H: attention heads in a block; it must divide n_embd
     n_embd: int = 128              # C: channels, the numbers that represent a token
@@ -274,22 +271,22 @@ class TrainConfig:
     """How the model learns. Beta1, beta2 and the weight decay are those of nanoGPT for small models."""
     batch_size: int = 8            # B: passages in a batch
     learning_rate: float = 1e-3    # the largest step size, reached after the warm-up
-    warmup_steps: int = 100        # steps over which the step size rises from zero
+    warmup_steps: int = 100        # steps over which the step size rises to that
     max_iters: int = 1000          # training steps in all
     eval_interval: int = 100       # steps between two exams
     eval_iters: int = 20           # batches in such an exam
     min_lr: float = 1e-4           # the step size at the end
-    weight_decay: float = 0.1      # by how much matrices shrink at each step, as a share of the step size
+    weight_decay: float = 0.1      # matrices shrink by this, times the step size, at each step
     beta1: float = 0.9             # how long Adam remembers gradients
     beta2: float = 0.99            # how long Adam remembers their squares
     grad_clip: float = 1.0         # the greatest length of a gradient; a longer one is shortened
     grad_accum: int = 1            # batches that are averaged for one step
-    seed: int = 1337               # of every random choice: first weights, passages, dropout
+    seed: int = 1337               # where all chance begins: weights, passages, dropout
     save_every: int = 0            # steps between two checkpoints; 0: one after each exam
     keep: int = 3                  # how many checkpoints to keep
 
-# Chance has to be repeatable, so that a run that was stopped goes on as it would have. Each use of chance
-# makes a generator of its own, from one of these numbers, the seed and, where there is one, the step.
+# Chance has to be repeatable, so that a run that was stopped goes on as it would have. So each use of it
+# makes its own generator, from one of these numbers, the seed and, where there is one, the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -299,44 +296,43 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
 # its own, a row in a table `wte` ("word token embedding") with V rows. The rows begin as noise and are
 # parameters like all others, so training moves them: tokens that behave alike, such as " king" and " queen",
-# end up with similar rows. A column can come to stand for something, such as "is a name"; nobody chooses
-# what.
+# end up with similar rows. A column may come to mean "is a name"; nobody chooses what.
 #
-# All further layers treat a *set* of rows: by themselves they could not tell "dog bites man" from "man bites
-# dog". So a second table, `wpe` ("word position embedding"), has a row for each of the T places in the
-# context, and the model begins with the sum of the two: what the token is, plus where it stands. There is
-# room for both: among 128 dimensions two random directions are nearly at right angles, so later layers can
-# read one without the other.
+# By themselves, all further layers hardly know the order: did the dog bite the man, or the man the dog? So a
+# second table, `wpe` ("word position embedding"), has a row for each of the T places in the context, and the
+# model begins with the sum of the two: what the token is, plus where it stands. There is room for both: among
+# 128 dimensions two random directions are nearly at right angles, so later layers can read one without the
+# other.
 #
 # 6.2 The operations
 #
-# A GPT needs seven operations on tensors. Here they are, as plainly as possible; part II has the same seven
-# as hand-written programs, some thirty times faster. A set of them is called a *backend*.
+# A GPT needs the operations below. Here they are, as plainly as possible; part II has them again as
+# hand-written programs, some fifteen times faster. A set of them is called a *backend*.
 #
-# `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant. The weights are
-# what is learned. One product of matrices does it for all tokens at once.
+# `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
+# are learned. One product of matrices does it for all tokens at once.
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
 # learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink from layer
 # to layer, and their gradients with them. (The 1e-5 prevents a division by zero.)
 #
-# `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) bends: two linear layers in a row are again one linear
-# layer, unless something that is not linear stands between them. It is nearly 0 for negative numbers and
-# nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
+# `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
+# linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
+# numbers and nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
 #
 # `attention` is how tokens learn about each other. Each token has three vectors: a *query* (what am I looking
 # for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The dot product of
 # my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into weights that
 # are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I hear is the
 # average of all values with these weights. A pronoun can look for its noun; the first word of a line can look
-# for how the last one ended.
+# for how the previous line ended.
 #
-# *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k have variance 1, so has
-# each product, and the sum has variance D. With D = 32, scores of 6 or 11 would be common, softmax would give
-# nearly all weight to one token, and where one weight is nearly 1, its slope is nearly 0 and nothing is
-# learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token must not see those
-# after it: it is to predict them. Their scores become minus infinity, and so their weights exp(-inf) = 0. For
-# T = 4, row t shows whom token t may look at:
+# *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
+# mean 0 and variance 1, so is each product, and the sum has variance D. With D = 32, scores of 6 or 11 would
+# be common, softmax would give nearly all weight to one token, and where one weight is nearly 1, its slope is
+# nearly 0 and little is learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token
+# must not see those after it: it is to predict the next. Their scores become minus infinity, and so their
+# weights exp(-inf) = 0. For T = 4, row t shows whom token t may look at:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -379,7 +375,7 @@ class Plain:
             visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()
         else:
             k, v, visible = cache.extend(k, v, position)              # S keys: (B, H, S, D) twice, (T, S)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(D)               # (B, H, T, S)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(D)               # (B, H, T, S); without a cache S = T
         scores = visible.where(scores, -math.inf)
         weights = scores.softmax(-1).contiguous()                     # each row adds up to 1
         return (weights @ v).transpose(1, 2)                          # (B, T, H, D)
@@ -423,8 +419,8 @@ class Plain:
         return Tensor(array)
 
     def record(self, function):
-        """`function`, from tensors to a tuple of tensors, as one from arrays to a list of arrays, recorded by
-        TinyJit. The arrays must have the same shapes and types at every call."""
+        """Wrap `function`, from tensors to a tuple of tensors, so that it takes arrays and returns a list of
+        them, recorded by TinyJit. The arrays must have the same shapes and types at every call."""
         jit = TinyJit(function)
 
         def call(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -478,9 +474,9 @@ class LayerNorm:
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
 # nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
-# computed from their place and from a `key` that is new at each step, stirred (multiply, fold, multiply)
-# until the bits look random. Without a key, dropout does nothing: exams and writing have none, and cannot
-# forget to switch it off.
+# computed from their place and from a `key` that is new at each step, stirred (fold, multiply, fold) until
+# the bits look random. Without a key, dropout does nothing: exams and writing have none, and cannot forget to
+# switch it off.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -506,18 +502,17 @@ def stir(h: Tensor) -> Tensor:
 # 6.4 Blocks
 #
 # The rows of a passage, (B, T, C), run through the whole network like a stream, and every layer only *adds*
-# something to it: x + f(x). That is why it can be trained although it is deep. On the way back, the gradient
+# something to it: x + f(x). That is why it can be trained although it is deep: on the way back, the gradient
 # of x + f(x) reaches x unchanged along the plus, however little f passes on.
 #
-# A *block* adds twice. Attention gathers from other tokens; a small network of two layers (an MLP), four
-# times as wide inside, then thinks about what was gathered, for each token by itself. The norm stands
-# *before* each of them, on their input and not on the stream, so nothing stands in the way of the plus from
-# the first layer to the last. Such models train well without a delicate warm-up (Xiong et al. 2020,
-# arXiv:2002.04745).
+# A *block* adds twice. Attention gathers from other tokens; a small network of two layers (a *multilayer
+# perceptron*), four times as wide inside, then thinks about what was gathered, for each token by itself. The
+# norm stands *before* each of them, on their input; the stream itself is not normalised on its way. Such
+# models train more easily (Xiong et al. 2020, arXiv:2002.04745).
 #
-# 2 n_layer outputs are added to the stream, each by a `c_proj`. If each had variance s^2, the sum would have
-# 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream begins as
-# small as a shallow one.
+# 2 n_layer outputs are added to the stream, each by a last layer, `c_proj`. If each had variance s^2, the sum
+# would have 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream
+# begins as small as a shallow one.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -559,13 +554,13 @@ class Block:
 
 # 6.5 The GPT
 #
-# After the last block, the row at place t should describe what comes at place t + 1. To turn it into a guess,
-# compare it with the row of every token in `wte`: the dot product is large where the two point the same way.
-# These V numbers are called *logits*; softmax makes probabilities of them. One table thus serves at both
-# ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C = 128, it saves
-# 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All this is GPT-2 to the letter, and the
-# parameters have the names that GPT-2's have at Hugging Face, so that models can come from there and go there
-# (part III).
+# After the last block and one more norm, the row at place t should describe what comes at place t + 1. To
+# turn it into a guess, compare it with the row of every token in `wte`: the dot product is large where the
+# two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. One table
+# thus serves at both ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C
+# = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All this computes what GPT-2
+# computes, and the parameters have the names that they have at Hugging Face, so that models can come from
+# there and go there (part III).
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
     Attributes: `config`; `ops`, the backend; `tokenizer` (or None); `source`, the text that it learned from
@@ -584,17 +579,17 @@ class GPT:
         self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)
         self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(ops, config.n_embd)
-        self.parameters()  # which gives all of them their memory
 
     def parameters(self) -> dict[str, Tensor]:
         """What is learned, by name: h.0.attn.c_attn.weight and so on. A tensor with two names comes once."""
         found = {}
+        known = set()
         for name, tensor in get_state_dict(self).items():
-            is_new = all(tensor is not other for other in found.values())
-            if is_new and tensor.is_param and dtypes.is_float(tensor.dtype):
+            if id(tensor) not in known and tensor.is_param and dtypes.is_float(tensor.dtype):
                 if tensor.device is None:  # a constant such as Tensor.ones(3) has no memory of its own as yet
                     tensor.replace(tensor.clone())
                 found[name] = tensor
+                known.add(id(tensor))
         Tensor.realize(*found.values())
         return found
 
@@ -636,21 +631,21 @@ class GPT:
 # >>> abs(new.loss(idx, idx + 1).item() - 6.93) < 0.05
 # True
 #
-# Nats a token cannot be compared between tokenizers: who cuts the text into longer tokens has fewer and
-# harder guesses to make. So we also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each
-# *byte* of the text. Stored as it is, a text takes 8; a model with a loss of 3.6 nats on tokens of 2.3 bytes
-# could store it in 3.6 * 1.44 / 2.3 = 2.25.
+# Nats a token cannot be compared between tokenizers: one with longer tokens leaves fewer and harder guesses.
+# So we also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Stored as
+# it is, a text takes 8; a model with a loss of 3.6 nats on tokens of 2.3 bytes could store it in 3.6 * 1.44 /
+# 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     return model.ops.cross_entropy(model.head(model.hidden(idx, key)), targets).mean()
 
-GPT.loss = loss
+GPT.loss = loss  # a method of GPT, kept for this chapter
 
 # === Chapter 8. A training step
 #
-# *A batch.* Computing the loss on the whole text for every step would take minutes. A handful of random
-# passages points nearly the same way and takes milliseconds. Each has T + 1 tokens: the first T are read, the
-# last T are predicted.
+# *A batch.* Computing the loss and its slopes on the whole text for every step would take minutes. A handful
+# of random passages gives nearly the same in milliseconds. Each has T + 1 tokens: the first T are read, the
+# last T predicted.
 def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
     source = np.random.default_rng((PASSAGES, config.seed, step))
@@ -660,16 +655,17 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 
 # *The gradient* says, for each parameter, how much the loss would rise if the parameter did. So we go the
 # other way. How far? *Adam* (Kingma & Ba 2015, arXiv:1412.6980) keeps two running averages for each
-# parameter. `m` is the average gradient: chance in the choice of passages cancels out, the common direction
-# remains. `v` is the average square, so its root is the usual size of this parameter's gradient. The step is
-# m / sqrt(v): as large for a parameter with small gradients as for one with large ones, and smaller where the
-# direction keeps changing.
+# parameter: at each step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its
+# square (beta1 = 0.9, beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels
+# out, the common direction remains. The root of `v` is the usual size of this parameter's gradient. The step
+# is proportional to m / sqrt(v): as large for a parameter with small gradients as for one with large ones,
+# and smaller where the direction keeps changing.
 #
-# Both averages begin at zero and are too small at first, by different factors. At step 1, with a gradient g,
-# beta1 = 0.9 and beta2 = 0.99, m = 0.1 g and v = 0.01 g^2. The quotient m / sqrt(v) is 1, by luck; but at
-# step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice too far. (With the usual beta2
-# = 0.999 it is 3.2 at step 1.) Dividing by what is missing, m_hat = m / (1 - 0.9^t) and v_hat = v / (1 -
-# 0.99^t), gives m_hat = g and v_hat = g^2 from step 1 on, and a quotient of 1.
+# Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
+# 1, 2, ... At step 1, with a gradient g, m = 0.1 g and v = 0.01 g^2. The quotient m / sqrt(v) is 1, by luck;
+# but at step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice too far. (With the usual
+# beta2 = 0.999 it is 3.2 at step 1.) So Adam divides by these factors, which is called *bias correction*:
+# m_hat = m / (1 - 0.9^t) = g and v_hat = g^2 from step 1 on, with a quotient of 1.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls the weights of matrices a little towards zero
 # at each step, so that only what is needed stays large. And a gradient that is longer than `grad_clip` is
@@ -696,13 +692,15 @@ class AdamW:
             slopes = losses[i].gradient(*parameters.values())                                 # backward
             for name, slope in zip(parameters, slopes, strict=True):
                 gradients[name] = gradients[name] + slope if name in gradients else slope
+            Tensor.realize(losses[i], *gradients.values())            # (so that each batch's memory can go)
+        loss = sum(losses)
         length = ops.norm(gradients)
         scale = (self.config.grad_clip / length).minimum(1)                                   # clip
         scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
-        Tensor.realize(sum(losses), length, scale, *gradients.values())
+        Tensor.realize(loss, length, scale)
         changed = ops.adamw(parameters, self.m, self.v, gradients, scale, rates, self.config) # step
         Tensor.realize(*changed)
-        return sum(losses), length
+        return loss, length
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
@@ -728,8 +726,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # === Chapter 9. Training
 #
-# Training is that step, over and over. This loop only tells what happened; whoever runs it prints, examines
-# and saves (part III's `train` does), and can stop at any time. Try it:
+# Training is that step, over and over. This loop only tells what happened; whoever runs it prints, holds
+# exams and saves (part III's `train` does), and can stop at any time. Try it:
 #
 # >>> text = (Path("data") / "play.txt").read_text()
 # >>> tokenizer = BPETokenizer.train(text, 300)
@@ -748,10 +746,10 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
 # === Chapter 10. Writing
 #
 # To write, ask for the probabilities of the next token and draw one; append it; ask again. Always taking the
-# likeliest is dull and ends in loops. Drawing as the model thinks now and then takes a token that it holds
-# for nearly impossible. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1,
-# 0] gives 67 %, 24 % and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail:
-# `top_k` leaves the k likeliest, and `top_p` the fewest that together have the share p (Holtzman et al. 2020,
+# likeliest is dull and ends in loops. Drawing by the probabilities takes, now and then, a token that is
+# nearly impossible. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0]
+# gives 67 %, 24 % and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k`
+# leaves the k likeliest, and `top_p` the fewest that together have the share p (Holtzman et al. 2020,
 # arXiv:1904.09751).
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest."""
@@ -767,7 +765,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     return int(np.searchsorted(line[:-1], rng.random() * line[-1], side="right"))
 
 # The model can look at T tokens. When there are more, we let go of the older half, as part II's faster way
-# has to. The row that we hand over is always T long, because a recording works for one shape. The zeros
+# has to. The list that we hand over is always T long, because a recording works for one shape. The zeros
 # behind the text cannot disturb: no token looks at those after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
@@ -786,15 +784,16 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it: part II takes the fast way where it still can and the plain way where it
-# cannot, and `python minimiggy.py --gradcheck` tells whether all gradients are right. As the file stands,
-# `--train --max-iters 500` ends at about 2.68 bits a byte on tiny Shakespeare. What do you expect?
+# To understand all this, change it. Part II notices what you change in an operation or a layer, and takes the
+# plain way where its fast one no longer fits; `python minimiggy.py --gradcheck` tells whether all gradients
+# are right. As it stands, `--train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02, on tiny
+# Shakespeare. What do you expect?
 #
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
-# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65. How can it know where a token stands?)
+# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! What does the mask tell it of the place?)
 # 3. No sqrt(D). Take it out of `attention`. (2.75.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
-# 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and `head` its weight. (2.61; 131,072 more.)
+# 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
 
 # ============================================================================================================
@@ -2060,7 +2059,7 @@ class Cache:
 # way.
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "689aa46174aa" and not CHANGED
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "c2a8547958c6" and not CHANGED
 
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
@@ -2172,6 +2171,10 @@ from contextlib import contextmanager, suppress
 # (`fsync`), and only then renamed. A rename happens or does not happen; there is no moment in between. And
 # since the name is an entry in the folder, and a folder is a kind of file, the folder must reach the disk as
 # well.
+#
+# `whole` is for a `with` block. `@contextmanager` makes that of a function with one `yield`: what stands
+# before it is done when the block begins, and what stands after it when the block ends. If the block ends
+# with an error, the error comes out of the `yield`, and then only `finally` is done.
 
 VERSION = "2.0"
 
@@ -2203,7 +2206,7 @@ def say(line: str = "", end: str = "\n") -> None:
     """Print a line that stays. If the terminal is gone, or the disk behind it is full, training goes on."""
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # wipe what `show` has left there
     with suppress(OSError):
-        print(clear + line, end=end, flush=True)
+        print(clear + printable(line), end=end, flush=True)
 
 def show(line: str) -> None:
     """Show a line that the next one overwrites, if there is a terminal; "" wipes the last one."""
@@ -2377,9 +2380,12 @@ def gpt2_tokenizer() -> BPETokenizer:
         raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
                         "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from error
 
+# And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
+# so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
+# name.
+
 def find_file(name: str) -> Path | None:
-    """The file of that name, or None. A name may come from a checkpoint, so it may be nonsense: too long for
-    a path, with characters that no path can have, or a link to itself."""
+    """The file of that name, or None, also if no file can have it: too long, say, or a link to itself."""
     try:
         path = Path(name).resolve()
         return path if path.is_file() else None
@@ -2449,6 +2455,8 @@ KNOBS = {
     "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
     "num_samples": (1, 1_000_000, "texts to write, one after the other")}
 
+# A message about a value names its flag and not its field, since the flag is what most people have typed.
+
 def flag_of(name: str) -> str:
     """n_layer -> --n-layer."""
     return "--" + name.replace("_", "-")
@@ -2496,35 +2504,27 @@ def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
         digest.update(piece)
     return digest.hexdigest()
 
-def header_bytes(header: dict, metadata: dict[str, str]) -> bytes:
-    """The beginning of a file, as far as the numbers, which begin at a multiple of 8 bytes."""
-    text = json.dumps({"__metadata__": metadata} | header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-def write_numbers(file, tensors):
-    """Write the numbers of one tensor or array after the other; yield each as bytes when it has been
-    written."""
-    for tensor in tensors:
-        array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
-        numbers = np.ascontiguousarray(array, np.float32).reshape(-1).data
-        file.write(numbers)
-        yield numbers
+def numbers_of(tensor) -> memoryview:
+    """The float32 numbers of a tensor or an array, as bytes."""
+    array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
+    return np.ascontiguousarray(array, np.float32).reshape(-1).data
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
-    `path` was before is then intact. One tensor at a time is copied, however large they are together."""
+    `path` was before is then intact. However large they are together, they are copied one at a time."""
     header = {}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * math.prod(tensor.shape)
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
+    sha256 = sha256_of(header, metadata, map(numbers_of, tensors.values()))
+    text = json.dumps({"__metadata__": metadata | {"sha256": sha256}} | header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers begin at a multiple of 8 bytes
     with whole(path) as file:
-        file.write(header_bytes(header, metadata | {"sha256": "0" * 64}))  # not known yet
-        sha256 = sha256_of(header, metadata, write_numbers(file, tensors.values()))
-        file.seek(0)
-        file.write(header_bytes(header, metadata | {"sha256": sha256}))
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(numbers_of(tensor))
 
 # Reading is where one has to be careful. The file may have been cut, mixed up on its way, or made by somebody
 # who means harm and knows how to compute a SHA-256. So nothing in the header is believed before it is
@@ -2560,6 +2560,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
                 if metadata["sha256"] != sha256_of(header, metadata, pieces):
                     raise Damaged("its bytes are not those that were written (wrong SHA-256)")
         return arrays, metadata
+    # What follows is in turn: no file; a file with something wrong that was looked for; and all the errors
+    # that Python has when a text is no JSON, or when the JSON is not made as it should be.
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Damaged as error:
@@ -2653,7 +2655,6 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     if optimizer:
         for name in model.parameters():
             tensors[f"optimizer.m.{name}"] = optimizer.m[name]
-        for name in model.parameters():
             tensors[f"optimizer.v.{name}"] = optimizer.v[name]
     return tensors
 
@@ -2719,6 +2720,9 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
     restore(checkpoint, model, optimizer)
     return checkpoint.step
 
+# They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
+# files.
+
 GPT.save_checkpoint = save_checkpoint
 GPT.load_checkpoint = load_checkpoint
 
@@ -2763,7 +2767,8 @@ def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT,
             raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
         raise UserError(brief(f"{checkpoint.path} cannot be opened: {error}")) from error
-    model.source = (metadata.get("data", ""), metadata.get("data_sha256", ""))
+    if "data" in metadata:
+        model.source = (metadata["data"], metadata.get("data_sha256", ""))
     return model, train_config
 
 def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT, TrainConfig, int]:
@@ -2798,7 +2803,7 @@ def open_newest(out_dir: Path, backend: Plain | None = None) -> tuple[Checkpoint
             return checkpoint, *model_of(checkpoint, backend)
         except UserError as error:
             last_error = error
-            say(printable(f"skipped: {error}"))
+            say(f"skipped: {error}")
     raise last_error
 
 def newest(out_dir: Path, backend: Plain | None = None) -> tuple[Path, GPT, TrainConfig, int]:
@@ -2829,7 +2834,9 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 # writes a line, lets the model write a little, adds a row to the log, and saves. All of this only looks at
 # the run and never changes it. Passages and dropout depend on nothing but the seed and the step; exams draw
 # nothing at random; and a checkpoint has all the rest. So a run that was killed at any moment, and went on
-# from its last checkpoint, ends with the same numbers, to the last bit, as one that was never stopped.
+# from its last checkpoint, ends with the same numbers, to the last bit, as one that was never stopped. (On
+# the same machine, and with the same text. On another one sums may be added in another order, and then their
+# last digits differ.)
 #
 # An exam measures the loss on the part of the text that was not learned from. The model sees windows of T
 # tokens, and a token at the beginning of a window is harder than one at its end, which has more before it. On
@@ -2908,6 +2915,9 @@ def sample_blocks(file: Path, start: int) -> list[str]:
     blocks = re.finditer(r"step (\d{1,9})\n(    \|.*\n)+", text, re.ASCII)
     return [block.group() for block in blocks if int(block[1]) <= start]
 
+# A text can be too short for a model that looks at T tokens at once, and token ids that somebody brings along
+# can belong to another tokenizer. Both are noticed before the first step.
+
 def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
     """Token ids as an array; UserError if there are too few for one block, or some that the model does not
     know."""
@@ -2942,7 +2952,9 @@ def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[
         prune(out_dir, optimizer.config.keep, rows)
 
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
-# Speed is measured in laps of ten steps, which leave out exams and saves.
+# Speed is measured in laps, from one row of the log to the next; an exam or a save ends a lap, so that its
+# time is not counted. What can wait is made when it is first needed: a run that stops early never compiles an
+# exam.
 
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
@@ -2980,7 +2992,7 @@ class Run:
         since, then = self.lap
         self.speed = (step - since) * self.tokens_a_step / (time.perf_counter() - then)
 
-    def show_progress(self, step: int, loss: float, norm: float) -> None:
+    def show_progress(self, step: int, loss: float, norm: float, rate: float) -> None:
         """The line that is overwritten, ten times a second at most."""
         now = time.perf_counter()
         if now - self.last_shown < 0.1:
@@ -2988,7 +3000,6 @@ class Run:
         self.last_shown = now
         left = (self.config.max_iters - step) * self.tokens_a_step / max(self.speed, 1)
         bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
-        rate = learning_rate(self.config, step - 1)
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
              f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
 
@@ -3046,17 +3057,6 @@ class Run:
             say(f"{self.unsaved}; training goes on, what was saved before is intact, and the next save is "
                 "tried")
 
-def check_finite(config: TrainConfig, step: int, loss: float, norm: float) -> None:
-    """TrainingFailed if a step has brought numbers that are none. (The optimizer has not taken such a
-    step.)"""
-    if not math.isfinite(loss + norm):
-        rate = learning_rate(config, step - 1)
-        raise TrainingFailed(
-            f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-            f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
-            "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
-            f"{config.learning_rate / 4:.1e}")
-
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
           start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
@@ -3066,20 +3066,28 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
     for step, loss, norm in training(model, config, run.data, run.optimizer, start):
-        check_finite(config, step, loss, norm)
+        rate = learning_rate(config, step - 1)
+        if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
+            raise TrainingFailed(
+                f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
+                f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
+                "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
+                f"{config.learning_rate / 4:.1e}")
+        # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         examining = last or step % config.eval_interval == 0
         logging = examining or step % 10 == 0
         new_lap = logging or step == start + 1
         if new_lap:
             run.measure_speed(step)
-        run.show_progress(step, loss, norm)
-        row = {"step": step, "train_loss": loss, "lr": learning_rate(config, step - 1), "grad_norm": norm}
+        run.show_progress(step, loss, norm, rate)
+        row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
         if examining:
             row |= run.examine(step)
             run.write_sample(step)
         if logging:
             run.log(row)
+        # A save is due as often as the config says, at the end, and if somebody wants the run to stop.
         saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
         if run.out_dir and (examining or saving):
             run.save(step, saving)
@@ -3193,6 +3201,9 @@ def set_aside(out_dir: Path, start: int) -> None:
 # once more, in plain numpy and from nothing but the parameters and their names. If the model gives other
 # logits, it is no GPT-2 any more.
 
+# The sizes of a config say which parameters a GPT-2 has, and of which shapes: per block two norms, and four
+# linear layers with a weight and a bias each.
+
 def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The parameters of a GPT-2 of this size: their shapes by name."""
     C = config.n_embd
@@ -3205,6 +3216,9 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = shape
         shapes[f"{name}.bias"] = shape[-1:]
     return shapes
+
+# And this is what it computes with them. Compare it with part I: it is the same, line by line, in another
+# library and for a single passage. `p` holds the parameters by name.
 
 def gpt2_logits(p: dict[str, np.ndarray], ids: np.ndarray, config: GPTConfig) -> np.ndarray:
     """GPT-2 in numpy: parameters by name and ids (T,) -> logits (T, V), float32."""
@@ -3264,6 +3278,9 @@ def check_is_gpt2(model: GPT) -> None:
 #
 # Once in a while a token is never reached like this, because an earlier merge has cut it in the wrong place.
 # It can then only be a word that is looked up as a whole, and has no pair.
+
+# In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
+# written as a character that can be seen, and the token " the" reads "Ġthe".
 
 def letters() -> dict[int, str]:
     """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
@@ -3371,6 +3388,10 @@ def read_json(path: Path) -> dict:
         pass
     raise Damaged(f"{path} is damaged: it is not a JSON object")
 
+# A tokenizer in the folder can be used if ours would give the same numbers. So we make one from its list of
+# tokens, and compare all that it knows with that list. If they differ, it is of another kind; the model can
+# be used without.
+
 def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
     a model with its 50257 tokens."""
@@ -3424,6 +3445,10 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         arrays |= read_safetensors(path.with_name(name))[0]
     return arrays
 
+# The weights tell nearly everything: V, C and T are the shapes of two tables, and the layers can be counted.
+# But the number of heads stands nowhere in them, and neither does the activation. That is what the
+# config.json is for, and whatever it says must be true of part I.
+
 def check_told(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
@@ -3455,6 +3480,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     wpe = arrays.get(f"{prefix}wpe.weight", np.zeros(0))
     if wte.ndim != 2 or wpe.ndim != 2:
         raise UserError(f"{path} has no matrices {prefix}wte.weight and {prefix}wpe.weight")
+    # The size is in the shapes, but for the heads; and then everything that is told has to agree with it.
     V, C = wte.shape
     T = len(wpe)
     layers = sum(name.endswith(".ln_1.weight") for name in arrays)
@@ -3467,6 +3493,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
         raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
     config.block_size = block_size or T
     arrays[f"{prefix}wpe.weight"] = wpe[:config.block_size]
+    # Every array must have its place in the model, and every parameter an array: `fill` sees to the second.
     model = GPT(config, backend, tokenizer=read_tokenizer(path.parent, V), seed=None)
     tensors = {f"{prefix}{name}": tensor for name, tensor in model.parameters().items()}
     for name in arrays:
@@ -3480,6 +3507,10 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 #
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
+
+# A log is a file like any other: an editor, a full disk or somebody's script may have been at it. A row
+# without a step is a damaged log. A value that is no number only means that the run blew up there, and is
+# left out of the pictures.
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError if it is not the log of a
@@ -3523,12 +3554,15 @@ def chart(rows: list[tuple[float, float]]) -> str:
     steps, values = np.array(rows).T
     low = values.min()
     high = values.max()
+    # The height of the curve at each of the 112 columns of dots, on straight lines between the points. A
+    # column has the dots from where the one before it ended to where it ends itself, so that the curve is not
+    # broken.
     places = np.linspace(steps[0], steps[-1], 112)
     depths = np.interp(places, steps, (high - values) / (high - low or 1) * 31)  # 0 is the top row of dots
     depths = np.rint([depths[0], *depths]).astype(int)
     grid = np.full((8, 56), 0x2800)
     for x, (before, here) in enumerate(itertools.pairwise(depths)):
-        for y in range(min(before, here), max(before, here) + 1):  # where it is steep, dots join the two
+        for y in range(min(before, here), max(before, here) + 1):
             grid[y // 4, x // 2] |= DOTS[y % 4][x % 2]
     labels = [f"{high:6.3f} ┤", *["       │"] * 6, f"{low:6.3f} ┤"]
     lines = [label + "".join(map(chr, codes)) for label, codes in zip(labels, grid, strict=True)]
@@ -3555,6 +3589,8 @@ def plot(folders: list[str | Path], path: Path):
     logs = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}
     in_bits = all(column(rows, "val_bpb") for rows in logs.values())
     unit = "bpb" if in_bits else "loss"
+    # What the two axes must have room for: `last` and `peak` are the largest step and learning rate of all
+    # runs.
     last = max([step for rows in logs.values() for step, _ in column(rows, "step")], default=0)
     peak = max([rate for rows in logs.values() for _, rate in column(rows, "lr")], default=0)
     late = []  # the values that the picture must have room for
@@ -3569,6 +3605,8 @@ def plot(folders: list[str | Path], path: Path):
             end, value = curve[-1]
             names.append((value, f"C{i}", folder.resolve().name))
             late += [y for step, y in curve if step >= min(last / 10, end)]
+        # From the lowest curve's end to the highest's, each name goes where its curve ends, or above the one
+        # before.
         low = min(late)
         high = max(late)
         gap = (high - low) / 17 or max(0.1, abs(low) / 10)
@@ -3620,7 +3658,8 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
     elsewhere = {} if Device.DEFAULT == "CPU" else {"DEV": "CPU"}  # not every other device has float64
     with Context(**elsewhere):
         twin = GPT(model.config, PLAIN, seed=None)
-        for name, tensor in twin.parameters().items():  # tensors that look into numpy's memory
+        # The twin's parameters look into numpy's memory: what we write there, the next loss is computed from.
+        for name, tensor in twin.parameters().items():
             memory = arrays[name].ctypes.data
             tensor.replace(Tensor.from_blob(memory, tensor.shape, dtype=dtypes.float64, device="CPU"))
         losses = model.ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
@@ -3634,6 +3673,8 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
                 array[place] = middle
                 slopes[name][:, *place] = (above - below) / (2 * h)
     return slopes
+
+# What training uses is a single line of part I: the loss, and its gradient for all parameters at once.
 
 def gradients_of(model: GPT, batch: np.ndarray) -> dict[str, np.ndarray]:
     """The gradients that training uses, by the parameters' names, of the loss on a batch (2, B, T)."""
@@ -3700,6 +3741,9 @@ def peak_memory() -> float:
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
+# The first steps compile and record, so they are not counted. Writing is timed from where the context is
+# full, since from there on it goes on like that for ever.
+
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
     model = GPT(config, backend)
@@ -3722,6 +3766,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     result = {"bench": what, "parameters": n_parameters} | speed
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
+    # One line, and the last one, so that a script can read it.
     print(json.dumps(result))
 
 # Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
@@ -3739,6 +3784,9 @@ def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, 
     tokens = train_config.batch_size * config.block_size
     passages = 32 * train_config.grad_accum * tokens
     return 4 * copies * size_of(config), a_token * tokens + passages
+
+# How much there is, the system tells: on Linux in a file that is none, /proc/meminfo. A container may be
+# allowed less. Where nobody tells, we hope for the best.
 
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
@@ -3786,6 +3834,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line in place of argparse's page of usage."""
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
+
+# The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
+# configs, whose flags, help texts and defaults are read off chapter 5 and the table of knobs. `argparse` does
+# the rest.
 
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
@@ -3837,7 +3889,8 @@ def add_files(parser: Parser) -> None:
 def add_knobs(group, kind: type) -> None:
     """A flag for each field of a config, written with hyphens or, as in Python, with underscores."""
     for field in dataclasses.fields(kind):
-        names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])  # (of two equal ones, one)
+        # Two names, or one where they are equal; `fromkeys` keeps the order, which a set would not.
+        names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])
         _, _, text = KNOBS.get(field.name, (None, None, "a field of your own"))
         text += f" (default: {DEFAULTS.get(field.name, field.default)})"
         of = type(field.default)
@@ -3846,6 +3899,9 @@ def add_knobs(group, kind: type) -> None:
         else:
             metavar = "N" if of is int else "X"
             group.add_argument(*names, dest=field.name, type=of, metavar=metavar, help=text)
+
+# Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
+# typed one wrong number need not wait for a download to hear of it.
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
@@ -3860,6 +3916,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
+# *With which operations?* With part II's where they run, on all cores, unless the flags say otherwise. There
+# is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
+# model.
+
 def choose_backend(args: argparse.Namespace) -> Plain:
     """The operations that the flags ask for; UserError if --devices is given where it means nothing."""
     backend = PLAIN if args.plain else BACKENDS[-1]
@@ -3871,6 +3931,10 @@ def choose_backend(args: argparse.Namespace) -> Plain:
     if args.devices > CORES:
         print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
     return Fast(cores=min(args.devices, CORES))
+
+# *With which numbers?* Four sources are asked in turn. What a user has typed counts most. A checkpoint comes
+# next: a resumed run goes on as it began. Then come the defaults of this chapter, and last those of part I.
+# The smallest learning rate, unless it is given, is a tenth of the largest.
 
 def chosen(args: argparse.Namespace, kind: type, saved=None):
     """A config of a `kind`: each field from the user's flag, else from a `saved` config, else the command
@@ -3909,6 +3973,7 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
     else:
         checkpoint, model, config = open_newest(Path(args.out_dir), backend)
         opened = Opened(checkpoint.path, model, config, checkpoint.step, checkpoint)
+    # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
     has = dataclasses.asdict(opened.model.config)
     has["tokenizer"] = tokenizer.name if tokenizer else None
@@ -3954,7 +4019,9 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
     return Corpus(name, hashlib.sha256(text).hexdigest(), len(text), tokenizer, train_ids, val_ids)
 
 # *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
-# text come from; from there on, they are one.
+# text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
+# wrong text or the wrong size, one sees it before an hour has passed. The time that a run will take is a
+# guess from this machine's speed, of which part II reaches about half.
 
 def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
     """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
@@ -3998,8 +4065,7 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
     if isinstance(model.ops, Fast):  # it reaches about half of that rate
         seconds = (config.max_iters - start) * step_flops(c, config) / limit / 0.5
         where += f" ({model.ops.cores} cores); about {clock(seconds)} min if nothing else runs"
-    say(f"text       {printable(corpus.name)}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be "
-        "examined on")
+    say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
         f"{corpus.n_bytes / ids:.2f} bytes each on average")
     say(f"model      {n_parameters / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
@@ -4010,7 +4076,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         say(f"note       {WHY_PLAIN}")
     if CHANGED and isinstance(model.ops, Fast):
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    if names := untrained(model):
+    names = untrained(model)
+    if names:
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
     say()
 
@@ -4035,7 +4102,8 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     model, config, optimizer, start, corpus = (go_on if args.resume else begin)(args, backend)
     checked("training", corpus.train, model.config)
     checked("validation", corpus.val, model.config)
-    set_aside(out_dir, start)  # only now: a mistake moves nothing
+    # By now everything has been looked at that can be wrong, and only now something is moved.
+    set_aside(out_dir, start)
     model.source = (corpus.name, corpus.sha256)
     limit = 1e9 * blas_gflops()
     introduce(model, config, start, corpus, limit)
@@ -4065,8 +4133,8 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
     bits = loss * bits_per_byte(model.tokenizer, ids)
-    say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of "
-        f"{printable(name)}, {len(ids) - 1:,} tokens, each counted once")
+    say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
+        f"{len(ids) - 1:,} tokens, each counted once")
 
 def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", *, number: int = 0,
            writer: Writer | None = None, **how) -> None:
@@ -4107,6 +4175,9 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     for number in range(n_samples):
         sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
 
+# And so the program is this: look at the flags, see that there is a device, choose the operations, and do
+# what was asked for. A plot needs no device, and works where tinygrad does not.
+
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)
@@ -4138,7 +4209,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
-# the line says what it was and where, so that whoever mends it has something to go by.
+# the line says what it was and where, so that whoever mends it has something to go by. Exit codes tell
+# scripts the same: 2 for the user's mistakes, 1 for a run that failed, 70 for our mistakes, 128 and more for
+# signals.
 
 def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     """The exit code and the line for an error."""
@@ -4154,16 +4227,14 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, f"the C compiler {error.cmd[0]} failed (exit code {error.returncode}): start again"
     frames = traceback.extract_tb(error.__traceback__)
     if Device.DEFAULT != "CPU" and "tinygrad" in frames[-1].filename:
-        said = brief(error, 150)
-        return 2, f"tinygrad could not compute on {Device.DEFAULT} ({said}): unset DEV to use the CPU"
+        return 2, f"tinygrad could not compute on {Device.DEFAULT} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
     return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "
                 "tracker (--debug shows the traceback)")
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 after a mistake of the user's, who gets one line
-    about it on stderr, or 70 after one of ours."""
+    """Run the command line; return the exit code. Whatever goes wrong gets one line on stderr."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = run(make_parser().parse_args(arguments))

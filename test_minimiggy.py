@@ -1,7 +1,11 @@
 """What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, the README."""
+import ast
 import dataclasses
+import difflib
+import doctest
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -19,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import tokenize
 import tracemalloc
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -28,7 +33,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from tinygrad import Tensor
-from tinygrad.nn.state import get_state_dict, safe_load
+from tinygrad.nn.state import safe_load
 
 import minimiggy
 from minimiggy import (
@@ -40,6 +45,7 @@ from minimiggy import (
     Plain,
     TrainConfig,
     UserError,
+    Writer,
     main,
     train,
 )
@@ -1248,6 +1254,264 @@ def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
     (tmp_path / "my.txt").write_text(TEXT[:20_000])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+
+
+# ------------------------------------------------------------------------------------- part I: what it says, and alone
+
+SOURCE = (HERE / "minimiggy.py").read_text()
+PART_ONE = SOURCE[:SOURCE.index("\n# Part II. ") + 1]
+GELU = lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # noqa: E731
+
+
+def softmax(*logits):
+    return [round(100 * math.exp(x) / sum(map(math.exp, logits))) for x in logits]
+
+
+def without_correction(t, beta2):
+    """Adam's m / sqrt(v) at step t, if every gradient was 1."""
+    return round((1 - 0.9**t) / math.sqrt(1 - beta2**t), 1)
+
+
+def test_every_example_in_the_comments_runs(monkeypatch):
+    monkeypatch.chdir(HERE)
+    lines = [line[2:] if line.startswith("# ") else "" for line in SOURCE.splitlines()]
+    example = doctest.DocTestParser().get_doctest("\n".join(lines), dict(vars(minimiggy)), "minimiggy", None, 0)
+    assert len(example.examples) > 25
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize(("words", "value", "figure"), [
+    ("-3 becomes -0.004", round(GELU(-3), 3), -0.004), ("3 becomes 2.996", round(GELU(3), 3), 2.996),
+    ("0.69 if p = 1/2", round(math.log(2), 2), 0.69), ("4.6 if p = 1/100", round(math.log(100), 1), 4.6),
+    ("1 / ln 2 = 1.44", round(1 / math.log(2), 2), 1.44), ("2.25", round(3.6 * 1.44 / 2.3, 2), 2.25),
+    ("m = 0.65 g", round(1 - 0.9**10, 2), 0.65), ("v = 0.096 g^2", round(1 - 0.99**10, 3), 0.096),
+    ("give 2.1", without_correction(10, 0.99), 2.1), ("is 1, by luck", without_correction(1, 0.99), 1),
+    ("3.2 at step 1", without_correction(1, 0.999), 3.2), ("it saves 131,072", 1024 * 128, 131072),
+    ("67 %, 24 % and 9 %", softmax(2, 1, 0), [67, 24, 9]), ("87 %, 12 % and 2 %", softmax(4, 2, 0), [87, 12, 2])])
+def test_the_figures_in_part_ones_prose_are_right(words, value, figure):
+    assert value == figure and words in re.sub(r"\n *# ?", " ", PART_ONE)
+
+
+def test_part_one_stands_alone_with_public_names_only(tmp_path):
+    (tmp_path / "part_one.py").write_text(PART_ONE)
+    imported = set(re.findall(r"^ *(?:from|import) (tinygrad\S*)", PART_ONE, re.MULTILINE))
+    assert imported == {"tinygrad", "tinygrad.nn.state"} and not re.search(r"\buop\b|UOp", PART_ONE)
+    code = f"""
+from part_one import *
+text = open({str(HERE / "data" / "play.txt")!r}).read()[:20_000]
+tokenizer = BPETokenizer.train(text, 280)
+model = GPT(GPTConfig(block_size=4, vocab_size=280, n_layer=1, n_head=2, n_embd=8), tokenizer=tokenizer)
+plan = TrainConfig(batch_size=4, max_iters=30, warmup_steps=5, learning_rate=1e-2)
+losses = [loss for _, loss, _ in training(model, plan, np.array(tokenizer.encode(text)))]
+assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5]) - 1, losses
+assert len(tokenizer.decode(list(write(model, [10], 8)))) > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_budgets_hold():
+    lines = SOURCE.splitlines()
+    tree = ast.parse(SOURCE)
+    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+                if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#")}
+    docs = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    prose = comments | {n for node in docs for n in range(node.lineno, node.end_lineno + 1)}
+    first = PART_ONE.count("\n")
+    full = [n for n in range(1, first + 1) if lines[n - 1].strip()]
+    assert first <= 800 and sum(n in prose for n in full) >= 0.45 * len(full)
+    assert max(map(len, lines)) <= 110
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < (40 if node.end_lineno <= first else 60), node.name
+        if isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef):
+            assert node.body[0].lineno > node.lineno, f"line {node.lineno} has two statements"
+
+
+# ----------------------------------------------------------------------------------------- what a reader may change
+
+BLOCK = "        self.mlp = MLP(config, ops, rng)\n"
+ADD = ("x + drop(self.attn(", "x + drop(self.mlp(")
+WPE = ("        self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)\n", "")
+POSITIONS = ("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx))")
+RMS = '''class RMSNorm:
+    def __init__(self, ops, C):
+        self.weight = ops.place(np.ones(C, np.float32))
+
+    def __call__(self, x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight
+
+class Dropout:
+'''
+ROTATE = '''def rotate(x, position):
+    half = x.shape[-1] // 2
+    angle = position.reshape(-1, 1, 1, 1) * 100.0 ** (-Tensor.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return (a * angle.cos() - b * angle.sin()).cat(a * angle.sin() + b * angle.cos(), dim=-1)
+
+class Attention:
+'''
+EDITS = {
+    "ReLU squared": [("        return (0.5 * x * switch).contiguous()", "        return x.relu().square().contiguous()")],
+    "RMSNorm": [("class Dropout:\n", RMS), ("self.ln_1 = LayerNorm", "self.ln_1 = RMSNorm"),
+                ("self.ln_2 = LayerNorm", "self.ln_2 = RMSNorm"), ("self.ln_f = LayerNorm", "self.ln_f = RMSNorm")],
+    "rotary": [WPE, POSITIONS, ("class Attention:\n", ROTATE),
+               ("        y = self.ops.attention(qkv, ", "        qkv = rotate(qkv[:, :, :2], position).cat(qkv[:, :, 2:], "
+                "dim=2)\n        y = self.ops.attention(qkv, ")],
+    "SwiGLU": [("self.c_fc = Linear(ops, rng, C, 4 * C)", "self.c_fc = Linear(ops, rng, C, 8 * C)"),
+               ("        return self.c_proj(self.ops.gelu(self.c_fc(x)))",
+                "        gate, up = self.c_fc(x).chunk(2, dim=-1)\n        return self.c_proj(gate.silu() * up)")],
+    "untied head": [(BLOCK, BLOCK), (WPE[0], WPE[0] + WPE[0].replace("wpe", "lm_head").replace("block", "vocab")),
+                    ("self.ops.unembed(x, self.wte.weight)", "self.ops.unembed(x, self.lm_head.weight)")],
+    "gates": [(BLOCK, BLOCK + "        self.gate = Tensor.ones(2)\n"), (ADD[0], "x + self.gate[0] * drop(self.attn("),
+              (ADD[1], "x + self.gate[1] * drop(self.mlp(")],
+    "no biases": [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", "        self.bias = None\n"),
+                  ("        self.bias = ops.place(np.zeros(C, np.float32))\n", "        self.bias = None\n")],
+    "SGD with momentum": [("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "30 * rate * new_m")],
+    # And some that nobody announced.
+    "shared layers": [("[Block(config, ops, rng) for _ in range(config.n_layer)]", "[Block(config, ops, rng)] * 2")],
+    "ALiBi": [("        scores = visible.where", "        scores = scores + Tensor.arange(scores.shape[-1])\n"
+               "        scores = visible.where")],
+    "a window that no cache knows of": [("dtype=dtypes.bool).tril()", "dtype=dtypes.bool).tril().triu(-1)")],
+    "token shift": [("        x = (x + drop(self.attn(", "        x = x + x.pad((None, (1, 0), None))[:, :-1]\n"
+                     "        x = (x + drop(self.attn(")],
+    "capped logits": [("return self.ops.unembed(x, self.wte.weight)",
+                       "return 3 * (self.ops.unembed(x, self.wte.weight) / 3).tanh()")],
+    "a table made anew": [WPE, (POSITIONS[0], "drop(self.wte(idx) + Tensor(np.eye(8, dtype=np.float32))[:, :8]"
+                                "[position])")],
+    "no gelu in Plain": [("    def gelu(self, x", "    def bend(self, x"), ("self.ops.gelu(", "self.ops.bend(")],
+}
+STILL_GPT2 = {"SGD with momentum", "no gelu in Plain"}
+
+
+def edited(name, tmp_path):
+    """The file with an edit of part I, as a module of its own."""
+    text = SOURCE
+    for old, new in EDITS[name]:
+        assert old in PART_ONE, old
+        text = text.replace(old, new, 1)
+    changed = [line for line in difflib.ndiff(SOURCE.splitlines(), text.splitlines()) if line[:2] in ("+ ", "- ")]
+    assert len(changed) <= 2 * 15
+    path = tmp_path / f"edited_{re.sub('[^a-z]', '_', name.lower())}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shake(module, model):
+    """Random numbers for all parameters, so that no zero hides an error."""
+    rng = np.random.default_rng(3)
+    for tensor in model.parameters().values():
+        module.load_array(tensor, tensor.numpy() + 0.2 * rng.standard_normal(tensor.shape).astype(np.float32))
+    return model
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_readers_edit_trains_writes_and_saves_or_is_refused(name, tmp_path, capsys, thorough=False):
+    m = edited(name, tmp_path)
+    config = m.GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    x, y = np.random.default_rng(0).integers(0, 11, (2, 2, 6)).astype(np.int32)
+    found = []
+    for backend in (m.PLAIN, m.BACKENDS[-1]):
+        model = shake(m, m.GPT(config, backend))
+        named = model.parameters()
+        loss = model.loss(Tensor(x), Tensor(y))
+        gradients = loss.gradient(*named.values())
+        Tensor.realize(loss, *gradients)
+        found.append({key: gradient.numpy() for key, gradient in zip(named, gradients, strict=True)})
+    for key, plain in found[0].items():
+        assert np.abs(plain - found[1][key]).max() <= 1e-4 * np.abs(plain).max() > 0, key
+    plan = m.TrainConfig(batch_size=4, max_iters=20, warmup_steps=2, learning_rate=1e-2)
+    losses = [loss for _, loss, _ in m.training(model, plan, np.arange(300) * 7 % 11)]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.3
+    kept = m.Writer(model)
+    assert list(kept.stream([1, 2], 12, temperature=0)) == list(m.write(model, [1, 2], 12, temperature=0))
+    assert kept.remembers == ("no cache" not in name and name != "token shift")
+    path = model.save_checkpoint(20, None, tmp_path)
+    again = m.GPT(config, seed=None)
+    again.load_checkpoint(path)
+    assert same(again, model)
+    if name in STILL_GPT2:
+        m.export(model, tmp_path / "export")
+    else:
+        with pytest.raises(m.UserError, match="no GPT-2"):
+            m.export(model, tmp_path / "export")
+    if thorough:
+        assert m.gradcheck(1)
+
+
+def test_a_parameter_that_is_not_in_the_loss_is_named(tmp_path):
+    m = edited("ReLU squared", tmp_path)
+    model = m.GPT(m.GPTConfig(block_size=6, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    assert m.untrained(model) == [] and m.CHANGED == ["gelu"]
+    model.forgotten = Tensor.ones(3)
+    assert m.untrained(model) == ["forgotten"]
+
+
+# -------------------------------------------------------------------------------------------------------- as a library
+
+def test_models_and_streams_in_turn_give_what_each_gives_alone(ids):
+    config = dataclasses.replace(TINY, n_layer=1)
+    alone = [[AdamW(GPT(config, seed=seed), QUICK)(ids, 0)] for seed in (1, 2)]
+    models = [GPT(config, seed=seed) for seed in (1, 2)]
+    optimizers = [AdamW(model, QUICK) for model in models]
+    for i in range(3):
+        losses = [optimizer(ids, i) for optimizer in optimizers]
+        assert i > 0 or losses == [one for one, in alone]
+    whole = [list(Writer(models[0]).stream([seed], 20, seed)) for seed in (1, 2)]
+    streams = [Writer(models[0]).stream([seed], 20, seed) for seed in (1, 2)]
+    assert [list(pair) for pair in zip(*zip(*streams, strict=True), strict=True)] == whole
+
+
+def test_backward_and_single_gradients_work_as_in_any_tinygrad_program(ids):
+    model = GPT(TINY)
+    x, y = (Tensor(part[0]) for part in minimiggy.get_batch(ids, QUICK, 8, 0))
+    table = model.wte.weight
+    alone, = model.loss(x, y).gradient(table)
+    for turn in (1, 2):  # .grad adds up from call to call, as it should
+        model.loss(x, y).backward()
+        assert np.abs(table.grad.numpy() - turn * alone.numpy()).max() < 1e-5
+
+
+def test_another_tinygrad_runs_part_one_as_it_is_and_says_so():
+    code = ("import importlib.metadata as m\nreal = m.version\nm.version = lambda p: '9.9' if p == 'tinygrad' else real(p)\n"
+            "import minimiggy as mm\nprint(type(mm.BACKENDS[-1]).__name__, mm.WHY_PLAIN)")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True).stdout
+    assert out.startswith("Plain") and "9.9 is not 0.14.0" in out and "pip install" in out
+
+
+def test_the_checksums_of_part_ones_operations_are_current():
+    assert minimiggy.CHANGED == [] and minimiggy.LAYERS_AS_WE_KNOW_THEM
+
+
+@pytest.mark.parametrize("damage", ["random", "zeros", "cut", "folder", "foreign"])
+def test_a_damaged_or_unwritable_cache_is_done_without(damage, tmp_path):
+    file = tmp_path / "minimiggy" / minimiggy.programs_file().name
+    file.parent.mkdir(mode=0o700)
+    good = minimiggy.programs_file().read_bytes()
+    if damage == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes({"random": os.urandom(5000), "zeros": bytes(5000), "cut": good[:len(good) // 2],
+                          "foreign": b"SQLite format 3\0" * 99}[damage])
+    code = "from minimiggy import *; print(GPT(GPTConfig(4, 300, 1, 2, 16))(Tensor([[1, 2]])).numpy().shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=False,
+                          env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
+    assert done.stdout.strip() == "(1, 2, 300)" and done.stderr == ""
+
+
+@pytest.mark.parametrize(("world", "words"), [
+    ({"CC": "false"}, "CC=false"), ({"CC": "gcc-that-is-not-there"}, "unset CC"), ({"DEV": "FOO"}, "DEV=FOO"),
+    ({"DEV": "CUDA"}, "unset DEV"), ({"CC": ""}, None), ({"DEV": "cpu"}, None),
+    ({"HOME": "/nonexistent", "XDG_CACHE_HOME": "/dev/null"}, None)])
+def test_a_broken_world_gets_one_line(world, words, tmp_path):
+    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path / "out"), *SMALL, "--max-iters", "1"]
+    done = subprocess.run([sys.executable, str(HERE / "minimiggy.py"), *flags], capture_output=True, text=True,
+                          cwd=tmp_path, check=False, env=os.environ | world)
+    assert done.returncode == (2 if words else 0), done.stderr
+    assert done.stderr.count("\n") == (1 if words else 0) and (words or "") in done.stderr
 
 
 if __name__ == "__main__":
