@@ -301,8 +301,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # By themselves, all further layers hardly know the order: did the dog bite the man, or the man the dog? So a
 # second table, `wpe` ("word position embedding"), has a row for each of the T places in the context, and the
 # model begins with the sum of the two: what the token is, plus where it stands. There is room for both: among
-# 128 dimensions two random directions are nearly at right angles, so later layers can read one without the
-# other.
+# 128 dimensions two random directions are nearly at right angles.
 #
 # 6.2 The operations
 #
@@ -475,8 +474,7 @@ class LayerNorm:
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
 # nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
 # computed from their place and from a `key` that is new at each step, stirred (fold, multiply, fold) until
-# the bits look random. Without a key, dropout does nothing: exams and writing have none, and cannot forget to
-# switch it off.
+# the bits look random. Without a key, dropout does nothing: exams and writing have none.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -583,15 +581,14 @@ class GPT:
     def parameters(self) -> dict[str, Tensor]:
         """What is learned, by name: h.0.attn.c_attn.weight and so on. A tensor with two names comes once."""
         found = {}
-        known = set()
-        for name, tensor in get_state_dict(self).items():
-            if id(tensor) not in known and tensor.is_param and dtypes.is_float(tensor.dtype):
-                if tensor.device is None:  # a constant such as Tensor.ones(3) has no memory of its own as yet
-                    tensor.replace(tensor.clone())
-                found[name] = tensor
-                known.add(id(tensor))
-        Tensor.realize(*found.values())
-        return found
+        everything = get_state_dict(self)
+        for name, tensor in everything.items():
+            # A constant such as Tensor.ones(3) has no memory of its own as yet, nor has a view such as w.T.
+            tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous())
+            if tensor.is_param and dtypes.is_float(tensor.dtype):
+                found.setdefault(id(tensor), (name, tensor))
+        Tensor.realize(*everything.values())
+        return dict(found.values())
 
     def hidden(self, idx: Tensor, key: Tensor | None = None, position: Tensor | None = None,
                caches=None) -> Tensor:
@@ -644,8 +641,7 @@ GPT.loss = loss  # a method of GPT, kept for this chapter
 # === Chapter 8. A training step
 #
 # *A batch.* Computing the loss and its slopes on the whole text for every step would take minutes. A handful
-# of random passages gives nearly the same in milliseconds. Each has T + 1 tokens: the first T are read, the
-# last T predicted.
+# of random passages gives nearly the same in milliseconds. Each has T + 1 tokens: T to read, T to predict.
 def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
     source = np.random.default_rng((PASSAGES, config.seed, step))
@@ -703,6 +699,7 @@ class AdamW:
         return loss, length
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
+        self.model.parameters()  # (what has been assigned to them, and not realized, is done now)
         c = self.config
         x, y = get_batch(data, c, self.model.config.block_size, i)
         key = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=1, dtype=np.uint32)
@@ -740,6 +737,8 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
     """Train `model` on `data`, token ids (N,), from step `start` to config.max_iters. After each step, yield
     how many have been taken, the loss, and the gradient's length."""
     optimizer = optimizer or AdamW(model, config)
+    if optimizer.model is not model or optimizer.config != config:
+        raise ValueError("this optimizer is that of another model, or of another plan")
     for i in range(start, config.max_iters):
         yield i + 1, *optimizer(data, i)
 
@@ -771,6 +770,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
+    model.parameters()  # (what has been assigned to them, and not realized, is done now)
     logits_of = model.ops.record(lambda idx: (model(idx).realize(),))
     seen = list(ids)[-T:]
     for _ in range(max_tokens):
@@ -989,19 +989,19 @@ def programs_file() -> Path:
 @functools.cache
 def load_programs() -> set:
     """Give tinygrad the programs that were kept, once; return their keys, which grow as more are kept."""
-    if not KNOWN:
-        return set()
+    loaded = {}
     with suppress(Exception):  # (what a damaged pickle may raise, nobody knows)
-        data = programs_file().read_bytes()
+        data = programs_file().read_bytes() if KNOWN else b""
         place = 0
         while place < len(data):
             end = place + 40 + int.from_bytes(data[place + 32:place + 40], "little")
             if hashlib.sha256(data[place + 40:end]).digest() != data[place:place + 32] or end > 1 << 25:
                 programs_file().unlink()  # damaged, or too large: begin anew
                 break
-            to_program_cache.update(pickle.loads(data[place + 40:end]))
+            loaded |= pickle.loads(data[place + 40:end])
             place = end
-    return set(to_program_cache)
+        to_program_cache.update(loaded)
+    return set(loaded)
 
 def keep_programs() -> None:
     """Keep what has been compiled since the last time."""
@@ -1092,11 +1092,12 @@ class Recording:
 class Array:
     """An argument of a kernel, or memory of its own. The first index counts through all leading dimensions,
     so that a[i, c] is in row i of an array (B, T, C) seen as (B * T, C)."""
-    def __init__(self, kernel: Kernel, memory):
+    def __init__(self, kernel: Kernel, memory, shape: tuple[int, ...], start=0):
         self.kernel = kernel
-        self.shape = memory.shape
-        self.columns = memory.shape[-1]
-        self.rows = math.prod(memory.shape[:-1])
+        self.shape = shape
+        self.columns = shape[-1]
+        self.rows = math.prod(shape[:-1])
+        self.start = start                         # where in the memory its first number is
         self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
 
     def at(self, place, *index):
@@ -1104,13 +1105,15 @@ class Array:
         sizes = self.shape[len(self.shape) - len(index):]
         for i, size in zip(index, sizes, strict=True):
             place = place * size + i
-        return self.flat.after(*self.kernel.last)[place]
+        return self.flat.after(*self.kernel.last)[self.start + place]
 
     def __getitem__(self, index):
         return self.at(*index) if isinstance(index, tuple) else self.at(index)
 
     def __setitem__(self, index, value) -> None:
         self.kernel.last = (self[index].store(value),)
+
+LINE = 16  # float32 numbers in a cache line, the unit in which memory is fetched
 
 class Kernel:
     """A kernel that is being written: `last` is its last statement, `open` are the loops around it."""
@@ -1121,8 +1124,18 @@ class Kernel:
         self.open = ()
 
     def array(self, *shape: int, dtype=dtypes.float) -> Array:
-        """Memory of the kernel's own: in registers if it is small, else on the stack."""
-        return Array(self, UOp.placeholder(shape, dtype, next(self.ids), addrspace=AddrSpace.REG))
+        """Memory of the kernel's own, small enough for registers."""
+        memory = UOp.placeholder(shape, dtype, next(self.ids), addrspace=AddrSpace.REG)
+        return Array(self, memory, shape)
+
+    def aligned_array(self, *shape: int) -> Array:
+        """Memory on the stack that begins with a cache line. C puts an array anywhere; but a vector that lies
+        across two lines is fetched twice, and a product whose panel begins 16 bytes off runs at two thirds of
+        its speed."""
+        size = math.prod(shape) + LINE
+        memory = UOp.placeholder((size,), dtypes.float, next(self.ids), addrspace=AddrSpace.REG)
+        to_the_next_line = f"(int)(-(__UINTPTR_TYPE__){{0}} / 4 % {LINE})"
+        return Array(self, memory, shape, UOp(Ops.CUSTOM, dtypes.int, (memory[0],), to_the_next_line))
 
     def loop(self, end, *more):
         """`for i in k.loop(n)`, or `for i, j in k.loop(m, n)` for two loops, the second inside the first. An
@@ -1157,12 +1170,20 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n. All parts are equal: as many cores take part as n
-        allows."""
-        cores = divisor(n, self.cores)
+        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most."""
+        cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
-        for i in self.loop(n // cores):
-            yield core * (n // cores) + i
+        first = core * n // cores
+        size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
+        for i in self.loop(size):
+            yield first + i
+
+    def transposed(self, M: int, N: int):
+        """Every i < M and j < N, for a copy that exchanges rows and columns. It goes in strips of a cache
+        line, so each line is fetched once, though its numbers go to 16 different places."""
+        strip = divisor(N, LINE)
+        for block, i, j in self.loop(N // strip, M, strip):
+            yield i, block * strip + j
 
     def fold(self, n: int, first: float, step):
         """`total = first; for i < n: total = step(total, i)`, in 16 lanes side by side, which a vector
@@ -1196,7 +1217,7 @@ def written_down(kernel, cores: int, *arguments, **options):
     """The program of a kernel for arguments of these shapes. (`opts_to_apply=()`, `tag`: leave it as it
     is.)"""
     k = Kernel(cores)
-    kernel(k, *(Array(k, memory) for memory in arguments), **options)
+    kernel(k, *(Array(k, memory, memory.shape) for memory in arguments), **options)
     name = "_".join(map(str, (kernel.__name__, *arguments[0].shape)))
     return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)
 
@@ -1233,79 +1254,137 @@ def exp(x):
 #         i+2   a(i+2, k)  [  stay in registers    ]         used 64 times
 #         i+3   a(i+3, k)  [                       ]
 #
-# *Packed*: as the tiles walk down A, the same 64 columns of B are read over and over. They should stay in the
-# cache, but its places are assigned by address, and rows of B that lie 4096 bytes apart all compete for the
-# same few. So we first copy a *panel*, some 1024 rows of these 64 columns, to where it lies without gaps;
-# after that, everything that is read lies side by side. Tuning a product beyond this is a craft of its own;
-# numpy's library (BLAS) has had decades of it, and `--bench` compares.
+# *Packed*: a core has three stores. 48 KB answer at once, 2 MB within 15 cycles, and memory is far. So that
+# most numbers come from near, the product goes in blocks. Rows of B are cut to `depth`, and some *panels*,
+# each as wide as a tile, are copied to where they lie without gaps; they stay in the second store. (Where
+# rows lie a power of two apart, they would compete for the same few places.) A streams past in strips. A few
+# rows of a strip, in the first store, meet one panel after the other, while their tile of the result is in
+# registers.
+#
+# Which tile is best depends on the processor, so we measured, with `rows` x `columns` on 12 products of a
+# training step. On an Intel Xeon with AVX-512 (32 registers of 16 numbers), relative to the rate of numpy's
+# library: 8 x 32 1.08, 6 x 64 1.10 for some and worse for others, 4 x 64 1.04, 12 x 32 0.77. With AVX2 (16
+# registers of 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. What matters is that sums, one vector of B and the
+# numbers of A all find a register; one too many, and clang writes some to memory in the innermost loop. So
+# one shape for each kind of processor serves all.
 
-TILE_ROWS = 4                  # together with TILE_COLUMNS, half of a core's vector registers
-TILE_COLUMNS = 64 if AVX512 else 16
-DEPTH = 1024                   # rows of a panel
+TILE = (8, 32) if AVX512 else (3, 32) if X86 else (4, 16)
+STRIP = 64           # rows of A that are worked on together
+PACKED = 1 << 17     # numbers of B that are packed at a time: half a megabyte
 
-def step_back(tile, size: int, n: int):
-    """Where a tile begins: the last one steps back to end at n, and computes some results a second time."""
-    return tile * size if n % size == 0 else (tile * size).minimum(n - size)
+def pieces(n: int, size: int) -> int:
+    """How many pieces of `size` make up n, the last of which may be smaller."""
+    return -(-n // size)
 
-def product(k: Kernel, M: int, N: int, K: int, a, b, rows: int = 0, share: bool = False):
-    """For i < M and j < N: hand out i, j and the sum over kk < K of a(i, kk) * b(kk, j). Rows of a tile are
-    unrolled here; columns are left to clang, which makes vectors of them. With `share`, cores share the
-    tiles."""
-    rows = rows or divisor(M, 8)
-    sums = k.array(rows, N)
-    for tile in (k.share if share else k.loop)(-(-M // rows)):
-        first = step_back(tile, rows, M)
-        for j in k.loop(N):
-            for row in range(rows):
-                sums[row, j] = 0.0
-        for kk, j in k.loop(K, N):
-            b_kj = b(kk, j)
-            for row in range(rows):
-                sums[row, j] += a(first + row, kk) * b_kj
-        for j in k.loop(N):
-            for row in range(rows):
-                yield first + row, j, sums[row, j]
+def step_back(number, size: int, n: int):
+    """Where piece `number` begins: the last one steps back to end at n, and covers some places a second
+    time."""
+    return number * size if n % size == 0 else (number * size).minimum(n - size)
+
+def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
+    """For r < rows and j < columns: hand out r, j and the sum over kk < K of a(r, kk) * b(kk, j). Rows are
+    unrolled here; columns are left to clang, which makes vectors of them."""
+    sums = k.array(rows, columns)
+    for j in k.loop(columns):
+        for r in range(rows):
+            sums[r, j] = 0.0
+    for kk, j in k.loop(K, columns):
+        b_kj = b(kk, j)
+        for r in range(rows):
+            sums[r, j] += a(r, kk) * b_kj
+    for j in k.loop(columns):
+        for r in range(rows):
+            yield r, j, sums[r, j]
+
+def product(k: Kernel, M: int, N: int, K: int, a, b):
+    """The same for i < M and j < N, tile by tile: for small matrices that lie in the cache."""
+    rows = divisor(M, TILE[0])
+    columns = divisor(N, TILE[1])
+    for down, across in k.loop(M // rows, N // columns):
+        i0 = down * rows
+        j0 = across * columns
+        a_here = lambda r, kk: a(i0 + r, kk)
+        b_here = lambda kk, j: b(kk, j0 + j)
+        for r, j, value in tile_of(k, rows, columns, K, a_here, b_here):
+            yield i0 + r, j0 + j, value
+
+def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
+    """How many tiles of `size` there are in a part, if n is cut into at least `parts` parts, as many for each
+    core; with `exact`, all parts must be full."""
+    parts = pieces(parts, cores) * cores
+    tiles = pieces(pieces(n, parts), size)
+    return divisor(n // size, tiles) if exact else tiles
+
+def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, ...]:
+    """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
+    a group."""
+    rows = pieces(M, pieces(M, TILE[0]))
+    columns = min(TILE[1], N)
+    deepest = 256 if a_transposed else 512
+    if M % rows or N % columns:  # the last tiles will overlap others, and so must not add to what is there
+        deepest = 4096
+        if K > deepest:
+            rows = divisor(M, rows)
+            columns = divisor(N, columns)
+    blocks = pieces(K, deepest)
+    depth = pieces(K, blocks)
+    by_rows = M >= N  # the cores share the longer side of the result
+    tiles = in_a_part(M, rows, pieces(M, STRIP), cores if by_rows else 1, exact=blocks > 1)
+    panels = in_a_part(N, columns, pieces(N * depth, PACKED), 1 if by_rows else cores, exact=blocks > 1)
+    return rows, columns, depth, tiles, panels
 
 def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, column_sums=None):
     """C (M, N) = A @ B, where A is (M, K) and B is (K, N), or lies transposed in memory; plus a bias (N,).
     `column_sums` is where the sums of B's columns go, if they are wanted."""
     M, N = C.rows, C.columns
     K = A.rows if a_transposed else A.columns
-    blocks = -(-K // DEPTH)
-    # Where K has several blocks, sums go on in C from one to the next, so no two tiles may overlap.
-    rows = min(TILE_ROWS, M) if blocks == 1 else divisor(M, min(TILE_ROWS, M))
-    columns = min(TILE_COLUMNS, N) if blocks == 1 else divisor(N, min(TILE_COLUMNS, N))
-    depth = -(-K // blocks)
-    panels = -(-N // columns)
-    by_panels = divisor(panels, k.cores) >= divisor(-(-M // rows), k.cores)  # else the cores share the tiles
-    panel = k.array(depth, columns)
-    sums = k.array(columns)
+    rows, columns, depth, tiles, panels = plan(M, N, K, k.cores, a_transposed)
+    height = min(tiles * rows, M)
+    width = min(panels * columns, N)
+    packed = k.aligned_array(panels, depth, columns)
+    strip = k.aligned_array(depth, height)
+    sums = k.array(panels, columns)
+    share_rows, share_columns = (k.share, k.loop) if M >= N else (k.loop, k.share)
 
-    def pack(j0, k0, last):
-        """Copy rows k0 to k0 + depth of columns j0 to j0 + columns; what lies beyond `last` counts as 0."""
-        order = (columns, depth) if b_transposed else (depth, columns)  # as B lies in memory
-        for outer, inner in k.loop(*order):
-            kk, j = (inner, outer) if b_transposed else (outer, inner)
-            value = B[j0 + j, k0 + kk] if b_transposed else B[k0 + kk, j0 + j]
-            panel[kk, j] = value if last is None else (k0 + kk < last).where(0.0, value)
-            if column_sums:
-                sums[j] += panel[kk, j]
+    def pack(block, column):
+        """Copy the panels of a group; what a block before has had already counts as 0."""
+        k0 = step_back(block, depth, K)
+        for panel in k.loop(panels):
+            # The order is that of B in memory.
+            for outer, inner in k.transposed(columns, depth) if b_transposed else k.loop(depth, columns):
+                kk, j = (inner, outer) if b_transposed else (outer, inner)
+                value = B[column(panel) + j, k0 + kk] if b_transposed else B[k0 + kk, column(panel) + j]
+                seen = k0 + kk < block * depth
+                packed[panel, kk, j] = value if K % depth == 0 else seen.where(0.0, value)
+                if column_sums:
+                    sums[panel, j] += packed[panel, kk, j]
 
-    for number in (k.share if by_panels else k.loop)(panels):
-        j0 = step_back(number, columns, N)
-        for j in k.loop(columns):
-            sums[j] = 0.0
-        for block in k.loop(blocks):
-            k0 = step_back(block, depth, K)
-            pack(j0, k0, None if K % depth == 0 else block * depth)
-            a = lambda i, kk: A[k0 + kk, i] if a_transposed else A[i, k0 + kk]
-            for i, j, value in product(k, M, columns, depth, a, panel.at, rows, share=not by_panels):
-                start = 0.0 if bias is None else bias[j0 + j]
-                before = start if blocks == 1 else (block > 0).where(C[i, j0 + j], start)
-                C[i, j0 + j] = value + before
+    for group in share_columns(pieces(N, width)):
+        column = lambda panel: step_back(group, width, N) + step_back(panel, columns, width)
         if column_sums:
-            for j in k.loop(columns):
-                column_sums[j0 + j] = sums[j]
+            for panel, j in k.loop(panels, columns):
+                sums[panel, j] = 0.0
+        for block in k.loop(pieces(K, depth)):
+            pack(block, column)
+            k0 = step_back(block, depth, K)
+            for number in share_rows(pieces(M, height)):
+                top = step_back(number, height, M)
+                if a_transposed:  # its rows lie far apart: copy the strip, too
+                    for kk, i in k.loop(depth, height):
+                        strip[kk, i] = A[k0 + kk, top + i]
+                for tile, panel in k.loop(tiles, panels):
+                    down = step_back(tile, rows, height)
+                    a = lambda r, kk: strip[kk, down + r] if a_transposed else A[top + down + r, k0 + kk]
+                    b = lambda kk, j: packed[panel, kk, j]
+                    for r, j, value in tile_of(k, rows, columns, depth, a, b):
+                        place = top + down + r, column(panel) + j
+                        before = 0.0 if bias is None else bias[place[1]]
+                        if K > depth:
+                            before = (block > 0).where(C[place], before)
+                        C[place] = value + before
+        if column_sums:
+            for panel, j in k.loop(panels, columns):
+                column_sums[column(panel) + j] = sums[panel, j]
 
 # 15.2 The way back of a product
 #
@@ -1381,9 +1460,9 @@ def flash(k, y, lse, qkv, keys=None, values=None):
     exponentials. Writing text, B = 1, it also leaves keys and values in the caches (1, H, S, D)."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
-    query = k.array(D, Q)
-    score = k.array(Q, Q)
-    out = k.array(D, Q)
+    query = k.aligned_array(D, Q)
+    score = k.aligned_array(Q, Q)
+    out = k.aligned_array(D, Q)
     top = k.array(Q)
     old_top = k.array(Q)
     total = k.array(Q)
@@ -1439,11 +1518,11 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
     """The gradient of qkv from that of y (both shaped as in `flash`)."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
-    query = k.array(D, Q)
-    grad = k.array(D, Q)
-    dquery = k.array(D, Q)
-    prob = k.array(Q, Q)
-    dscore = k.array(Q, Q)
+    query = k.aligned_array(D, Q)
+    grad = k.aligned_array(D, Q)
+    dquery = k.aligned_array(D, Q)
+    prob = k.aligned_array(Q, Q)
+    dscore = k.aligned_array(Q, Q)
     dot = k.array(Q)
     for bh in k.share(B * H):
         b = bh // H
@@ -2059,15 +2138,22 @@ class Cache:
 # way.
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "c2a8547958c6" and not CHANGED
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "2769e767fd4b" and not CHANGED
+THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast)}
 
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
-    if isinstance(thing, list):
+    kind = type(thing)
+    if kind is list:
         return all(is_as_in_part_one(part) for part in thing)
-    if type(thing) in LAYERS:
+    for name, content in THEIR_CONTENTS.get(kind, {}).items():
+        if vars(kind).get(name) is not content:  # somebody has put something else there
+            return False
+    if kind is Fast and not is_as_in_part_one(PLAIN):  # (it does what Plain does)
+        return False
+    if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return type(thing) in (Tensor, Plain, Fast, GPTConfig, BPETokenizer, tuple, int, type(None))
+    return kind in (Plain, Fast, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
 
 class Writer:
     """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
@@ -2077,28 +2163,33 @@ class Writer:
         self.caches = [Cache(model.config.block_size) for _ in model.h]
         self.read_one = model.ops.record(self.read)
         self.read_half = model.ops.record(lambda idx: self.read(idx, Tensor.arange(self.half)))
+        self.reader = None  # whose text is in the caches
+        self.is_known = is_as_in_part_one(model)
         self.remembers = True
         model.parameters()
         try:
             first = Tensor([0], dtype=dtypes.int32)
             model.hidden(first.reshape(1, 1), None, first, self.caches)  # computes nothing, but makes room
-            if not is_as_in_part_one(model):
-                self.remembers = self.agrees()
         except Exception:  # a layer that takes no cache, or cannot be asked for one token: whatever it says
-            self.remembers = False
-        if not self.remembers:
-            print("minimiggy: with a cache of keys and values this model would write something else; it "
-                  "writes without, more slowly", file=sys.stderr)
+            self.forget()
+
+    def forget(self) -> None:
+        """Do without the caches from now on."""
+        self.remembers = False
+        print("minimiggy: with a cache of keys and values this model would write something else; it writes "
+              "without, more slowly", file=sys.stderr)
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
-        n = min(self.model.config.block_size, 64)
+        self.reader = None
+        n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
-        whole = self.model.ops.record(lambda idx: (self.model(idx).realize(),))
-        want = whole(np.array([ids], np.int32))[0][0]                 # (n, V)
-        got = [self.logits([token], place) for place, token in enumerate(ids)]
-        if self.half <= n:
-            got[self.half - 1] = self.logits(ids[:self.half], 0)      # (the last one to read the first half)
+        try:
+            want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]  # (n, V)
+            got = [self.logits([token], place) for place, token in enumerate(ids)]
+            got[self.half - 1] = self.logits(ids[:self.half], 0)             # (once more, as half a text)
+        except Exception:
+            return False
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
 
     def read(self, idx: Tensor, position: Tensor) -> tuple[Tensor]:
@@ -2115,6 +2206,8 @@ class Writer:
 
     def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
         """Yield what part I's `write` yields, sooner."""
+        if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
+            self.forget()
         if not self.remembers:
             yield from write(self.model, ids, max_tokens, seed, text, **how)
             return
@@ -2122,7 +2215,12 @@ class Writer:
         rng = np.random.default_rng((WRITING, seed, text))
         seen = list(ids)[-T:]
         done = 0                                                      # so many of them are in the caches
+        me = object()
+        self.model.parameters()  # (what has been assigned to them is done now)
         for _ in range(max_tokens):
+            if self.reader is not me:  # another stream of this Writer has used the caches meanwhile
+                self.reader = me
+                done = 0
             if len(seen) > T:
                 seen = seen[-self.half:]
                 done = 0
@@ -2651,7 +2749,11 @@ Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
     them."""
-    tensors = dict(model.parameters())
+    model.parameters()  # which gives memory to those that have none
+    tensors = {}
+    for name, tensor in get_state_dict(model).items():
+        if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
+            tensors[name] = tensor  # learned or not: a table of random numbers has to come back as well
     if optimizer:
         for name in model.parameters():
             tensors[f"optimizer.m.{name}"] = optimizer.m[name]
@@ -2707,7 +2809,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) -> None:
     """Give a model, and an optimizer, the numbers of a checkpoint. UserError, and nothing has changed, if it
     does not fit."""
-    named = model.parameters()
+    named = state_of(model, None)
     for name in checkpoint.arrays:
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
             raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
@@ -2965,6 +3067,9 @@ class Run:
         self.data = checked("training", train_data, model.config)
         self.val = None if val_data is None else checked("validation", val_data, model.config)
         self.optimizer = optimizer or AdamW(model, config)
+        if self.optimizer.config != config:  # the plan has changed, and a recording knows only the old one
+            self.optimizer.config = config
+            self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
         self.writer = None  # made when the first sample is written
         self.out_dir = None if out_dir is None else Path(out_dir)
@@ -3501,6 +3606,8 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
         if not mask and name not in tensors:
             raise UserError(f"{path} has {brief(name, 60)}, which this GPT has not")
     fill(tensors, arrays, path)
+    if not is_as_in_part_one(model):
+        check_is_gpt2(model)
     return model
 
 # === Chapter 28. Seeing it
@@ -3658,6 +3765,10 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
     elsewhere = {} if Device.DEFAULT == "CPU" else {"DEV": "CPU"}  # not every other device has float64
     with Context(**elsewhere):
         twin = GPT(model.config, PLAIN, seed=None)
+        fixed = state_of(model, None)
+        for name, tensor in state_of(twin, None).items():
+            if name not in arrays:  # what is not learned has to be the same
+                tensor.replace(Tensor(fixed[name].numpy().astype(np.float64), device="CPU").realize())
         # The twin's parameters look into numpy's memory: what we write there, the next loss is computed from.
         for name, tensor in twin.parameters().items():
             memory = arrays[name].ctypes.data
@@ -3699,11 +3810,13 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     show("")
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
+    largest = max(np.abs(slope).max() for slope in slopes.values())
     for name, tensor in model.parameters().items():
         got = np.array([gradients[name] for gradients in found])
         size = np.abs(slopes[name]).max()
         error = np.abs(got - slopes[name]).max()
-        worst = np.maximum(worst, error / max(size, 1e-12))  # (which stays NaN, if it ever is)
+        size_at_least = max(size, 1e-3 * largest)  # (some are zero, as they should be)
+        worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
         shape = str(tuple(tensor.shape)).replace(" ", "")
         say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
     right = bool(worst < 1e-4)  # (a NaN is not)

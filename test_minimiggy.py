@@ -1,4 +1,5 @@
-"""What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, the README."""
+"""What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, its own
+prose, the README. Tests that compile much share their shapes: TINY for the default path, SMALLEST for the plain."""
 import ast
 import dataclasses
 import difflib
@@ -32,45 +33,31 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+
+import minimiggy  # (before tinygrad, which it tells where to compute)
+from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, TrainConfig, UserError, Writer, load_array,
+                       main, train, write)
+from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import safe_load
 
-import minimiggy
-from minimiggy import (
-    GPT,
-    AdamW,
-    BPETokenizer,
-    Fast,
-    GPTConfig,
-    Plain,
-    TrainConfig,
-    UserError,
-    Writer,
-    main,
-    train,
-)
-
-HERE = Path(minimiggy.__file__).parent
+FILE = Path(minimiggy.__file__)
+HERE = FILE.parent
+SOURCE = FILE.read_text()
+PART_ONE = SOURCE[:re.search("^# Part II", SOURCE, re.MULTILINE).start()]
+FAST = minimiggy.BACKENDS[-1]
 TINY = GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
 QUICK = TrainConfig(batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, warmup_steps=2, learning_rate=1e-2)
+SMALLEST = GPTConfig(block_size=4, vocab_size=260, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
+SHORT = TrainConfig(batch_size=2, max_iters=30, eval_interval=15, eval_iters=1, warmup_steps=2, learning_rate=1e-2)
 TEXT = (HERE / "data" / "play.txt").read_text()
-
-
-def same(a, b):
-    """Do two models have the same parameters, to the last bit?"""
-    pairs = zip(a.parameters().values(), b.parameters().values(), strict=True)
-    return all((one.numpy() == other.numpy()).all() for one, other in pairs)
-
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return BPETokenizer.train(TEXT[:50_000], 300)
 
-
 @pytest.fixture(scope="session")
 def ids(tokenizer):
     return tokenizer.encode_array(TEXT[:50_000].encode())
-
 
 @pytest.fixture(scope="session")
 def run(tokenizer, ids, tmp_path_factory):
@@ -79,6 +66,157 @@ def run(tokenizer, ids, tmp_path_factory):
     model = GPT(TINY, tokenizer=tokenizer)
     return model, train(model, QUICK, ids, ids[:500], out_dir=folder), folder
 
+def weights(model):
+    """A model's parameters as arrays, by name."""
+    return {name: tensor.numpy() for name, tensor in model.parameters().items()}
+
+def same(a, b):
+    """Have two dicts of arrays or tensors the same names and numbers?"""
+    arrays = [{name: x.numpy() if isinstance(x, Tensor) else x for name, x in some.items()} for some in (a, b)]
+    return arrays[0].keys() == arrays[1].keys() and all((arrays[0][k] == arrays[1][k]).all() for k in arrays[0])
+
+def shake(model, size=0.2, seed=5):
+    """Move every parameter at random, so that nothing is zero or one by accident, where errors could hide."""
+    rng = np.random.default_rng(seed)
+    for tensor in model.parameters().values():
+        load_array(tensor, tensor.numpy() + size * rng.standard_normal(tensor.shape, np.float32))
+    return model
+
+def gradients(model, x, y):
+    """The loss and the gradients of all parameters, by name, on passages x, y (B, T)."""
+    named = model.parameters()
+    loss = model.loss(Tensor(x), Tensor(y))
+    slopes = loss.gradient(*named.values())
+    Tensor.realize(loss, *slopes)
+    return loss.item(), {name: slope.numpy() for name, slope in zip(named, slopes, strict=True)}
+
+def logits(model, ids):
+    return model(Tensor(np.array(ids, np.int32))).numpy()
+
+def greedy(model, prompt, n):
+    """Write n tokens, reading the whole text anew for each."""
+    T = model.config.block_size
+    seen = list(prompt)[-T:]
+    written = []
+    for _ in range(n):
+        if len(seen) > T:
+            seen = seen[-max(1, T // 2):]
+        written.append(int(logits(model, [seen])[0, -1].argmax()))
+        seen.append(written[-1])
+    return written
+
+def throw(error, *args, **kwargs):
+    raise error
+
+# -------------------------------------------------------------------------------------- what the file says of itself
+
+def test_every_example_in_the_comments_gives_what_it_says(monkeypatch):
+    monkeypatch.chdir(HERE)
+    prose = "\n".join(line[2:] if line.startswith("# ") else "" for line in SOURCE.splitlines())
+    examples = doctest.DocTestParser().get_doctest(prose, vars(minimiggy).copy(), "minimiggy.py", None, 0)
+    wrong = io.StringIO()
+    result = doctest.DocTestRunner(verbose=False).run(examples, out=wrong.write)
+    assert result.failed == 0, wrong.getvalue()
+    assert result.attempted >= 30
+
+def shares(*scores):
+    """Their softmax, in percent."""
+    powers = np.exp(np.array(scores))
+    return 100 * powers / powers.sum()
+
+STEP_10 = (1 - 0.9**10, 1 - 0.99**10)
+FIGURES = [
+    ("-3 becomes {:.3f}, 0 stays {:.0f}, and 3 becomes {:.3f}", PLAIN.gelu(Tensor([-3.0, 0.0, 3.0])).tolist()),
+    ("With D = 32, scores of {:.0f} or {:.0f} would be common", (32**0.5, 2 * 32**0.5)),
+    ("with V = 1024 and C = 128, it saves {:,} parameters", [math.prod(GPT(GPTConfig(
+        8, 1024, 1, 1, 128)).wte.weight.shape)]),
+    ("by {:.2f} if p = 1/2, by {:.1f} if p = 1/100", (-math.log(1 / 2), -math.log(1 / 100))),
+    ("(a nat is 1 / ln 2 = {:.2f} bits)", [1 / math.log(2)]),
+    ("3.6 * 1.44 / 2.3 = {:.2f}", [3.6 * 1.44 / 2.3]),
+    ("m = {:.1f} g and v = {:.2f} g^2. The quotient m / sqrt(v) is {:.0f}", (0.1, 0.01, 0.1 / 0.01**0.5)),
+    ("m = {:.2f} g and v = {:.3f} g^2 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
+    ("beta2 = 0.999 it is {:.1f} at step 1", [0.1 / 0.001**0.5]),
+    ("softmax of [2, 1, 0] gives {:.0f} %, {:.0f} % and {:.0f} %; at temperature 0.5, {:.0f} %, {:.0f} % and {:.0f} %",
+     (*shares(2, 1, 0), *shares(4, 2, 0))),
+    ("the sum of exponentials is e^-2 + e^0 = {:.3f}", [math.exp(-2) + 1]),
+    ("1.135 * 0.135 + e^-3 + e^0 = {:.3f}", [1.135 * 0.135 + math.exp(-3) + 1])]
+
+@pytest.mark.parametrize(("words", "values"), FIGURES)
+def test_the_figures_in_the_prose_are_right(words, values):
+    prose = " ".join(line[2:] for line in SOURCE.splitlines() if line.startswith("# "))
+    assert words.format(*values) in re.sub(" +", " ", prose)
+
+def test_a_dot_product_of_d_numbers_has_variance_d():
+    q, k = np.random.default_rng(0).standard_normal((2, 100_000, 32))
+    assert (q * k).sum(1).var() == pytest.approx(32, rel=0.02)
+
+def lines_of_prose(text):
+    """The numbers of the lines that are comments or docstrings, and of those that are code."""
+    lines = text.split("\n")
+    prose = set()
+    for node in ast.walk(ast.parse(text)):
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+            prose |= set(range(node.lineno, node.end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#"):
+            prose.add(token.start[0])
+    code = {number for number, line in enumerate(lines, 1) if line.strip() and number not in prose}
+    return prose, code
+
+@pytest.mark.parametrize(("part", "most_lines", "least_prose", "longest_function"),
+                         [("I", 800, 45, 40), ("II", 1450, 25, 60), ("III", 2150, 24, 60)])
+def test_each_part_keeps_to_its_budget(part, most_lines, least_prose, longest_function):
+    lines = SOURCE.splitlines()
+    begins = [0, *(i for i, line in enumerate(lines) if re.match("# Part II", line)), len(lines)]
+    assert len(begins) == 4
+    i = ["I", "II", "III"].index(part)
+    here = range(begins[i] + 1, begins[i + 1] + 1)
+    prose, code = (found & set(here) for found in lines_of_prose(SOURCE))
+    assert len(here) <= most_lines
+    assert 100 * len(prose) >= least_prose * (len(prose) + len(code))
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef) and node.lineno in here:
+            assert node.end_lineno - node.lineno < longest_function, node.name
+
+def test_one_statement_a_line_and_lines_of_a_readable_length():
+    assert max(map(len, SOURCE.splitlines())) <= 110
+    _, code = lines_of_prose(SOURCE)
+    lines = [line.strip() for number, line in enumerate(SOURCE.splitlines(), 1) if number in code]
+    assert sum(map(len, lines)) / len(lines) <= 50
+    begin = Counter(node.lineno for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.stmt))
+    assert [number for number, times in begin.items() if times > 1] == []
+
+def imported(text, folder, name):
+    """A module made of this text, in a file of its own."""
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # (dataclasses look there)
+    spec.loader.exec_module(module)
+    return module
+
+def test_part_one_stands_alone_trains_and_writes(tmp_path):
+    names = set()
+    for node in ast.walk(ast.parse(PART_ONE)):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {name.name for name in node.names}
+    elsewhere = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert elsewhere <= {"numpy", "tinygrad", "tinygrad.nn.state", "tiktoken", "regex", "ziglang", "requests"}
+    one = imported(PART_ONE, tmp_path, "part_one")
+    assert one.BACKENDS == [one.PLAIN]
+    tokenizer = one.BPETokenizer.train(TEXT[:5000], 260)
+    model = one.GPT(one.GPTConfig(**dataclasses.asdict(SMALLEST)), tokenizer=tokenizer)
+    plan = one.TrainConfig(**dataclasses.asdict(SHORT))
+    losses = [loss for _, loss, _ in one.training(model, plan, np.array(tokenizer.encode(TEXT[:5000])))]
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < losses[0] - 0.3
+    written = list(one.write(model, tokenizer.encode("ROMEO:"), 12))
+    assert len(written) == 12
+    assert tokenizer.decode(written)
 
 # ---------------------------------------------------------------------------------------------------- the tokenizer
 
@@ -86,9 +224,34 @@ STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve caf�
            "日本語テキスト", "שלום עולם", "👩‍👩‍👧 🏳️‍🌈", "\0\x7f\ufeff",
            "a" * 1000, "It's 3.14, isn't it?"]
 
+def random_strings(n):
+    """Texts of many scripts, white space, controls, emoji, contractions, lone digits, and pieces of the play."""
+    rng = random_numbers.Random(1)
+    ranges = [(0, 32), (32, 127), (127, 256), (0x370, 0x400), (0x590, 0x700), (0x900, 0xA00), (0xE00, 0xF00),
+              (0x2000, 0x2070), (0x3040, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900),
+              (0x10000, 0x10400), (0x1D400, 0x1D800), (0x1F300, 0x1F700), (0xE0000, 0x110000)]
+    pieces = ["  ", "\t\t ", " \n\n", "\r\n", "\u00a0", "\u2003", "\x85", "it's", "WE'LL", "'re", " '", "0", " 7",
+              "½", "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "aaaaaaa", "----", "abcd", " abcd", "<|endoftext|>", "\0", "\ufeff"]
 
+    def piece():
+        kind = rng.randrange(3)
+        if kind == 0:
+            return rng.choice(pieces)
+        if kind == 1:
+            at = rng.randrange(len(TEXT) - 30)
+            return TEXT[at:at + rng.randrange(1, 30)]
+        low, high = rng.choice(ranges)
+        return "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 6)))
+    return ["".join(piece() for _ in range(rng.randrange(20))) for _ in range(n)]
 
-
+@pytest.mark.parametrize("size", [256, 300])
+def test_any_string_round_trips(size):
+    tokenizer = BPETokenizer.train("to be or not to be, that is the question " * 20, size)
+    for string in STRINGS + random_strings(50):
+        assert tokenizer.decode(tokenizer.encode(string)) == string
+    assert max(tokenizer.encode("any text")) < tokenizer.vocab_size <= size
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+    assert tokenizer.decode_bytes(tokenizer.vocab_size) == b""
 
 def naive_merges(text, n):
     """Byte-pair encoding as it is defined: count all pairs, merge the most frequent, start over."""
@@ -105,17 +268,26 @@ def naive_merges(text, n):
                     word[j:j + 2] = [new]
     return merges
 
+def test_learned_merges_are_those_of_the_naive_algorithm():
+    assert BPETokenizer.train(TEXT[:20_000], 336).merges == naive_merges(TEXT[:20_000], 80)
 
-
-
-
-
-
+@pytest.mark.parametrize("text", [TEXT, "漢字" * 40_000, "x" * 300_000, " " * 300_000, "\n\n" * 9000 + "it's",
+                                  "a1-b2-" * 9000, "".join(random_strings(300))])
+def test_encoding_in_pieces_equals_encoding_at_once(text, tokenizer):
+    whole = tokenizer.encoding.encode_ordinary(text)
+    for size in (1 << 17, 1000):
+        assert tokenizer.encode_array(text.encode(), size).tolist() == whole
 
 def test_a_tokenizer_survives_json(tokenizer):
     again = minimiggy.tokenizer_from_json(minimiggy.tokenizer_to_json(tokenizer))
     assert again.encode(TEXT[:5000]) == tokenizer.encode(TEXT[:5000])
 
+def test_a_text_is_cut_between_characters():
+    for n in range(8, 30):
+        text = ("é漢👩" * n).encode()[:-1].decode("utf-8", "ignore").encode()
+        learned, kept = minimiggy.split_text(text)
+        assert bytes(learned) + bytes(kept) == text
+        assert bytes(learned).decode() + bytes(kept).decode() == text.decode()
 
 # -------------------------------------------------------------------------------------------------------- the model
 
@@ -143,7 +315,6 @@ def numpy_logits(p, idx, n_layer, n_head):
         x = x + linear(m, f"h.{i}.mlp.c_proj")
     return norm(x, "ln_f") @ p["wte.weight"].T
 
-
 def numpy_loss(p, idx, targets, n_layer, n_head):
     """The mean cross-entropy of targets (B, T)."""
     logits = numpy_logits(p, idx, n_layer, n_head)
@@ -151,72 +322,123 @@ def numpy_loss(p, idx, targets, n_layer, n_head):
     chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return (np.log(np.exp(logits).sum(-1)) - chosen).mean()
 
+def in_float64(model):
+    return {name: array.astype(np.float64) for name, array in weights(model).items()}
 
+GRADCHECK = GPTConfig(block_size=5, vocab_size=7, n_layer=2, n_head=2, n_embd=4)  # of the size of --gradcheck
+PASSAGE = np.random.default_rng(0).integers(0, 7, (2, 2, 5)).astype(np.int32)
 
+@pytest.mark.parametrize(("ops", "n_layer"), [(PLAIN, 1), (FAST, 2)], ids=["plain", "fast"])
+def test_loss_and_every_gradient_agree_with_numpy_and_finite_differences(ops, n_layer):
+    config = dataclasses.replace(GRADCHECK, n_layer=n_layer)
+    model = shake(GPT(config, ops))
+    x, y = PASSAGE
+    loss, slopes = gradients(model, x, y)
+    p = in_float64(model)
 
+    def reference():
+        return numpy_loss(p, x, y, n_layer, config.n_head)
 
-def both_ways(name, *inputs, **options):
-    """An operation by Plain and by Fast: for each, the result and the gradients of a weighted sum of it."""
-    weights, results = None, []
-    for ops in (Plain, Fast):
-        args = [Tensor(array).realize() for array in inputs]
-        out = call(getattr(ops, name), *args, **options)
-        weights = np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)
-        floats = [arg for arg, array in zip(args, inputs, strict=True) if array.dtype == np.float32]
-        gradients = (out * Tensor(weights)).sum().gradient(*floats)
-        Tensor.realize(out, *gradients)
-        results.append([out.numpy(), *(g.numpy() for g in gradients)])
-    return zip(*results, strict=True)
+    assert loss == pytest.approx(reference(), rel=1e-5)
+    for name, got in slopes.items():
+        want = np.zeros_like(p[name])
+        for place in np.ndindex(want.shape):
+            keep = p[name][place]
+            p[name][place] = keep + 1e-5
+            above = reference()
+            p[name][place] = keep - 1e-5
+            want[place] = (above - reference()) / 2e-5
+            p[name][place] = keep
+        assert np.abs(got - want).max() < 1e-4 * np.abs(want).max(), name
 
-
-def call(operation, x, *args, **options):
-    """An operation that takes layers, on their tensors."""
-    if operation.__name__ in ("linear", "layer_norm"):
-        return operation(x, SimpleNamespace(weight=args[0], bias=args[1]), *args[2:])
-    return operation(x, *args, **options)
-
+def test_backward_and_the_gradient_of_one_parameter_give_the_same():
+    model = shake(GPT(GRADCHECK))
+    _, want = gradients(model, *PASSAGE)
+    loss = model.loss(*map(Tensor, PASSAGE))
+    assert np.abs(loss.gradient(model.wte.weight)[0].numpy() - want["wte.weight"]).max() < 1e-6
+    model.loss(*map(Tensor, PASSAGE)).backward()
+    for name, tensor in model.parameters().items():
+        assert np.abs(tensor.grad.numpy() - want[name]).max() < 1e-5, name
 
 def random(*shape):
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
-
 def some_ids(n, *shape):
     return np.random.default_rng(n).integers(0, n, shape).astype(np.int32)
 
+def both_ways(name, *inputs):
+    """An operation by PLAIN and by FAST: for each, the result and the gradients of a weighted sum of it."""
+    results = []
+    for ops in (PLAIN, FAST):
+        tensors = [Tensor(array).realize() for array in inputs]
+        out = getattr(ops, name)(*tensors)
+        floats = [tensor for tensor in tensors if tensor.dtype == dtypes.float32]
+        slopes = (out * Tensor(random(*out.shape))).sum().gradient(*floats)
+        Tensor.realize(out, *slopes)
+        results.append([out.numpy(), *(slope.numpy() for slope in slopes)])
+    return zip(*results, strict=True)
 
+def qkv_of(B, T, H, D):
+    return random(B, T, 3, H, D), np.arange(T, dtype=np.int32)
 
+@pytest.mark.parametrize(("name", "inputs"), [
+    ("linear", (random(3, 37, 70), random(70, 131), random(131))),
+    ("linear", (random(2, 5, 1100), random(1100, 65), random(65))),     # a panel in two pieces
+    ("linear", (random(1, 1, 33), random(33, 7))),                      # one row, without a bias
+    ("linear", (random(5, 1, 1), random(1, 3), random(3))),
+    ("gelu", (3 * random(2, 5, 71),)),
+    ("gelu", (random(1, 1, 1),)),
+    ("layer_norm", (random(2, 5, 97), random(97), random(97))),
+    ("layer_norm", (random(1, 1, 13), random(13))),
+    ("layer_norm", (random(3, 1), random(1), random(1))),
+    ("attention", qkv_of(2, 37, 3, 20)),
+    ("attention", qkv_of(1, 130, 2, 13)),
+    ("attention", qkv_of(1, 1, 2, 1)),
+    ("embed", (some_ids(5, 3, 7), random(5, 13))),
+    ("embed", (some_ids(5, 1, 1), random(5, 1))),
+    ("unembed", (random(3, 7, 13), random(5, 13))),
+    ("unembed", (random(1, 1, 9), random(37, 9))),
+    ("cross_entropy", (5 * random(2, 32, 131), some_ids(131, 2, 32))),
+    ("cross_entropy", (random(1, 1, 2), some_ids(2, 1, 1)))])
+def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
+    for plain, fast in both_ways(name, *inputs):
+        assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
 
+def test_attention_is_right_for_scores_far_too_large_to_exponentiate():
+    qkv, position = qkv_of(1, 37, 3, 20)
+    for plain, fast in both_ways("attention", 30 * qkv, position):
+        assert np.isfinite(fast).all()
+        assert np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
 
+def test_a_long_vector_keeps_its_digits():
+    gradients = {str(n): 1 + 1e-3 * random(n) for n in (1, 3, 4097, 10_007, 3_000_001)}
+    want = math.sqrt(sum((array.astype(np.float64)**2).sum() for array in gradients.values()))
+    got = FAST.norm({name: Tensor(array).realize() for name, array in gradients.items()}).item()
+    assert got == pytest.approx(want, rel=2e-7)
 
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("linear", [(2, 3, 5), (4, 5), (5,)]), ("linear", [(2, 3, 5), (5, 4), (5,)]),
+    ("layer_norm", [(2, 3, 5), (4,), (5,)]), ("layer_norm", [(2, 3, 5), (5,), (1,)]),
+    ("unembed", [(2, 3, 5), (7, 4)])])
+def test_shapes_that_do_not_fit_are_refused(name, shapes):
+    with pytest.raises(ValueError, match="do not fit together"):
+        getattr(FAST, name)(*(Tensor.ones(*shape) for shape in shapes))
 
+def test_targets_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="do not fit together"):
+        FAST.cross_entropy(Tensor.ones(2, 3, 5), Tensor([[1, 2]], dtype="int32"))
 
-
-
-
-
-
-
-
-
-
-def changes_nothing(optimizer, ids):
-    """Does a step with a gradient that is not finite leave everything as it is?"""
-    model = optimizer.model
-    before = [tensor.numpy() for tensor in (optimizer.m, optimizer.v, model.flat)]
-    weights = model.flat.numpy()
-    weights[0] = math.inf
-    minimiggy.put(model.flat, weights)
-    assert not math.isfinite(optimizer(ids, 1)[1])
-    after = [tensor.numpy() for tensor in (optimizer.m, optimizer.v, model.flat)]
-    after[2][0] = before[2][0]
-    return all((a == b).all() for a, b in zip(before, after, strict=True))
-
-
-
-
+@pytest.mark.parametrize("bad", [7, -1, -100, 10**6, 2**31 - 1])
+def test_ids_out_of_range_give_nan_and_not_a_crash(bad):
+    model = GPT(GRADCHECK)
+    spoiled = PASSAGE[0].copy()
+    spoiled[1, 2] = bad
+    assert math.isnan(gradients(model, spoiled, PASSAGE[1])[0])
+    loss, slopes = gradients(model, PASSAGE[0], spoiled)
+    assert math.isnan(loss)
+    assert len(slopes) == len(model.parameters())
 
 def test_names_and_shapes_are_hugging_face_gpt2s():
-    shapes = {name: tensor.shape for name, tensor in GPT(TINY).parameters().items()}
     C = TINY.n_embd
     want = {"wte.weight": (300, C), "wpe.weight": (8, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     for i in range(2):
@@ -224,32 +446,142 @@ def test_names_and_shapes_are_hugging_face_gpt2s():
                                   ("mlp.c_proj", 4 * C, C)):
             want |= {f"h.{i}.{name}.weight": (n_in, n_out), f"h.{i}.{name}.bias": (n_out,)}
         want |= {f"h.{i}.{name}.{kind}": (C,) for name in ("ln_1", "ln_2") for kind in ("weight", "bias")}
-    assert shapes == want
-
+    assert {name: tensor.shape for name, tensor in GPT(TINY).parameters().items()} == want
 
 def test_initial_weights_are_gpt2s():
-    arrays = dict(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64)).parameters())
-    assert arrays["wte.weight"].numpy().std() == pytest.approx(0.02, rel=0.03)
-    assert arrays["h.1.mlp.c_proj.weight"].numpy().std() == pytest.approx(0.02 / 2, rel=0.03)
-    assert not arrays["h.0.attn.c_attn.bias"].numpy().any() and (arrays["ln_f.weight"].numpy() == 1).all()
+    arrays = weights(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64)))
+    assert arrays["wte.weight"].std() == pytest.approx(0.02, rel=0.03)
+    assert arrays["h.1.mlp.c_proj.weight"].std() == pytest.approx(0.02 / 2, rel=0.03)
+    assert not arrays["h.0.attn.c_attn.bias"].any()
+    assert (arrays["ln_f.weight"] == 1).all()
+    assert same(arrays, weights(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64))))
 
+def test_heads_must_divide_the_channels():
+    with pytest.raises(UserError, match="--n-head 3"):
+        GPT(GPTConfig(n_head=3, n_embd=16))
 
-
-
+def test_dropout_zeroes_its_share_only_with_a_key_and_keeps_the_mean():
+    x = Tensor.ones(200, 50)
+    drop = minimiggy.Dropout(0.3, Tensor(np.array([7], np.uint32)))
+    first = drop(x).numpy()
+    second = drop(x).numpy()
+    assert (first == 0).mean() == pytest.approx(0.3, abs=0.02)
+    assert first.mean() == pytest.approx(1, abs=0.03)
+    assert (first == second).mean() < 0.7  # two places in the network drop different units
+    assert (minimiggy.Dropout(0.3, None)(x).numpy() == 1).all()
 
 # ------------------------------------------------------------------------------------------------------ the training
 
+def trained(config, plan, ids, ops=None, steps=4, recorded=True):
+    """Losses, norms and weights after some steps."""
+    optimizer = AdamW(GPT(config, ops), plan)
+    if not recorded:
+        step = optimizer.step
+        optimizer.recorded = lambda *arrays: [x.numpy() for x in step(*(Tensor(a).realize() for a in arrays))]
+    found = [optimizer(ids, i) for i in range(steps)]
+    return *np.array(found).T, weights(optimizer.model), optimizer
 
+def test_the_crew_replays_the_recording_to_the_last_bit(ids):
+    losses, norms, numbers, _ = trained(TINY, QUICK, ids)
+    again, same_norms, same_numbers, _ = trained(TINY, QUICK, ids, recorded=False)
+    assert (losses == again).all()
+    assert (norms == same_norms).all()
+    assert same(numbers, same_numbers)
 
+def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
+    config = dataclasses.replace(TINY, n_layer=1, n_head=4, n_embd=48)
+    crew = minimiggy.Crew
+    runs = [trained(config, QUICK, ids, Fast(4), 3, recorded=False)[:3]]
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(minimiggy, "Crew", lambda calls, _, threads=threads: crew(calls, threads))
+        runs.append(trained(config, QUICK, ids, Fast(4), 3)[:3])
+    for losses, norms, numbers in runs[1:]:
+        assert (losses == runs[0][0]).all()
+        assert (norms == runs[0][1]).all()
+        assert same(numbers, runs[0][2])
 
+def changes_nothing(optimizer, ids, name="wte.weight", bad=math.inf):
+    """Does a step with a gradient that is not finite leave everything as it is?"""
+    model = optimizer.model
+    spoiled = model.parameters()[name]
+    good = spoiled.numpy()
+    array = good.copy()
+    array.reshape(-1)[0] = bad
+    load_array(spoiled, array)
+    before = [weights(model), *({k: t.numpy() for k, t in state.items()} for state in (optimizer.m, optimizer.v))]
+    loss, norm = optimizer(ids, 1)
+    after = [weights(model), optimizer.m, optimizer.v]
+    kept = not math.isfinite(loss + norm) and all(itertools.starmap(same_or_nan, zip(before, after, strict=True)))
+    load_array(spoiled, good)
+    return kept
 
+def same_or_nan(a, b):
+    return all(np.array_equal(a[k], b[k].numpy() if isinstance(b[k], Tensor) else b[k], equal_nan=True) for k in a)
 
+def test_fast_and_plain_train_alike(tokenizer):
+    ids = BPETokenizer.train(TEXT[:5000], 260).encode_array(TEXT[:5000].encode())
+    losses, norms, numbers, _ = trained(SMALLEST, SHORT, ids, FAST, 6)
+    others, other_norms, other_numbers, optimizer = trained(SMALLEST, SHORT, ids, PLAIN, 6)
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert norms == pytest.approx(other_norms, rel=1e-4)
+    for name, array in numbers.items():
+        assert np.abs(array - other_numbers[name]).max() < 2e-4, name
+    assert changes_nothing(optimizer, ids)
 
+def test_a_gradient_that_is_not_finite_changes_nothing(ids):
+    optimizer = AdamW(GPT(TINY), QUICK)
+    optimizer(ids, 0)
+    for name in ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.weight", "h.1.mlp.c_fc.bias",
+                 "h.1.mlp.c_proj.weight", "ln_f.bias"):
+        for bad in (math.nan, math.inf, -math.inf):
+            assert changes_nothing(optimizer, ids, name, bad), (name, bad)
+    assert math.isfinite(sum(optimizer(ids, 1)))
 
+def test_adamw_agrees_with_numpy(ids):
+    config = TrainConfig(batch_size=4, warmup_steps=0, max_iters=10, grad_clip=0.5)
+    model = GPT(TINY)
+    optimizer = AdamW(model, config)
+    theta = in_float64(model)
+    m = {name: np.zeros_like(array) for name, array in theta.items()}
+    v = {name: np.zeros_like(array) for name, array in theta.items()}
+    for i in range(4):
+        x, y = minimiggy.get_batch(ids, config, TINY.block_size, i)
+        _, slopes = gradients(model, x[0], y[0])
+        length = math.sqrt(sum((slope.astype(np.float64)**2).sum() for slope in slopes.values()))
+        assert optimizer(ids, i)[1] == pytest.approx(length, rel=1e-4)
+        for name, p in theta.items():
+            slope = slopes[name] * min(1, 0.5 / length)
+            m[name] = 0.9 * m[name] + 0.1 * slope
+            v[name] = 0.99 * v[name] + 0.01 * slope**2
+            step = m[name] / (1 - 0.9**(i + 1)) / (np.sqrt(v[name] / (1 - 0.99**(i + 1))) + 1e-8)
+            p -= minimiggy.learning_rate(config, i) * (step + 0.1 * (p.ndim == 2) * p)
+            assert np.abs(model.parameters()[name].numpy() - p).max() < 2e-5, name
 
+def test_batches_depend_on_seed_and_step_alone():
+    data = np.arange(1000)
+    config = TrainConfig(batch_size=4, grad_accum=2)
+    x, y = minimiggy.get_batch(data, config, 8, 5)
+    assert x.shape == y.shape == (2, 4, 8)
+    assert (y == x + 1).all()
+    assert (minimiggy.get_batch(data, config, 8, 5)[0] == x).all()
+    assert (minimiggy.get_batch(data, config, 8, 6)[0] != x).any()
 
+def test_gradient_accumulation_averages_its_batches(ids):
+    config = dataclasses.replace(QUICK, grad_accum=2)
+    model = GPT(TINY)
+    batches = zip(*minimiggy.get_batch(ids, config, TINY.block_size, 0), strict=True)
+    found = [gradients(model, x, y) for x, y in batches]
+    mean = [np.mean([slopes[name] for _, slopes in found], axis=0) for name in model.parameters()]
+    want = np.mean([loss for loss, _ in found]), math.sqrt(sum((slope**2).sum() for slope in mean))
+    assert AdamW(model, config)(ids, 0) == pytest.approx(want, rel=1e-5)
 
-
+def test_learning_rate_warms_up_and_decays():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_iters=110)
+    rates = [minimiggy.learning_rate(config, i) for i in range(111)]
+    assert rates[0] == 0.1
+    assert rates[9] == 1.0
+    assert rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run, tokenizer, ids, tmp_path):
     model, optimizer, folder = run
@@ -257,31 +589,444 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(run, tokenizer, ids, tmp_
     fresh = AdamW(again, QUICK)
     assert again.load_checkpoint(folder / "ckpt_3.safetensors", fresh) == 3
     train(again, QUICK, ids, ids[:500], optimizer=fresh, start=3, out_dir=tmp_path)
-    assert same(again, model)
-    assert all((fresh.m[n].numpy() == optimizer.m[n].numpy()).all() and (fresh.v[n].numpy() == optimizer.v[n].numpy()).all() for n in fresh.m)
-
+    assert same(weights(again), weights(model))
+    assert same(fresh.m, optimizer.m)
+    assert same(fresh.v, optimizer.v)
 
 def test_log_has_a_row_a_report(run):
     lines = (run[2] / "log.csv").read_text().splitlines()
     assert lines[0] == "step,train_loss,val_loss,val_bpb,lr,grad_norm,tokens_per_s,train_bpb"
-    assert [line.split(",")[0] for line in lines[1:]] == ["3", "6"] and all(len(line.split(",")) == 8 for line in lines)
+    assert [line.split(",")[0] for line in lines[1:]] == ["3", "6"]
+    assert all(len(line.split(",")) == 8 for line in lines)
 
+def test_every_token_is_examined_once_whatever_the_batch_size(run, ids):
+    model = run[0]
+    p = in_float64(model)
+    data = ids[:53]  # 52 predictions: six windows of 8, and 4
+    total = 0.0
+    for first in range(0, 52, 8):
+        start = min(first, 44)
+        x, y = data[start:start + 8], data[start + 1:start + 9]
+        logits = numpy_logits(p, x[None], TINY.n_layer, TINY.n_head)[0]
+        losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(8), y]
+        total += losses[first - start:].sum()
+    for batch_size in (1, 4):
+        assert minimiggy.Evaluator(model, batch_size).whole(data) == pytest.approx(total / 52, rel=1e-5)
+
+# -------------------------------------------------------------------------------- what a reader may change (issue 9)
+
+RELU2 = [("        switch = 1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh()\n", ""),
+         ("return (0.5 * x * switch).contiguous()", "return x.relu().square()")]
+RMSNORM = [("class LayerNorm:\n", '''class RMSNorm:
+    def __init__(self, ops, C):
+        self.weight = Tensor.ones(C)
+
+    def __call__(self, x):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weight
+
+class LayerNorm:
+'''), *((f"self.{name} = LayerNorm(", f"self.{name} = RMSNorm(") for name in ("ln_1", "ln_2", "ln_f"))]
+NO_WPE = [("        self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)\n", ""),
+          ("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx))")]
+ROTARY = [*NO_WPE, ("class Attention:\n", '''def rotate(x, position):
+    half = x.shape[-1] // 2
+    angle = position.reshape(-1, 1, 1) * 10000.0 ** (-Tensor.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return Tensor.cat(a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos(), dim=-1)
+
+class Attention:
+'''), ("        y = self.ops.attention(qkv,", '''        q, k, v = (qkv[:, :, i] for i in range(3))
+        qkv = Tensor.stack(rotate(q, position), rotate(k, position), v, dim=2)
+        y = self.ops.attention(qkv,''')]
+SWIGLU = [("self.c_fc = Linear(ops, rng, C, 4 * C)", "self.c_fc = Linear(ops, rng, C, 8 * C)"),
+          ("        return self.c_proj(self.ops.gelu(self.c_fc(x)))",
+           "        gate, up = self.c_fc(x).chunk(2, dim=-1)\n        return self.c_proj(gate.silu() * up)")]
+END_OF_GPT = "        self.ln_f = LayerNorm(ops, config.n_embd)\n"
+UNTIED = [(END_OF_GPT, END_OF_GPT + "        self.lm_head = Embedding(ops, rng, config.vocab_size, config.n_embd)\n"),
+          ("self.ops.unembed(x, self.wte.weight)", "self.ops.unembed(x, self.lm_head.weight)")]
+END_OF_BLOCK = "        self.mlp = MLP(config, ops, rng)\n"
+GATES = [(END_OF_BLOCK, END_OF_BLOCK + "        self.gate_1 = Tensor.ones(1)\n        self.gate_2 = Tensor.zeros(1)\n"),
+         ("(x + drop(self.attn(", "(x + self.gate_1 * drop(self.attn("),
+         ("(x + drop(self.mlp(", "(x + self.gate_2 * drop(self.mlp(")]
+NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
+           ("        self.bias = ops.place(np.zeros(C, np.float32))\n", ""),
+           ("linear(x, self.weight, self.bias)", "linear(x, self.weight)"),
+           ("layer_norm(x, self.weight, self.bias)", "layer_norm(x, self.weight)")]
+SGD = [("            new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()\n", ""),
+       ("            v_hat = new_v / start_2\n", ""),
+       ("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "100 * rate * (m_hat + decay * theta)"),
+       ("(theta, new_theta), (m[name], new_m), (v[name], new_v)", "(theta, new_theta), (m[name], new_m)")]
+EDITS = {"relu^2": RELU2, "rmsnorm": RMSNORM, "rotary": ROTARY, "swiglu": SWIGLU, "untied": UNTIED, "gates": GATES,
+         "no biases": NO_BIAS, "sgd": SGD}
+
+def edited(changes, folder, name="edited"):
+    """The whole file as a module, with replacements in part I, and how many lines they change."""
+    text = PART_ONE
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    matcher = difflib.SequenceMatcher(None, PART_ONE.splitlines(), text.splitlines(), autojunk=False)
+    blocks = [block for block in matcher.get_opcodes() if block[0] != "equal"]
+    lines = sum(max(old_end - old, new_end - new) for _, old, old_end, new, new_end in blocks)
+    return imported(text + SOURCE[len(PART_ONE):], folder, name), lines
+
+def small(module, ops=None, n_layer=1, **sizes):
+    """A model of such a module, of the size of --gradcheck, with every number moved."""
+    config = module.GPTConfig(block_size=5, vocab_size=7, n_layer=n_layer, n_head=2, n_embd=4, **sizes)
+    return shake(module.GPT(config, ops))
+
+CIRCLE = np.tile(np.arange(7), 30)  # a text that can be learned
+
+def learns(module, model=None):
+    """Do 20 steps lower the loss? Does every parameter move?"""
+    small_one = model
+    model = model or module.GPT(module.GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
+    before = weights(model)
+    plan = module.TrainConfig(batch_size=4, max_iters=20, warmup_steps=2, learning_rate=1e-2)
+    text = np.arange(300) * 7 % model.config.vocab_size
+    losses = [loss for _, loss, _ in module.training(model, plan, text)]
+    still = [name for name, array in weights(model).items() if (array == before[name]).all()]
+    assert still == []
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - (0 if small_one else 0.05)
+    return model
+
+def writes_alike(module, model, prompt=(1, 2, 3), n=16, writer=None):
+    """Does a Writer write what `write` writes, and what computing all of the text anew gives?"""
+    written = list((writer or module.Writer(model)).stream(list(prompt), n, temperature=0))
+    assert written == list(module.write(model, list(prompt), n, temperature=0))
+    assert written == greedy(model, prompt, n)
+
+def comes_back(module, model, folder):
+    """Does a checkpoint give back all parameters, and the same logits?"""
+    again = module.open_checkpoint(model.save_checkpoint(1, module.AdamW(model, module.TrainConfig()), folder))[0]
+    assert same(weights(again), weights(model))
+    assert (logits(again, PASSAGE[0]) == logits(model, PASSAGE[0])).all()
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_of_part_one_is_followed_by_everything_else(name, tmp_path, capsys):
+    module, lines = edited(EDITS[name], tmp_path)
+    assert lines <= 15
+    assert module.WHY_PLAIN is None
+    loss, plain = gradients(small(module, module.PLAIN), *PASSAGE)
+    fast_loss, fast = gradients(small(module), *PASSAGE)
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
+    assert fast.keys() == plain.keys()
+    for parameter, want in plain.items():
+        assert np.abs(want).max() > 0, parameter
+        assert np.abs(fast[parameter] - want).max() <= 1e-4 * np.abs(want).max(), parameter
+    model = learns(module)
+    writes_alike(module, model)
+    comes_back(module, model, tmp_path)
+    assert module.main(["--gradcheck"]) == 0
+    if name != "sgd":
+        with pytest.raises(module.UserError, match="no GPT-2 any more"):
+            module.export(model, tmp_path / "export")
+        assert not (tmp_path / "export").exists()
+
+# Many at once, and none of them on the list: query-key norms with a learned scale, one key and value for all
+# heads, both sublayers side by side, a gate without dimensions, a parameter used three times, soft-capped logits,
+# shared layers, a table that is not learned.
+MIXTURE = [
+    ("        self.n_head = config.n_head\n",
+     "        self.n_head = config.n_head\n        self.scale = Tensor.ones(C // config.n_head)\n"),
+    ("self.c_attn = Linear(ops, rng, C, 3 * C)", "self.c_attn = Linear(ops, rng, C, C + 2 * C // config.n_head)"),
+    ("        qkv = qkv.reshape(B, T, 3, self.n_head, C // self.n_head)     # (B, T, 3, H, D)\n",
+     """        D = C // self.n_head
+        q, k, v = (part.reshape(B, T, -1, D).expand(B, T, self.n_head, D) for part in qkv.split([C, D, D], -1))
+        q, k = (part * (part.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.scale for part in (q, k))
+        qkv = Tensor.stack(q, k, v, dim=2)
+"""),
+    ("        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()\n", "        y = self.ln_1(x)\n"),
+    ("        return (x + drop(self.mlp(self.ln_2(x)))).contiguous()",
+     "        return x + self.gate * drop(self.attn(y, position, cache)) + drop(self.mlp(y))"),
+    ("        self.ln_2 = LayerNorm(ops, config.n_embd)\n", "        self.gate = Tensor(1.0)\n"),
+    ("return self.ops.unembed(x, self.wte.weight)",
+     "return 3 * (self.ops.unembed(x * self.s, self.wte.weight) / 3 + self.s.sum()).tanh()"),
+    ("self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]",
+     "self.h = [Block(config, ops, rng)] * config.n_layer"),
+    (END_OF_GPT, END_OF_GPT + """        self.s = Tensor.ones(config.n_embd)
+        self.table = first_weights(ops, rng, config.block_size, config.n_embd, std=0.5).is_param_(False)
+"""),
+    ("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx) * self.s + self.wpe(position)) + self.table[position]")]
+
+def test_edits_that_nobody_foresaw_work_together(tmp_path, capsys):
+    module, _ = edited(MIXTURE, tmp_path)
+    model = learns(module, small(module, n_layer=2))
+    assert "h.0.gate" in model.parameters()
+    assert not any(name.startswith("h.1") or name == "table" for name in model.parameters())
+    writes_alike(module, model)
+    comes_back(module, model, tmp_path)
+    assert module.main(["--gradcheck"]) == 0
+    with pytest.raises(module.UserError, match="no GPT-2 any more"):
+        module.export(model, tmp_path / "export")
+
+TOKEN_SHIFT = ("        x = (x + drop(self.attn(", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n"
+               "        x = (x + drop(self.attn(")
+NO_CACHE = [  # edits of which a cache of keys and values cannot know, or that know nothing of it
+    [("            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
+      "            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril().triu(-1)")],
+    [("        scores = visible.where(scores, -math.inf)",
+      "        scores = scores + Tensor.arange(T).reshape(1, T) - Tensor.arange(T).reshape(T, 1)\n"
+      "        scores = visible.where(scores, -math.inf)")],
+    [("y = self.ops.attention(qkv, position, cache)", "y = self.ops.attention(qkv, position)"),
+     ("rng, C, C, std=0.02 / math.sqrt(2 * config.n_layer))", "rng, C, C, std=0)")],  # nothing to be seen at first
+    [(TOKEN_SHIFT[0], TOKEN_SHIFT[1].replace("LAG", "4"))]]
+
+@pytest.mark.parametrize("changes", NO_CACHE, ids=["window", "alibi", "attention of its own", "token shift"])
+def test_where_a_cache_would_write_something_else_none_is_used_and_that_is_said(changes, tmp_path, capsys):
+    module, _ = edited(changes, tmp_path)
+    model = module.GPT(module.GPTConfig(block_size=5, vocab_size=7, n_layer=1, n_head=2, n_embd=4))
+    writer = module.Writer(model)  # before it has learned anything
+    shake(model, 0.5)
+    writes_alike(module, model, writer=writer)
+    assert "more slowly" in capsys.readouterr().err
+
+def test_a_look_back_over_more_than_64_tokens_is_noticed(tmp_path):
+    module, _ = edited([(TOKEN_SHIFT[0], TOKEN_SHIFT[1].replace("LAG", "70"))], tmp_path)
+    model = shake(module.GPT(module.GPTConfig(block_size=96, vocab_size=7, n_layer=1, n_head=2, n_embd=4)), 0.5)
+    prompt = some_ids(7, 60).tolist()
+    assert list(module.Writer(model).stream(prompt, 36)) == list(module.write(model, prompt, 36))
+
+@pytest.mark.parametrize(("line", "use"), [
+    ("self.extra = first_weights(ops, rng, config.block_size, config.n_embd).transpose(0, 1)", "self.extra.sum(1)"),
+    ("self.extra = Tensor(np.ones(1, np.float32)).expand(config.n_embd)", "self.extra"),
+    ("self.extra = Tensor.randn(config.n_embd)", "self.extra")], ids=["transposed", "expanded", "random"])
+def test_a_parameter_may_be_made_in_any_way(line, use, tmp_path):
+    module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        {line}\n"),
+                        ("self.ops.unembed(x, self", f"self.ops.unembed(x + {use}, self")], tmp_path)
+    comes_back(module, learns(module), tmp_path)
+
+@pytest.mark.parametrize("line", ["self.table = first_weights(ops, rng, 5, config.n_embd, std=1.0).is_param_(False)",
+                                  "self.table = Tensor.randn(5, config.n_embd).is_param_(False)",
+                                  "self.table = self.wpe.weight.is_param_(False)"])
+def test_numbers_that_are_not_learned_stay_and_are_saved(line, tmp_path):
+    module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        {line}\n"),
+                        ("+ self.wpe(position))", "+ self.wpe(position) + self.table[position])")], tmp_path)
+    model = small(module)
+    table = model.table.numpy()
+    comes_back(module, model, tmp_path)
+    learns(module, model)
+    assert (model.table.numpy() == table).all()
+    assert (logits(model, PASSAGE[0]) == logits(model, PASSAGE[0])).all()
+
+def test_a_gradient_that_has_to_be_zero_is_no_false_alarm(tmp_path, capsys):
+    module, _ = edited([
+        ("        self.c_attn = Linear(ops, rng, C, 3 * C)  ", "        self.q = Linear(ops, rng, C, C)\n"
+         "        self.k = Linear(ops, rng, C, C)\n        self.v = Linear(ops, rng, C, C)  "),
+        ("qkv = self.c_attn(x) ", "qkv = Tensor.cat(self.q(x), self.k(x), self.v(x), dim=-1) ")], tmp_path)
+    assert module.main(["--gradcheck"]) == 0, capsys.readouterr().out
+
+def test_a_patch_in_a_running_program_counts_as_well(monkeypatch, capsys):
+    shift = minimiggy.Block.__call__
+    gelu = minimiggy.Plain.gelu
+    monkeypatch.setattr(minimiggy.Plain, "gelu", lambda self, x: x.relu())
+    assert (logits(small(minimiggy), PASSAGE[0]) != logits(shake(GPT(small(minimiggy).config)), PASSAGE[0])).sum() == 0
+    plain = logits(small(minimiggy, PLAIN), PASSAGE[0])
+    assert np.abs(logits(small(minimiggy), PASSAGE[0]) - plain).max() < 1e-5
+    monkeypatch.setattr(minimiggy.Plain, "gelu", gelu)
+    monkeypatch.setattr(minimiggy.Block, "__call__", lambda self, x, *rest: shift(
+        self, x + x.pad((None, (1, 0), None))[:, :-1], *rest))
+    model = small(minimiggy)
+    writes_alike(minimiggy, model)
+    assert "more slowly" in capsys.readouterr().err
+
+def test_a_layer_put_in_from_outside_is_followed():
+    class Twice(minimiggy.LayerNorm):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+    model = small(minimiggy)
+    model.ln_f = Twice(model.ops, 4)
+    model.head = lambda x: GPT.head(model, x).tanh()
+    writes_alike(minimiggy, learns(minimiggy, model))
+
+def test_an_assignment_that_waits_is_made_once():
+    for use in (lambda model: AdamW(model, QUICK), lambda model: None):
+        model = small(minimiggy)
+        optimizer = use(model)
+        weight = model.h[0].mlp.c_fc.weight
+        half = weight.numpy() / 2
+        weight.assign(weight / 2)
+        if optimizer:
+            optimizer.config = dataclasses.replace(QUICK, learning_rate=0.0, min_lr=0.0)
+            for i in range(3):
+                optimizer(CIRCLE, i)
+        else:
+            list(write(model, [1], 3))
+        assert np.abs(weight.numpy() - half).max() < 1e-6
+
+def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
+    model = GPT(TINY)
+    optimizer = AdamW(model, QUICK)
+    with pytest.raises((ValueError, UserError)):
+        list(minimiggy.training(GPT(TINY), QUICK, ids, optimizer))
+    still = dataclasses.replace(QUICK, max_iters=2, learning_rate=0.0, min_lr=0.0)
+    before = weights(model)
+    try:
+        list(minimiggy.training(model, still, ids, optimizer))
+    except (ValueError, UserError):
+        return
+    assert same(weights(model), before)
+
+# ---------------------------------------------------------------------------------------------------- as a library
+
+def test_two_models_trained_and_sampled_in_turn_give_what_each_gives_alone(ids):
+    losses, _, numbers, _ = trained(TINY, QUICK, ids)
+    one = AdamW(GPT(TINY), QUICK)
+    other = AdamW(GPT(TINY, seed=7), QUICK)
+    writers = [Writer(one.model), Writer(other.model)]
+    together = []
+    for i in range(4):
+        together.append(one(ids, i)[0])
+        other(ids, i)
+        for writer in writers:
+            list(writer.stream([1, 2], 3))
+    assert together == losses.tolist()
+    assert same(weights(one.model), numbers)
+    assert list(writers[0].stream([1, 2], 20)) == list(write(one.model, [1, 2], 20))
+    assert list(writers[1].stream([1, 2], 20)) == list(write(other.model, [1, 2], 20))
+
+@pytest.mark.parametrize("writers", [1, 2])
+def test_two_streams_interleaved_give_what_each_gives_alone(writers):
+    model = shake(GPT(TINY))
+    made = [Writer(model) for _ in range(writers)]
+    streams = [made[0].stream([1, 2, 3], 30, seed=1), made[-1].stream([4, 5], 30, seed=2)]
+    first, second = zip(*zip(*streams, strict=True), strict=True)
+    assert list(first) == list(write(model, [1, 2, 3], 30, seed=1))
+    assert list(second) == list(write(model, [4, 5], 30, seed=2))
+
+def test_a_writer_follows_its_model(ids):
+    model = GPT(TINY)
+    writer = Writer(model)
+    list(writer.stream([1], 9))
+    shake(model, 0.3)
+    assert list(writer.stream([1], 20)) == list(write(model, [1], 20))
+    assert list(writer.stream([3, 1], 20)) == list(write(model, [3, 1], 20))
+
+def test_training_again_in_one_process_gives_the_same(run, ids):
+    for _ in range(2):
+        model = GPT(TINY)
+        train(model, QUICK, ids)
+        assert same(weights(model), weights(run[0]))
+
+def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
+    for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
+        flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
+        assert main(flags) == 0
+        assert f"({n} cores)" in capsys.readouterr().out
+    models = [weights(minimiggy.open_checkpoint(tmp_path / name / "ckpt_4.safetensors")[0]) for name in "abc"]
+    assert same(models[0], models[2])
+    for name, array in models[0].items():
+        assert np.abs(array - models[1][name]).max() < 1e-4, name
+
+# ------------------------------------------------------------------------------------------------ part II: the machine
+
+def test_the_programs_are_those_of_the_operations_as_they_stand():
+    assert minimiggy.WHY_PLAIN is None
+    assert minimiggy.CHANGED == []
+    assert minimiggy.LAYERS_AS_WE_KNOW_THEM
+    assert type(FAST) is Fast
+
+def test_with_another_tinygrad_part_one_runs_and_that_is_said(tmp_path, capsys):
+    text = re.sub('(?m)^TINYGRAD = .*', 'TINYGRAD = "0.0.1"', SOURCE)
+    module = imported(text, tmp_path, "elsewhere")
+    assert module.WHY_PLAIN.count("\n") == 0
+    assert "pip install tinygrad==0.0.1" in module.WHY_PLAIN
+    assert module.BACKENDS == [module.PLAIN]
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    flags = [f"--{field.replace('_', '-')}={value}" for config in (SMALLEST, SHORT)
+             for field, value in dataclasses.asdict(config).items() if field != "max_iters"]
+    where = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "out")]
+    assert module.main(["--train", *where, *flags, "--max-iters", "4"]) == 0
+    assert module.WHY_PLAIN in capsys.readouterr().out
+    assert module.main(["--train", *where, "--devices", "2"]) == 2
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path, monkeypatch):
+    cache = minimiggy.to_program_cache
+    monkeypatch.setattr(minimiggy, "programs_file", lambda: tmp_path / "programs")
+    minimiggy.load_programs.cache_clear()
+    shake(GPT(TINY))
+    list(write(GPT(TINY), [1], 2))  # (so that there is something to keep)
+    before = dict(cache)
+    assert len(before) > 5
+    minimiggy.keep_programs()
+    cache.clear()
+    minimiggy.load_programs.cache_clear()
+    minimiggy.load_programs()
+    assert cache.keys() >= before.keys()
+    assert list(write(GPT(TINY), [1], 2)) == list(Writer(GPT(TINY)).stream([1], 2))
+    cache.update(before)
+    minimiggy.load_programs.cache_clear()
+
+@pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "a pickle of something else", "a folder", "full"])
+def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, tmp_path, monkeypatch):
+    import pickle
+    path = tmp_path / "programs"
+    monkeypatch.setattr(minimiggy, "programs_file", lambda: path)
+    minimiggy.load_programs.cache_clear()
+    minimiggy.keep_programs()
+    data = bytearray(path.read_bytes() if path.exists() else b"x" * 1000)
+    if damage == "a bit":
+        data[len(data) // 2] ^= 1
+    foreign = pickle.dumps([1, 2, 3])
+    signed = hashlib.sha256(foreign).digest() + len(foreign).to_bytes(8, "little") + foreign
+    texts = {"noise": os.urandom(5000), "zeros": bytes(5000), "cut": data[:len(data) // 2], "a bit": data,
+             "a pickle of something else": signed}
+    path.unlink(missing_ok=True)
+    if damage == "a folder":
+        path.mkdir()
+    elif damage == "full":
+        monkeypatch.setattr("builtins.open", functools.partial(throw, OSError("no space left")))
+    else:
+        path.write_bytes(texts[damage])
+    minimiggy.load_programs.cache_clear()
+    minimiggy.load_programs()
+    minimiggy.keep_programs()
+    record = FAST.record(lambda x: ((2 * x).realize(),))
+    assert record(np.ones(3, np.float32))[0].tolist() == [2, 2, 2]
+    minimiggy.load_programs.cache_clear()
+
+def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert minimiggy.cache_folder() == tmp_path / "home" / "minimiggy"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/x")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = minimiggy.cache_folder()
+    assert folder == tmp_path / f"minimiggy-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert minimiggy.cache_folder() == folder
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "minimiggy-12345").mkdir()  # it looks like ours, but somebody else has made it
+    with pytest.raises(UserError, match="XDG_CACHE_HOME"):
+        minimiggy.cache_folder()
+
+@pytest.mark.parametrize(("variables", "words"), [
+    ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
+    ({"CC": "no/such/clang"}, "No such file"), ({"CC": ""}, "no checkpoint"),
+    ({"DEV": "FOO"}, "DEV=FOO"), ({"DEV": "CUDA"}, "DEV=CUDA")])
+def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, tmp_path):
+    command = [sys.executable, str(FILE), "--sample", "x", "--out-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert len(done.stderr) < 350
 
 # ------------------------------------------------------------------------------------- checkpoints and sampling
 
 def test_a_checkpoint_is_self_contained(run):
     model, _, folder = run
     again, config, step = minimiggy.open_checkpoint(folder / "ckpt_6.safetensors")
-    assert step == 6 and config == QUICK and again.config == TINY
-    assert same(again, model) and again.tokenizer.merges == model.tokenizer.merges
+    assert (step, config, again.config) == (6, QUICK, TINY)
+    assert same(weights(again), weights(model))
+    assert again.tokenizer.merges == model.tokenizer.merges
     assert not list(folder.glob("*.tmp"))
-
 
 def test_tinygrad_reads_a_checkpoint(run):
     arrays = safe_load(run[2] / "ckpt_6.safetensors")
     assert (arrays["h.1.attn.c_attn.weight"].numpy() == run[0].h[1].attn.c_attn.weight.numpy()).all()
-    assert "optimizer.m.wte.weight" in arrays and "optimizer.v.ln_f.bias" in arrays
-
+    assert "optimizer.m.wte.weight" in arrays
+    assert "optimizer.v.ln_f.bias" in arrays
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
     whole = (run[2] / "ckpt_6.safetensors").read_bytes()
@@ -291,35 +1036,65 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
         with pytest.raises(UserError, match=path.name):
             minimiggy.open_checkpoint(path)
     with pytest.raises(UserError, match="does not fit"):
-        GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=32)).load_checkpoint(
-            run[2] / "ckpt_6.safetensors", None)
+        GPT(dataclasses.replace(TINY, n_embd=32)).load_checkpoint(run[2] / "ckpt_6.safetensors", None)
 
+def test_past_block_size_the_newer_half_is_read_again():
+    model = shake(GPT(TINY), 0.3)
+    p = in_float64(model)
+    rng = np.random.default_rng((minimiggy.WRITING, 3, 0))
+    window = [1, 2, 3]
+    want = []
+    for _ in range(20):
+        if len(window) > TINY.block_size:
+            window = window[-TINY.block_size // 2:]
+        want.append(minimiggy.draw(numpy_logits(p, np.array([window]), 2, 2)[0, -1], rng, 1.0))
+        window.append(want[-1])
+    got = model.generate(Tensor([[1, 2, 3], [4, 5, 6]], dtype="int32"), max_tokens=20, temperature=1.0, seed=3)
+    assert got.shape == (2, 23)
+    assert got.dtype == dtypes.int32
+    assert got.tolist()[0] == [1, 2, 3, *want]
+    assert len(set(want)) > 5
 
-def test_greedy_sampling_with_the_cache_equals_the_whole_model(run):
-    model, text = run[0], [[1, 2, 3], [50, 51, 52]]
-    got = model.generate(Tensor(text, dtype="int32"), max_tokens=3, temperature=0)
-    assert got.shape == (len(text), 6) and got.dtype.name == "int"
-    for _ in range(3):
-        logits = model(Tensor(text, dtype="int32")).numpy()[:, -1]
-        text = [[*row, int(best)] for row, best in zip(text, logits.argmax(-1), strict=True)]
-    assert got.tolist() == text
+@pytest.mark.parametrize("sizes", [(19, 101, 2, 3, 21), (1, 7, 1, 1, 1), (2, 7, 1, 2, 4), (8, 300, 2, 2, 16)])
+def test_the_cache_gives_the_whole_models_logits(sizes):
+    model = shake(GPT(GPTConfig(*sizes)))
+    T = model.config.block_size
+    ids = some_ids(model.config.vocab_size, T).tolist()
+    writer = Writer(model)
+    want = logits(model, [ids])[0]
+    got = np.array([writer.logits(ids[i:i + 1], i) for i in range(T)])
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+    half = max(1, T // 2)
+    assert np.abs(writer.logits(ids[:half], 0) - want[half - 1]).max() < 1e-5 * np.abs(want).max()
+    assert writer.remembers
+    writes_alike(minimiggy, model, ids[:1], 2 * T + 3)
+    writes_alike(minimiggy, model, 3 * ids, 3)
 
+def test_the_plain_path_has_a_cache_too():
+    model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), PLAIN))
+    writes_alike(minimiggy, model, [1, 2], 9)
+    assert Writer(model).remembers
 
+def test_sampling_follows_the_seed_and_the_number_of_the_text():
+    model = shake(GPT(TINY))
+    first, again, other = (list(Writer(model).stream([5] * 11, 30, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert list(Writer(model).stream([5] * 11, 30, seed=1, text=1)) != first
 
-
-
-
-
-
-def test_sampling_goes_on_past_block_size_and_follows_the_seed(run):
-    model, _, _ = run
-    first, second, other = (model.generate(Tensor([[5] * 11], dtype="int32"), max_tokens=30, seed=seed).tolist()
-                            for seed in (1, 1, 2))
-    assert len(first[0]) == 41 and first == second != other
-
-
-
-
+def test_top_k_top_p_and_temperature():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    rng = np.random.default_rng(0)
+    draw = functools.partial(minimiggy.draw, logits, rng)
+    draws = Counter(draw(1.0) for _ in range(4000))
+    assert draws[0] / 4000 == pytest.approx(0.5, abs=0.03)
+    assert draws[3] / 4000 == pytest.approx(0.05, abs=0.02)
+    assert {draw(1.0, top_k=2) for _ in range(200)} == {0, 1}
+    assert {draw(0) for _ in range(9)} == {0}
+    draws = Counter(draw(1.0, top_p=0.81) for _ in range(4000))
+    assert set(draws) == {0, 1, 2}
+    assert draws[0] / 4000 == pytest.approx(0.5 / 0.95, abs=0.03)
+    assert {draw(1.0, top_p=0.79) for _ in range(200)} == {0, 1}
+    assert {draw(1.0, top_p=1e-9) for _ in range(9)} == {0}
 
 # ----------------------------------------------------------------------------------------- the text and its download
 
@@ -337,7 +1112,6 @@ class Server(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-
 @pytest.fixture(scope="session")
 def server():
     server = HTTPServer(("127.0.0.1", 0), Server)
@@ -345,9 +1119,7 @@ def server():
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
-
 SHA = hashlib.sha256(b"to be or not to be\n" * 1000).hexdigest()
-
 
 def test_a_download_arrives_whole_or_not_at_all(server, tmp_path, monkeypatch):
     minimiggy.download(server + "/text", tmp_path / "good.txt", SHA)
@@ -364,7 +1136,6 @@ def test_a_download_arrives_whole_or_not_at_all(server, tmp_path, monkeypatch):
         minimiggy.download("http://127.0.0.1:1/", tmp_path / "bad.txt", SHA)
     assert {p.name for p in tmp_path.iterdir()} <= {"good.txt", "bad.txt.part"}  # what came before a cut is kept
 
-
 def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "play.txt").write_text(TEXT)
     monkeypatch.setattr(minimiggy, "DATA", tmp_path)
@@ -374,94 +1145,135 @@ def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="--data play"):
         minimiggy.load_text("shakespeare")
 
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "/dev/zero", "/", "no\nsuch", "\ud800", "~nobody/x", ".."])
+def test_a_name_that_no_text_can_have_is_one_line(name):
+    with pytest.raises(UserError, match="no such file") as error:
+        minimiggy.load_text(name)
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
 
 def test_the_play_is_long_and_in_its_format():
-    assert len(TEXT) >= 100_000 and TEXT.isascii() and "ROMEO:\n" in TEXT and "JULIET:\n" in TEXT
+    assert len(TEXT) >= 100_000
+    assert TEXT.isascii()
+    assert "ROMEO:\n" in TEXT and "JULIET:\n" in TEXT
     for speech in TEXT.strip().split("\n\n"):
         assert re.fullmatch(r"[A-Z][A-Za-z ]*:(\n[^\n]+)+", speech), speech
 
+@pytest.mark.parametrize(("raw", "text"), [
+    (b"\xef\xbb\xbfto be\r\nor not", "to be\nor not"), (b"\0" * 300_000, "\0" * 300_000),
+    (b" " * 300_000, " " * 300_000), ("שלום עולם 👩‍👩‍👧 ".encode() * 9000, "שלום עולם 👩‍👩‍👧 " * 9000),
+    (b"one line " * 20_000, "one line " * 20_000), ("漢字".encode() * 40_000, "漢字" * 40_000)])
+def test_any_text_is_read_learned_and_encoded_without_loss(raw, text, tmp_path):
+    (tmp_path / "my.txt").write_bytes(raw)
+    read = minimiggy.read_text(tmp_path / "my.txt")
+    assert read == text.encode()
+    assert b"".join(minimiggy.split_text(read)) == read
+    tokenizer = BPETokenizer.train(text, 300)
+    assert tokenizer.decode(tokenizer.encode_array(read).tolist()) == text
+
+def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
+    (tmp_path / "my.txt").write_bytes(b"x" * 3_000_000 + b"caf\xe9 and more")
+    with pytest.raises(UserError, match="byte 0xe9 at offset 3000003"):
+        minimiggy.read_text(tmp_path / "my.txt")
+    assert minimiggy.read_text(tmp_path / "my.txt", replace=True).endswith("caf\ufffd and more".encode())
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-SMALL = ["--n-layer", "1", "--n_embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "4", "--vocab-size",
-         "300", "--max-iters", "4", "--eval-interval", "2", "--eval-iters", "1"]
+SMALL = ["--n-layer", "1", "--n_embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "4",
+         "--vocab-size", "300", "--max-iters", "4", "--eval-interval", "2", "--eval-iters", "1"]
 
+def training_play(folder, *flags):
+    return ["--train", "--data", "play", "--out-dir", str(folder), *SMALL, *flags]
 
 def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
-    text, out = tmp_path / "my.txt", str(tmp_path / "out")
+    text = tmp_path / "my.txt"
     text.write_text(TEXT[:5000])
-    assert main(["--train", "--data", str(text), "--out-dir", out, *SMALL]) == 0
+    out = ["--out-dir", str(tmp_path / "out")]
+    assert main(["--train", "--data", str(text), *out, *SMALL]) == 0
     output = capsys.readouterr().out
-    assert "bits/byte" in output and "\r" not in output and "\x1b" not in output
-    assert main(["--sample", "ROMEO: ü", "--out-dir", out, "--max-tokens", "20", "--seed", "3"]) == 0
+    assert "bits/byte" in output
+    assert "\r" not in output and "\x1b" not in output
+    assert main(["--sample", "ROMEO: ü", *out, "--max-tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out.startswith("ROMEO: ü")
-    assert main(["--resume", "--max-iters", "6", "--out-dir", out]) == 0  # it remembers its text
+    assert main(["--resume", "--max-iters", "6", *out]) == 0  # it remembers its text
     output = capsys.readouterr().out
-    assert str(text) in output and "has changed" not in output
+    assert str(text) in output
+    assert "has changed" not in output
     assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
+    assert main(["--resume", *out]) == 2
+    assert "--max-iters" in capsys.readouterr().err
     text.write_text(TEXT[:5001])
-    assert main(["--resume", "--max-iters", "7", "--out-dir", out]) == 0 and "has changed" in capsys.readouterr().out
-
+    assert main(["--resume", "--max-iters", "7", *out]) == 0
+    assert "has changed" in capsys.readouterr().out
 
 # --------------------------------------------------------------------------------------------- nothing is ever lost
 
+def child(flags, out, rng, die_at=0):
+    """Run the command line in a process of its own, which dies at its `die_at`-th flush to the disk."""
+    pid = os.fork()
+    if pid:
+        return pid
+    flushes = itertools.count(1)
+    fsync = os.fsync
+
+    def flush(fd):
+        if next(flushes) == die_at:
+            if os.path.isfile(f"/proc/self/fd/{fd}"):  # not all had been written yet
+                os.ftruncate(fd, rng.randrange(os.fstat(fd).st_size))
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(fd)
+    os.fsync = flush
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    code = 99  # (of an exception)
+    try:
+        code = main([*flags, "--out-dir", str(out)])
+    finally:
+        os._exit(code)
+
+def what_is_left(out):
+    """A run's log (but for tokens_per_s, which a clock measures), its last checkpoint, and its files."""
+    rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    log = [row[:6] + row[7:] for row in rows]
+    return log, (out / "ckpt_30.safetensors").read_bytes(), sorted(path.name for path in out.iterdir())
+
 def kill_and_resume(kills, folder):
-    """Kill short runs at random moments, every second time inside a save, and resume them, up to five times each. Do
-    all end with the checkpoint and log of the run that was never stopped, to the last bit? Also a command (README)."""
-    rng, folder, fsync = random_numbers.Random(str(folder)), Path(folder), os.fsync
+    """Kill short runs at random moments, every second time inside a save, and resume them, up to five times each.
+    Do all end with the checkpoint and log of the run that was never stopped, to the last bit? Also a command."""
+    rng = random_numbers.Random(str(folder))
+    folder = Path(folder)
     BPETokenizer.train("", 256)  # what is imported now, no child need import
     (folder / "my.txt").write_text(TEXT[:20_000])
     start = ["--train", "--data", str(folder / "my.txt"), *SMALL, "--max-iters", "30", "--eval-interval", "15",
              "--save-every", "2", "--dropout", "0.1"]
-
-    def child(flags, out, die_at=0):
-        """Run the command line in a process of its own, which dies at its `die_at`-th flush to the disk."""
-        if (pid := os.fork()) == 0:
-            flushes = itertools.count(1)
-
-            def flush(fd):
-                if next(flushes) == die_at:
-                    if os.path.isfile(f"/proc/self/fd/{fd}"):  # not all had been written yet
-                        os.ftruncate(fd, rng.randrange(os.fstat(fd).st_size))
-                    os.kill(os.getpid(), signal.SIGKILL)
-                fsync(fd)
-            os.fsync, sys.stdout = flush, open(os.devnull, "w")  # noqa: SIM115
-            code = 99  # (of an exception)
-            try:
-                code = main([*flags, "--out-dir", str(out)])
-            finally:
-                os._exit(code)
-        return pid
-
-    def what_is_left(out):
-        rows = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
-        log = [row[:6] + row[7:] for row in rows]  # all but tokens_per_s, which a clock measures
-        return log, (out / "ckpt_30.safetensors").read_bytes(), sorted(p.name for p in out.iterdir())
-
-    began = time.perf_counter()
-    assert os.waitpid(child(start, folder / "whole"), 0)[1] == 0
-    began = time.perf_counter()  # (the first one also compiled)
-    assert os.waitpid(child(start, folder / "again"), 0)[1] == 0
-    took, want, killed, runs, same = time.perf_counter() - began, what_is_left(folder / "whole"), 0, 0, 0
+    for name in ("first", "whole"):  # (the first one also compiles)
+        began = time.perf_counter()
+        assert os.waitpid(child(start, folder / name, rng), 0)[1] == 0
+    took = time.perf_counter() - began
+    want = what_is_left(folder / "whole")
+    killed = 0
+    runs = 0
+    same = 0
     while killed < kills:
-        runs, times, flags = runs + 1, 0, start
+        runs += 1
+        times = 0
+        flags = start
         out = folder / str(runs)
         while times < 5 and killed < kills and not (out / "ckpt_30.safetensors").exists():
             inside_a_save = killed % 2
-            pid = child(flags, out, die_at=rng.randint(1, 20) if inside_a_save else 0)
+            pid = child(flags, out, rng, die_at=rng.randint(1, 20) if inside_a_save else 0)
             if not inside_a_save:
                 time.sleep(rng.uniform(0, took))
                 os.kill(pid, signal.SIGKILL)
             if os.waitpid(pid, 0)[1] == signal.SIGKILL:
-                times, killed = times + 1, killed + 1
+                times += 1
+                killed += 1
             flags = ["--resume"] if list(out.glob("ckpt_*.safetensors")) else start
-        os.waitpid(child(flags, out), 0)
+        os.waitpid(child(flags, out, rng), 0)
         log, checkpoint, files = what_is_left(out)
         same += (log, checkpoint) == want[:2] and not [name for name in files if name.endswith(".tmp")]
         shutil.rmtree(out)
     print(f"{same} of {runs} runs, killed {killed} times in all, {killed // 2} inside a save, ended with the same bits")
     return same == runs
-
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     processes = []
@@ -471,43 +1283,50 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     for process in processes:
         said = process.communicate()[0]
-        assert process.returncode == 0 and "killed 10 times in all, 5 inside a save" in said, said
-
+        assert process.returncode == 0, said
+        assert "killed 10 times in all, 5 inside a save" in said
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
-    events, replace = [], Path.replace
+    events = []
+    replace = Path.replace
     kind = lambda fd: "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(kind(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, path: events.append("name") or replace(self, path))
     with minimiggy.whole(tmp_path / "new") as file:
         file.write(b"text")
         assert not (tmp_path / "new").exists()
-    assert events == ["file", "name", "folder"] and (tmp_path / "new").read_bytes() == b"text"
+    assert events == ["file", "name", "folder"]
+    assert (tmp_path / "new").read_bytes() == b"text"
 
+@pytest.mark.parametrize(("number", "times", "whole_group", "code"), [
+    (signal.SIGTERM, 1, False, 143), (signal.SIGHUP, 1, True, 129), (signal.SIGINT, 1, True, 130),
+    (signal.SIGINT, 2, False, 130)])
+def test_signals_finish_the_step_and_save_and_two_stop_at_once(number, times, whole_group, code, tmp_path):
+    command = [sys.executable, str(FILE), *training_play(tmp_path), "--max-iters", "1000000", "--eval-interval",
+               "500000", "--save-every", "100"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not list(tmp_path.glob("ckpt_*.safetensors")) and process.poll() is None:
+        time.sleep(0.02)
+    for _ in range(times):
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        time.sleep(0.001)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    newest = list(minimiggy.checkpoints(tmp_path).values())[-1]
+    assert minimiggy.open_checkpoint(newest)[2] > 0
+    if times == 1:
+        assert "--resume --out-dir" in out
+        assert "stopping" in err
 
-def test_two_signals(tmp_path):
-    command = [sys.executable, str(HERE / "minimiggy.py"), "--train", "--data", "play", "--out-dir", str(tmp_path),
-               *SMALL, "--max-iters", "1000000", "--eval-interval", "500000", "--save-every", "100"]
-    for number, times, code in ((signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE)
-        while not list(tmp_path.glob("ckpt_*.safetensors")) and process.poll() is None:
-            time.sleep(0.02)
-        for _ in range(times):
-            process.send_signal(number)
-            time.sleep(0.001)
-        out, err = process.communicate(timeout=30)
-        assert process.returncode == code and "Traceback" not in err
-        newest = list(minimiggy.checkpoints(tmp_path).values())[-1]
-        assert minimiggy.open_checkpoint(newest)[2] > 0
-        if times == 1:
-            assert "--resume --out-dir" in out and "stopping" in err
-        for path in tmp_path.iterdir():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
-
+ODD = [-1, 0, 3, math.inf, "9" * 5000, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40],
+       [0, 2**40], [-8, 8]]
 
 def mutated(whole, rng):
-    """A checkpoint with something wrong: a flipped bit, a cut, or a header edited by someone who can sign it anew."""
-    kind, data = rng.randrange(4), bytearray(whole)
+    """A checkpoint with something wrong: a flipped bit, a cut, or a header edited by someone who signs it anew."""
+    kind = rng.randrange(4)
+    data = bytearray(whole)
     if kind == 0:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         return bytes(data)
@@ -516,107 +1335,109 @@ def mutated(whole, rng):
     if kind == 2:
         return rng.choice([0, 7, len(data), 2**31, 2**40, 2**64 - 1]).to_bytes(8, "little") + data[8:]
     length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:8 + length]), data[8 + length:]
-    metadata, name = header.pop("__metadata__"), rng.choice(list(header))
-    odd = [-1, 0, 3, math.inf, "9" * 5000, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40],
-           [0, 2**40], [-8, 8]]
+    header = json.loads(data[8:8 + length])
+    body = data[8 + length:]
+    metadata = header.pop("__metadata__")
     if rng.random() < 0.5:
-        entry = header[name]
+        entry = header[rng.choice(list(header))]
         key = rng.choice([*entry, "shape", "data_offsets"])
         if isinstance(entry[key], list) and rng.random() < 0.7:
-            entry[key][rng.randrange(len(entry[key]))] = rng.choice(odd)
+            entry[key][rng.randrange(len(entry[key]))] = rng.choice(ODD)
         else:
-            entry[key] = rng.choice([*odd, "F64", "BF16"])
+            entry[key] = rng.choice([*ODD, "F64", "BF16"])
     else:
         key = rng.choice([*metadata, "gpt_config", "tokenizer"])
         if key in ("gpt_config", "tokenizer", "train_config"):
             values = json.loads(metadata[key])
-            values[rng.choice([*values, "surprise"])] = rng.choice([*odd, [[0, 0]] * 200, [[-1, 5]], [[256, 256]]])
+            values[rng.choice([*values, "surprise"])] = rng.choice([*ODD, [[0, 0]] * 200, [[-1, 5]], [[256, 256]]])
             metadata[key] = json.dumps(values)
         else:
-            metadata[key] = rng.choice(odd)
+            metadata[key] = rng.choice(ODD)
     if rng.random() < 0.8 and all(type(value) is str for value in metadata.values()):
         metadata["sha256"] = minimiggy.sha256_of(header, metadata, [body])
     text = json.dumps({"__metadata__": metadata} | header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
-
 def test_500_mutated_checkpoints_load_exactly_or_are_refused_in_one_line(tokenizer, tmp_path):
-    model = GPT(GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=96), tokenizer=tokenizer)
+    model = GPT(dataclasses.replace(TINY, n_embd=96), tokenizer=tokenizer)
+    model.source = ("play", "0" * 64)
     whole = model.save_checkpoint(1, AdamW(model, QUICK), tmp_path).read_bytes()  # 3 MB
-    rng, path, loaded = random_numbers.Random(0), tmp_path / "bad", 0
+    rng = random_numbers.Random(0)
+    path = tmp_path / "bad"
+    loaded = 0
     for i in range(500):
         path.write_bytes(mutated(whole, rng))
         tracemalloc.start()
         try:
             again = minimiggy.open_checkpoint(path)[0]
-        except UserError as e:
-            assert str(path) in str(e) and "\n" not in str(e), i
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 400, i
         else:
-            assert same(again, model), i
+            assert same(weights(again), weights(model)), i
             loaded += 1
         assert tracemalloc.get_traced_memory()[1] < 2 * len(whole), i
         tracemalloc.stop()
     assert loaded < 100  # (what is left of those that only change, say, a learning rate, and are signed anew)
+    path.write_bytes(whole[:-1])
     assert main(["--sample", "x", "--checkpoint", str(path)]) == 2
 
-
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(number, tmp_path):
     model = GPT(TINY)
-    minimiggy.load_array(model.ln_f.bias, np.full(16, np.nan, np.float32))
+    load_array(model.ln_f.bias, np.full(16, number, np.float32))
+    path = model.save_checkpoint(1, None, tmp_path)
     with pytest.raises(UserError, match="not finite"):
-        GPT(TINY).load_checkpoint(model.save_checkpoint(1, None, tmp_path))
-
+        GPT(TINY).load_checkpoint(path)
 
 def test_resume_skips_a_damaged_newest_checkpoint_and_says_so(run, tmp_path, capsys):
     shutil.copytree(run[2], tmp_path / "run")
     (tmp_path / "run" / "ckpt_9.safetensors").write_bytes(b"half of a fi")
     path, *_, step = minimiggy.newest(tmp_path / "run")
-    assert step == 6 and path.name == "ckpt_6.safetensors" and "ckpt_9" in capsys.readouterr().out
+    assert step == 6
+    assert path.name == "ckpt_6.safetensors"
+    assert "ckpt_9" in capsys.readouterr().out
 
-
-def test_going_back_moves_the_abandoned_future_aside(tokenizer, ids, tmp_path, capsys):
-    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL, "--max-iters", "8", "--keep", "9"]
-    assert main(flags) == 0
-    back = ["--resume", "--checkpoint", str(tmp_path / "ckpt_4.safetensors"), "--out-dir", str(tmp_path), "--keep", "1"]
-    assert main([*back, "--max-iters", "5", "--learning-rate", "1e-3"]) == 0
-    assert set(minimiggy.checkpoints(tmp_path)) >= {5} and max(minimiggy.checkpoints(tmp_path)) == 5
+def test_going_back_moves_the_abandoned_future_aside(tmp_path):
+    assert main(training_play(tmp_path, "--max-iters", "8", "--keep", "9")) == 0
+    back = ["--resume", "--checkpoint", str(tmp_path / "ckpt_4.safetensors"), "--out-dir", str(tmp_path)]
+    assert main([*back, "--keep", "1", "--max-iters", "5", "--learning-rate", "1e-3"]) == 0
+    assert max(minimiggy.checkpoints(tmp_path)) == 5
     assert {path.name for path in (tmp_path / "run-1").iterdir()} == {"ckpt_6.safetensors", "ckpt_8.safetensors"}
 
-
 def test_a_mistake_moves_nothing_and_strangers_files_stay(tmp_path, capsys):
-    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL]
     (tmp_path / "notes.tmp").touch()
-    assert main(flags) == 0
+    assert main(training_play(tmp_path)) == 0
     before = sorted(tmp_path.iterdir())
-    (short := tmp_path.parent / "short.txt").write_text("To be")
-    assert main([*flags, "--data", str(short)]) == 2 and sorted(tmp_path.iterdir()) == before
+    short = tmp_path.parent / "short.txt"
+    short.write_text("To be")
+    assert main([*training_play(tmp_path), "--data", str(short)]) == 2
+    assert sorted(tmp_path.iterdir()) == before
     capsys.readouterr()
     for mistake in (["--export", ""], ["--sample", "x", "--out-dir", ""], ["--train", "--checkpoint", "x"],
                     ["--resume", "--init-from", "x"],
                     ["--eval-only", "--out-dir", str(tmp_path), "--data", str(short)]):
-        assert main(mistake) == 2 and capsys.readouterr().err.count("\n") == 1, mistake
-
+        assert main(mistake) == 2
+        assert capsys.readouterr().err.count("\n") == 1, mistake
 
 @pytest.mark.parametrize("damage", ["10,1", "²,1", "x", "10,a,b,c,d,e,f,g", "1,,,,,,,,,,"])
-def test_a_damaged_log_does_not_stop_a_run(damage, tokenizer, ids, tmp_path):
-    model = GPT(TINY, tokenizer=tokenizer)
-    optimizer = train(model, QUICK, ids, ids[:500], out_dir=tmp_path)
+def test_a_damaged_log_does_not_stop_a_run(damage, run, ids, tmp_path):
+    shutil.copytree(run[2], tmp_path, dirs_exist_ok=True)
     good = (tmp_path / "log.csv").read_text()
     (tmp_path / "log.csv").write_text(good + damage)
-    longer = dataclasses.replace(QUICK, max_iters=9)
-    train(model, longer, ids, ids[:500], optimizer=optimizer, start=6, out_dir=tmp_path)
+    model, config, step = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
+    train(model, dataclasses.replace(config, max_iters=7), ids, ids[:500], start=step, out_dir=tmp_path)
     text = (tmp_path / "log.csv").read_text()
-    assert text.startswith(good) and damage not in text.splitlines() and len(text.splitlines()) == 4
-
+    assert text.startswith(good)
+    assert damage not in text.splitlines()
+    assert len(text.splitlines()) == 4
 
 def test_a_signal_during_an_evaluation_still_saves(tokenizer, ids, tmp_path, monkeypatch):
-    stop, real = [], minimiggy.Evaluator.mean
-    monkeypatch.setattr(minimiggy.Evaluator, "mean", lambda *args: stop.append(1) or real(*args))
-    config = TrainConfig(batch_size=4, max_iters=100, eval_interval=3, eval_iters=1, save_every=50)
+    stop = []
+    mean = minimiggy.Evaluator.mean
+    monkeypatch.setattr(minimiggy.Evaluator, "mean", lambda *args: stop.append(1) or mean(*args))
+    config = dataclasses.replace(QUICK, max_iters=100, save_every=50)
     train(GPT(TINY, tokenizer=tokenizer), config, ids, ids[:500], out_dir=tmp_path, stop=stop)
     assert list(minimiggy.checkpoints(tmp_path)) == [3]
-
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     for step in range(1, 8):
@@ -625,95 +1446,67 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
                                   "9,1.0,1.0,,,,,"])
     assert list(minimiggy.checkpoints(tmp_path)) == [2, 6, 7]
 
-
 def test_a_full_disk_stops_nothing_and_loses_nothing(tokenizer, ids, tmp_path, monkeypatch, capsys):
-    real, full_at, limit = minimiggy.save_run, {4}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = minimiggy.save_run
+    full_at = {4}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save_run(model, optimizer, step, *rest):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000 if step in full_at else limit[0], limit[1]))
         try:
-            real(model, optimizer, step, *rest)
+            save(model, optimizer, step, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
     monkeypatch.setattr(minimiggy, "save_run", save_run)
-    config = TrainConfig(batch_size=4, max_iters=6, eval_interval=2, eval_iters=1)
+    config = dataclasses.replace(QUICK, eval_interval=2)
     train(GPT(TINY, tokenizer=tokenizer), config, ids, ids[:500], out_dir=tmp_path / "a")
     assert list(minimiggy.checkpoints(tmp_path / "a")) == [2, 6]
     assert "step 4 could not be saved" in capsys.readouterr().out
-    full_at |= {6}
+    full_at.add(6)
     with pytest.raises(minimiggy.TrainingFailed, match="step 6 could not be saved"):
         train(GPT(TINY, tokenizer=tokenizer), config, ids, ids[:500], out_dir=tmp_path / "b")
     assert minimiggy.open_checkpoint(tmp_path / "b" / "ckpt_2.safetensors")[2] == 2
-    assert not list(tmp_path.glob("*/*.tmp")) and len((tmp_path / "b" / "log.csv").read_text().splitlines()) == 4
+    assert not list(tmp_path.glob("*/*.tmp"))
+    assert len((tmp_path / "b" / "log.csv").read_text().splitlines()) == 4
     monkeypatch.setattr(minimiggy, "train", functools.partial(throw, minimiggy.TrainingFailed("no room")))
-    assert main(["--train", "--data", "play", "--out-dir", str(tmp_path / "c"), *SMALL]) == 1
+    assert main(training_play(tmp_path / "c")) == 1
 
-
-def throw(error, *args, **kwargs):
-    raise error
-
-
-def test_numbers_that_go_wrong_stop_the_run_before_they_are_saved(tokenizer, ids, tmp_path):
-    model = GPT(TINY, tokenizer=tokenizer)
-    optimizer = train(model, QUICK, ids, out_dir=tmp_path)
-    weights = model.ln_f.bias.numpy().copy()
-    weights[5] = math.inf
-    minimiggy.load_array(model.ln_f.bias, weights)
-    longer = TrainConfig(batch_size=4, max_iters=9, eval_interval=1, eval_iters=1)
-    with pytest.raises(minimiggy.TrainingFailed, match="step 7 went wrong: with seed 1337 and learning rate 7.00e-05"):
-        train(model, longer, ids, optimizer=optimizer, start=6, out_dir=tmp_path)
+def test_numbers_that_go_wrong_stop_the_run_before_they_are_saved(run, ids, tmp_path):
+    shutil.copytree(run[2], tmp_path, dirs_exist_ok=True)
+    model, config, step = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
+    model.wte.weight.assign(model.wte.weight * math.inf).realize()
+    longer = dataclasses.replace(config, max_iters=9, learning_rate=7e-5, min_lr=7e-5, eval_interval=1)
+    words = "step 7 went wrong: with seed 1337 and learning rate 7.00e-05"
+    with pytest.raises(minimiggy.TrainingFailed, match=words):
+        train(model, longer, ids, start=step, out_dir=tmp_path)
     assert list(minimiggy.checkpoints(tmp_path)) == [3, 6]
 
-
 def test_only_one_run_at_a_time_and_none_is_overwritten(tmp_path, capsys):
-    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path), *SMALL]
     with minimiggy.alone(tmp_path):
-        assert main(flags) == 2 and "another run is at work" in capsys.readouterr().err
-    assert main([*flags, "--seed", "1"]) == 0 and main([*flags, "--no-checkpoint"]) == 0
+        assert main(training_play(tmp_path)) == 2
+        assert "another run is at work" in capsys.readouterr().err
+    assert main(training_play(tmp_path, "--seed", "1")) == 0
+    assert main(training_play(tmp_path, "--no-checkpoint")) == 0
     assert minimiggy.open_checkpoint(tmp_path / "run-1" / "ckpt_4.safetensors")[1].seed == 1
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["log.csv", "samples.txt"]
-
-
-@pytest.mark.parametrize(("raw", "text"), [
-    (b"\xef\xbb\xbfto be\r\nor not", "to be\nor not"), (b"\0" * 300_000, "\0" * 300_000),
-    (b" " * 300_000, " " * 300_000), ("שלום עולם 👩‍👩‍👧 ".encode() * 9000, "שלום עולם 👩‍👩‍👧 " * 9000),
-    (b"one line " * 20_000, "one line " * 20_000), ("漢字".encode() * 40_000, "漢字" * 40_000)])
-def test_any_text_is_read_learned_and_encoded_without_loss(raw, text, tmp_path):
-    (tmp_path / "my.txt").write_bytes(raw)
-    read = minimiggy.read_text(tmp_path / "my.txt")
-    assert read == text.encode() and b"".join(minimiggy.split_text(read)) == read
-    tokenizer = BPETokenizer.train(text, 300)
-    assert tokenizer.decode(tokenizer.encode_array(read).tolist()) == text
-
-
-def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
-    (tmp_path / "my.txt").write_bytes(b"x" * 3_000_000 + b"caf\xe9 and more")
-    with pytest.raises(UserError, match="byte 0xe9 at offset 3000003"):
-        minimiggy.read_text(tmp_path / "my.txt")
-    assert minimiggy.read_text(tmp_path / "my.txt", replace=True).endswith("caf\ufffd and more".encode())
-
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} <= {".csv", ".txt"}
 
 @pytest.mark.parametrize("prompt", ["", "x" * 500, "שלום 👩‍👩‍👧 \0", "\udce9 from a shell"])
 def test_any_prompt_is_written_on_from(run, prompt, capsys):
     assert main(["--sample", prompt, "--out-dir", str(run[2]), "--max-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith(minimiggy.printable(prompt))
 
-
-# A knob's values just outside its range, and what is no number; `--sample` flags need no checkpoint to be refused.
-BAD = [(flags, f"--{f.name.replace('_', '-')}", value)
-       for flags, config in (("--train", GPTConfig), ("--train", TrainConfig), ("--sample=x", minimiggy.SampleConfig))
-       for f in dataclasses.fields(config) for value in ("nan", "many", "", "-1", "1e99", "9" * 30)]
-
-
 def test_every_flag_refuses_bad_values_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for mode, flag, value in [*BAD, *(("--train", "--devices", v) for v in ("0", "-1", "many", "9" * 30))]:
-        assert main([mode, f"{flag}={value}"]) == 2, (flag, value)
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and flag in error, (flag, value, error)
+    flags = [(mode, minimiggy.flag_of(field.name)) for mode, config in (
+        ("--train", GPTConfig), ("--train", TrainConfig), ("--sample=x", minimiggy.SampleConfig))
+        for field in dataclasses.fields(config)]
+    for mode, flag in [*flags, ("--train", "--devices")]:
+        for value in ("nan", "many", "", "-1", "1e99", "9" * 30):  # just outside its range, or no number
+            assert main([mode, f"{flag}={value}"]) == 2, (flag, value)
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and flag in error, (flag, value, error)
     assert not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize("flags", [["--n-layer", "3"], ["--n_embd", "32"], ["--vocab-size", "999"],
                                    ["--tokenizer", "gpt2"]])
@@ -722,30 +1515,19 @@ def test_model_flags_that_contradict_the_checkpoint_are_named(run, flags, capsys
         assert main([*mode, "--out-dir", str(run[2]), *flags]) == 2
         assert flags[0].replace("_", "-") in capsys.readouterr().err
 
-
 @pytest.mark.parametrize(("flags", "names"), [
-    (["--train", "--init-from", "nowhere"], "nowhere"),
-    (["--export", "x", "--checkpoint", "nowhere"], "nowhere"),
-    (["--train", "--data", "no/such/file.txt"], "no/such/file.txt"),
-    (["--train", "--data", "EMPTY"], "empty"),
-    (["--train", "--data", "SHORT"], "--block-size"),
-    (["--train", "--data", "LATIN1"], "offset 3"),
-    (["--train", "--data", "."], "no such file"),
-    (["--train", "--n-head", "3"], "--n-head 3"),
-    (["--train", "--n-layer", "0"], "--n-layer"),
-    (["--train", "--n_embd", "-4"], "--n-embd"),
-    (["--train", "--batch-size", "many"], "batch"),
-    (["--train", "--learning-rate", "nan"], "--learning-rate"),
-    (["--train", "--dropout", "1.5"], "--dropout"),
-    (["--train", "--vocab-size", "100"], "256"),
-    (["--train", "--tokenizer", "words"], "words"),
-    (["--train", "--sample", "x"], "not allowed"),
-    (["--frobnicate"], "--help"),
-    (["--sample", "x", "--out-dir", "nowhere"], "--train"),
+    (["--train", "--init-from", "nowhere"], "nowhere"), (["--export", "x", "--checkpoint", "nowhere"], "nowhere"),
+    (["--train", "--data", "no/such/file.txt"], "no/such/file.txt"), (["--train", "--data", "EMPTY"], "empty"),
+    (["--train", "--data", "SHORT"], "--block-size"), (["--train", "--data", "LATIN1"], "offset 3"),
+    (["--train", "--data", "."], "no such file"), (["--train", "--n-head", "3"], "--n-head 3"),
+    (["--train", "--n-layer", "0"], "--n-layer"), (["--train", "--n_embd", "-4"], "--n-embd"),
+    (["--train", "--batch-size", "many"], "batch"), (["--train", "--learning-rate", "nan"], "--learning-rate"),
+    (["--train", "--dropout", "1.5"], "--dropout"), (["--train", "--vocab-size", "100"], "256"),
+    (["--train", "--tokenizer", "words"], "words"), (["--train", "--sample", "x"], "not allowed"),
+    (["--frobnicate"], "--help"), (["--sample", "x", "--out-dir", "nowhere"], "--train"),
     (["--sample", "x", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--sample", "x", "--temperature", "-1"], "--temperature"),
-    (["--resume", "--out-dir", "nowhere"], "--train"),
-    ([], "--help")])
+    (["--sample", "x", "--temperature", "-1"], "--temperature"), (["--resume", "--out-dir", "nowhere"], "--train"),
+    (["--train", "--plain", "--devices", "2"], "--devices"), ([], "--help")])
 def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeypatch, capsys):
     (tmp_path / "EMPTY").write_text("")
     (tmp_path / "SHORT").write_text("To be")
@@ -753,61 +1535,41 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     error = capsys.readouterr().err
-    assert error.startswith("minimiggy: ") and error.count("\n") == 1 and names in error
+    assert error.startswith("minimiggy: ")
+    assert error.count("\n") == 1
+    assert names in error
     assert not (tmp_path / "checkpoints").exists()
 
+def test_an_error_that_nobody_thought_of_is_one_line_with_exit_code_70(monkeypatch, capsys):
+    monkeypatch.setattr(minimiggy, "check_flags", functools.partial(throw, ZeroDivisionError("x" * 900)))
+    assert main(["--gradcheck"]) == 70
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ZeroDivisionError" in error and "--debug" in error
+    assert len(error) < 350
+    assert main(["--gradcheck", "--debug"]) == 70
+    assert "Traceback" in capsys.readouterr().err
 
-SHAKEN = {"block_size": 32, "n_layer": 2, "n_head": 3, "n_embd": 48}
-
+# ------------------------------------------------------------------------------- at home elsewhere: with transformers
 
 @pytest.fixture(scope="session")
 def learned():
     return BPETokenizer.train(TEXT[:100_000], 700)
 
-
-def shaken(tokenizer, vocab_size=None, **sizes):
+def shaken(tokenizer):
     """A model whose every number is random, biases and norms too."""
-    model = GPT(GPTConfig(**SHAKEN | sizes, vocab_size=vocab_size or tokenizer.vocab_size), tokenizer=tokenizer)
-    rng = np.random.default_rng(0)
-    arrays = {name: 0.3 * rng.standard_normal(shape) + name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
-              for name, shape in ((n, t.shape) for n, t in model.parameters().items())}
-    for name, array in arrays.items():
-        minimiggy.load_array(model.parameters()[name], array.astype(np.float32))
-    return model
-
+    return shake(GPT(GPTConfig(32, tokenizer.vocab_size, 2, 3, 48), tokenizer=tokenizer), 0.3)
 
 @pytest.fixture(scope="session")
 def exported(learned, tmp_path_factory):
-    folder, model = tmp_path_factory.mktemp("export"), shaken(learned)
+    folder = tmp_path_factory.mktemp("export")
+    model = shaken(learned)
     minimiggy.export(model, folder)
     return model, folder
 
-
-def random_strings(n):
-    """Texts of many scripts, white space, controls, emoji, contractions, lone digits, and pieces of the play."""
-    rng = random_numbers.Random(1)
-    ranges = [(0, 32), (32, 127), (127, 256), (0x370, 0x400), (0x590, 0x700), (0x900, 0xA00), (0xE00, 0xF00),
-              (0x2000, 0x2070), (0x3040, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900),
-              (0x10000, 0x10400), (0x1D400, 0x1D800), (0x1F300, 0x1F700), (0xE0000, 0x110000)]
-    pieces = ["  ", "\t\t ", " \n\n", "\r\n", "\u00a0", "\u2003", "\x85", "it's", "WE'LL", "'re", " '", "0", " 7", "½",
-              "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "aaaaaaa", "----", "abcd", " abcd", "<|endoftext|>", "\0", "\ufeff"]
-
-    def piece():
-        kind, at = rng.randrange(3), rng.randrange(len(TEXT) - 30)
-        low, high = rng.choice(ranges)
-        return (rng.choice(pieces) if kind == 0 else TEXT[at:at + rng.randrange(1, 30)] if kind == 1 else
-                "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 6))))
-    return ["".join(piece() for _ in range(rng.randrange(20))) for _ in range(n)]
-
-
-def logits(model, ids):
-    return model(Tensor(np.array(ids, np.int32))).numpy()
-
-
-# ------------------------------------------------------------------------------- at home elsewhere: with transformers
-
 def test_transformers_computes_the_same_logits_from_an_export(exported):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     model, folder = exported
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
@@ -816,24 +1578,23 @@ def test_transformers_computes_the_same_logits_from_an_export(exported):
         want = theirs.eval()(**tokens).logits.numpy()
     assert np.abs(logits(model, tokens["input_ids"].tolist()) - want).max() < 1e-4
 
-
 @pytest.mark.parametrize("kind", ["learned", "bytes", "a token that no merge reaches"])
 def test_transformers_cuts_any_text_into_the_same_tokens(kind, learned, exported, tmp_path):
     transformers = pytest.importorskip("transformers")
-    tokenizer, folder = learned, exported[1]
+    tokenizer = learned
+    folder = exported[1]
     if kind != "learned":  # bc comes first, so abcd is a token, but xabcd is x|a|bc|d
         a, b, c, d = b"abcd"
-        merges = [] if kind == "bytes" else [(b, c), (a, b), (c, d), (257, 258)]
-        tokenizer, folder = BPETokenizer("bpe", merges), tmp_path
+        tokenizer = BPETokenizer("bpe", [] if kind == "bytes" else [(b, c), (a, b), (c, d), (257, 258)])
+        folder = tmp_path
         assert kind == "bytes" or tokenizer.encode("abcd") == [259]
         minimiggy.export(shaken(tokenizer), folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=10**9)
     assert len(theirs) == tokenizer.vocab_size
-    for text in [*random_strings(1000), TEXT[:200_000]]:
+    for text in [*random_strings(1000), TEXT[:200_000], "漢字" * 40_000]:
         ids = theirs.encode(text)
-        assert ids == tokenizer.encode(text)
+        assert ids == tokenizer.encode(text) == tokenizer.encode_array(text.encode()).tolist()
         assert theirs.decode(ids) == text
-
 
 @pytest.mark.parametrize("letters", ["ab", "abc"])
 def test_one_merge_a_token_is_enough(letters):
@@ -845,15 +1606,21 @@ def test_one_merge_a_token_is_enough(letters):
         word = lambda n: "".join(rng.choices(letters, k=rng.randrange(1, n)))
         tokenizer = BPETokenizer.train(" ".join(word(40) for _ in range(300)), 400)
         ids = minimiggy.vocabulary(tokenizer)
-        merges = [tuple(parts) for token in ids if len(parts := minimiggy.last_parts(token, ids)) == 2]
-        theirs = Tokenizer(models.BPE(ids, merges))
+        parts = [minimiggy.last_parts(token, ids) for token in ids]
+        theirs = Tokenizer(models.BPE(ids, [tuple(pair) for pair in parts if len(pair) == 2]))
         for text in [word(200) for _ in range(100)]:
             assert theirs.encode(text).ids == tokenizer.encode(text)
 
+def test_a_token_is_made_of_the_two_parts_that_its_merges_leave():
+    tokenizer = BPETokenizer("bpe", [(97, 110), (98, 256), (256, 97), (257, 258)])  # chapter 3's banana
+    ids = minimiggy.vocabulary(tokenizer)
+    assert minimiggy.last_parts("ana", ids) == ["an", "a"]
+    assert minimiggy.last_parts("banana", ids) == ["ban", "ana"]
 
-@pytest.mark.parametrize("form", ["as saved", "bare names and masks", "no config", "bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["as saved", "bare names and masks", "no config", "bfloat16", "float16", "shards"])
 def test_a_model_of_transformers_computes_the_same_logits_here(form, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -861,7 +1628,8 @@ def test_a_model_of_transformers_computes_the_same_logits_here(form, tmp_path):
     file = tmp_path / "model.safetensors"
     if form in ("bfloat16", "float16"):
         theirs = theirs.to(getattr(torch, form))
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, max_shard_size="500KB" if form == "shards" else "1GB")
+    assert file.exists() == (form != "shards")
     theirs = theirs.float()
     if form == "bare names and masks":
         arrays = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
@@ -871,24 +1639,23 @@ def test_a_model_of_transformers_computes_the_same_logits_here(form, tmp_path):
         save_file(arrays | {"lm_head.weight": arrays["wte.weight"].clone()}, file)
     if form == "no config":
         (tmp_path / "config.json").unlink()
-    model, ids = minimiggy.init_from(str(tmp_path)), torch.arange(48).reshape(2, 24) * 4
+    model = minimiggy.init_from(str(tmp_path))
+    ids = torch.arange(48).reshape(2, 24) * 4
     with torch.no_grad():
         want = theirs(ids).logits.numpy()
     assert np.abs(logits(model, ids.tolist()) - want).max() < 1e-4
     assert model.tokenizer is None
-
 
 # --------------------------------------------------------------------------------------------- without transformers
 
 def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path, monkeypatch):
     """With a stand-in of its size, whose bytes are in another order than ours, as GPT-2's are."""
     import tiktoken
-    pairs = map(bytes, itertools.product(range(256), repeat=2))
-    tokens = [bytes([255 - b]) for b in range(256)] + list(pairs)
+    tokens = [bytes([255 - b]) for b in range(256)] + list(map(bytes, itertools.product(range(256), repeat=2)))
     encoding = tiktoken.Encoding("gpt2", pat_str=minimiggy.SPLIT, special_tokens={"<|endoftext|>": 50256},
                                  mergeable_ranks={token: i for i, token in enumerate(tokens[:50256])})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    model = GPT(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=8), tokenizer=BPETokenizer("gpt2"))
+    model = GPT(GPTConfig(4, 50257, 1, 1, 8), tokenizer=BPETokenizer("gpt2"))
     minimiggy.export(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 50256
     assert len((tmp_path / "merges.txt").read_text().splitlines()) == 50001
@@ -897,40 +1664,34 @@ def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path, monkeypatch):
         (tmp_path / name).unlink()
     assert minimiggy.init_from(str(tmp_path)).tokenizer.name == "gpt2"
 
-
 def test_an_export_comes_back_bit_by_bit(exported):
     model, folder = exported
     back = minimiggy.init_from(str(folder))
     assert back.config == model.config
-    assert same(back, model)
+    assert same(weights(back), weights(model))
     for text in [*random_strings(1000), TEXT]:
         assert back.tokenizer.encode(text) == model.tokenizer.encode(text)
 
+def test_a_model_without_a_tokenizer_goes_out_and_comes_back(exported, tmp_path):
+    minimiggy.export(GPT(exported[0].config), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert minimiggy.init_from(str(tmp_path)).tokenizer is None
 
-@pytest.mark.parametrize("change", ["vocab.json only", "tokenizer.json only", "re-sorted", "model without tokenizer"])
+@pytest.mark.parametrize("change", ["no tokenizer.json", "no vocab.json", "re-sorted"])
 def test_a_tokenizer_comes_back_from_either_file(change, exported, tmp_path):
     model, folder = exported
     for name in ("config.json", "model.safetensors", "vocab.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    if change == "model without tokenizer":
-        model.tokenizer, kept = None, model.tokenizer
-        minimiggy.export(model, tmp_path / "bare")
-        model.tokenizer = kept
-        assert {path.name for path in (tmp_path / "bare").iterdir()} == {"config.json", "model.safetensors"}
-        assert minimiggy.init_from(str(tmp_path / "bare")).tokenizer is None
-        return
     if change == "re-sorted":
         saved = json.loads((tmp_path / "tokenizer.json").read_text())
         (tmp_path / "tokenizer.json").write_text(json.dumps(saved, sort_keys=True))
     else:
-        (tmp_path / {"v": "tokenizer.json", "t": "vocab.json"}[change[0]]).unlink()
+        (tmp_path / change[3:]).unlink()
     assert minimiggy.init_from(str(tmp_path)).tokenizer.encode(TEXT[:9999]) == model.tokenizer.encode(TEXT[:9999])
-
 
 FOREIGN = {"no vocabulary": "{}", "cut off": '{"model": {"vocab": {"a"',
            "a list": '{"model": {"vocab": [["a", -1.5]]}}',
            "two tokens": '{"model": {"vocab": {"a": 0, "b": 1}}}', "bytes in another order": None, "too few": None}
-
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_tokenizer_is_left_out_and_that_is_said(kind, exported, tmp_path, capsys):
@@ -943,13 +1704,11 @@ def test_a_foreign_tokenizer_is_left_out_and_that_is_said(kind, exported, tmp_pa
     assert minimiggy.init_from(str(tmp_path)).tokenizer is None
     assert "without one" in capsys.readouterr().out
 
-
 def test_a_smaller_block_keeps_the_first_positions(exported):
     model, folder = exported
-    short, ids = minimiggy.init_from(str(folder / "model.safetensors"), block_size=5), [[1, 2, 3, 4, 5]]
+    short = minimiggy.init_from(str(folder / "model.safetensors"), block_size=5)
     assert short.config.block_size == 5
-    assert np.abs(logits(short, ids) - logits(model, ids)).max() < 1e-5
-
+    assert np.abs(logits(short, [[1, 2, 3, 4, 5]]) - logits(model, [[1, 2, 3, 4, 5]])).max() < 1e-5
 
 WRONG = {  # changes to config.json, changes to the weights, and what the line says
     "activation": ({"activation_function": "gelu"}, {}, 'config.json: activation_function is "gelu"'),
@@ -966,9 +1725,7 @@ WRONG = {  # changes to config.json, changes to the weights, and what the line s
     "unknown": ({}, {"transformer.h.0.extra": np.zeros(3, "f4")}, "transformer.h.0.extra"),
     "missing": ({}, {"transformer.h.1.mlp.c_fc.bias": None}, "transformer.h.1.mlp.c_fc.bias is missing"),
     "no embedding": ({}, {"transformer.wte.weight": None}, "transformer.wte.weight"),
-    "shape": ({}, {"transformer.ln_f.bias": np.zeros(47, "f4")}, "transformer.ln_f.bias is float32 (47,)"),
-}
-
+    "shape": ({}, {"transformer.ln_f.bias": np.zeros(47, "f4")}, "transformer.ln_f.bias is float32 (47,)")}
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_does_not_fit_is_refused_in_one_line(case, exported, tmp_path):
@@ -981,21 +1738,30 @@ def test_what_does_not_fit_is_refused_in_one_line(case, exported, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(None if change is None else config | change))
     with pytest.raises(UserError) as error:
         minimiggy.init_from(str(tmp_path))
-    assert names in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert names in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
 
-
-def test_a_larger_block_and_a_missing_file_are_refused(exported, tmp_path):
+def test_a_larger_block_a_missing_file_and_a_pickle_are_refused(exported, tmp_path):
     with pytest.raises(UserError, match="only 32 positions"):
         minimiggy.init_from(str(exported[1]), block_size=33)
     with pytest.raises(UserError, match="nowhere"):
         minimiggy.init_from(str(tmp_path / "nowhere"))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickle"):
+        minimiggy.init_from(str(tmp_path))
 
+def test_gpt2s_weights_do_not_enter_a_model_with_another_formula(exported, tmp_path):
+    module, _ = edited(RELU2, tmp_path)
+    with pytest.raises(module.UserError, match="no GPT-2"):
+        module.init_from(str(exported[1]))
 
 # ---------------------------------------------------------------------------------------------------------- the hub
 
 class Hub(BaseHTTPRequestHandler):
     """Announces its file like huggingface.co, and redirects to a store, which knows Range; `cut` stops half-way."""
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
     def do_HEAD(self):
         sha256 = hashlib.sha256(self.server.body).hexdigest()
@@ -1006,7 +1772,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path != "/store":
-            return self.do_HEAD()
+            self.do_HEAD()
+            return
         self.server.asked.append(self.headers.get("Range"))
         body = self.server.body
         start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if self.server.ranges else 0
@@ -1015,15 +1782,17 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[start:len(body) // 2] if self.server.cut else body[start:])
 
-
 @pytest.fixture
 def hub(exported, tmp_path, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     server.body = (exported[1] / "model.safetensors").read_bytes()
-    server.asked, server.cut, server.lie, server.ranges = [], False, None, True
+    server.asked = []
+    server.cut = False
+    server.lie = None
+    server.ranges = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(minimiggy, "HUB", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(minimiggy, "cache_folder", lambda: tmp_path / "minimiggy")
     monkeypatch.chdir(tmp_path)
     server.folder = tmp_path / "minimiggy" / "gpt2"
     server.folder.mkdir(parents=True)
@@ -1032,34 +1801,34 @@ def hub(exported, tmp_path, monkeypatch):
     server.shutdown()
     server.server_close()
 
-
 def files(hub):
     return {path.name: path.stat().st_size for path in hub.folder.iterdir() if path.name != "config.json"}
-
 
 def test_a_model_from_the_hub_is_fetched_once_with_progress(hub, exported, monkeypatch):
     lines = []
     monkeypatch.setattr(minimiggy, "show", lines.append)
     for _ in range(2):
-        assert same(minimiggy.init_from("gpt2"), exported[0])
+        assert same(weights(minimiggy.init_from("gpt2")), weights(exported[0]))
     size = len(hub.body)
-    assert files(hub) == {"model.safetensors": size} and hub.asked == [None]
+    assert files(hub) == {"model.safetensors": size}
+    assert hub.asked == [None]
     assert f"downloading model.safetensors: {size / 1e6:.1f} of {size / 1e6:.1f} MB" in lines
-
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_cut_download_goes_on_where_it_stopped(hub, ranges):
-    hub.cut, hub.ranges = True, ranges
+    hub.cut = True
+    hub.ranges = ranges
     with pytest.raises(UserError):
         minimiggy.init_from("gpt2")
     kept = files(hub)["model.safetensors.part"]
-    assert len(files(hub)) == 1 and 1 << 17 <= kept <= len(hub.body) // 2
+    assert len(files(hub)) == 1
+    assert 1 << 17 <= kept <= len(hub.body) // 2
     hub.cut = False
     minimiggy.init_from("gpt2")
-    assert files(hub) == {"model.safetensors": len(hub.body)} and hub.asked == [None, f"bytes={kept}-"]
+    assert files(hub) == {"model.safetensors": len(hub.body)}
+    assert hub.asked == [None, f"bytes={kept}-"]
 
-
-@pytest.mark.parametrize("tail, works", [(b"", True), (b"more", False)])
+@pytest.mark.parametrize(("tail", "works"), [(b"", True), (b"more", False)])
 def test_a_part_that_is_complete_is_checked_and_used(hub, tail, works):
     (hub.folder / "model.safetensors.part").write_bytes(hub.body + tail)
     if works:
@@ -1069,25 +1838,24 @@ def test_a_part_that_is_complete_is_checked_and_used(hub, tail, works):
             minimiggy.init_from("gpt2")
     assert files(hub) == ({"model.safetensors": len(hub.body)} if works else {})
 
-
-@pytest.mark.parametrize("announced, asked", [("0" * 64, [None]), ("6f1ed002", [])])
+@pytest.mark.parametrize(("announced", "asked"), [("0" * 64, [None]), ("6f1ed002", [])])
 def test_a_wrong_checksum_or_none_leaves_nothing(announced, asked, hub):
     hub.lie = announced
     with pytest.raises(UserError, match="SHA-256"):
         minimiggy.init_from("gpt2")
-    assert files(hub) == {} and hub.asked == asked
-
+    assert files(hub) == {}
+    assert hub.asked == asked
 
 def test_without_a_network_the_line_says_what_to_bring_where(tmp_path, monkeypatch):
     monkeypatch.setattr(minimiggy, "HUB", "http://127.0.0.1:1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(minimiggy, "cache_folder", lambda: tmp_path / "minimiggy")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         minimiggy.init_from("gpt2-xl")
-    url, path = "http://127.0.0.1:1/gpt2-xl/resolve/main/model.safetensors", tmp_path / "minimiggy/gpt2-xl"
-    assert f"bring {url} to {path}/model.safetensors" in str(error.value) and "\n" not in str(error.value)
+    url = "http://127.0.0.1:1/gpt2-xl/resolve/main/model.safetensors"
+    assert f"bring {url} to {tmp_path}/minimiggy/gpt2-xl/model.safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
 
 # ------------------------------------------------------------------------------------------- what people expect
 
@@ -1096,48 +1864,52 @@ def test_prompts_from_a_file_and_from_standard_input_and_several_samples(run, tm
     (tmp_path / "prompt.txt").write_text("ROMEO:\n")
     assert main(["--sample", "ROMEO:\n", *flags]) == 0
     want = capsys.readouterr().out
-    assert main(["--sample", f"FILE:{tmp_path / 'prompt.txt'}", *flags]) == 0 and capsys.readouterr().out == want
+    assert main(["--sample", f"FILE:{tmp_path / 'prompt.txt'}", *flags]) == 0
+    assert capsys.readouterr().out == want
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"ROMEO:\n")))
     assert main(["--sample", "-", "--num-samples", "3", *flags]) == 0
     samples = capsys.readouterr().out
-    assert samples.startswith(want) and samples.count("ROMEO:\n") >= 3
-    assert main(["--sample", "FILE:nowhere.txt", *flags]) == 2 and "nowhere.txt" in capsys.readouterr().err
-
+    assert samples.startswith(want)
+    assert samples.count("ROMEO:\n") >= 3
+    assert main(["--sample", "FILE:nowhere.txt", *flags]) == 2
+    assert "nowhere.txt" in capsys.readouterr().err
 
 @pytest.mark.parametrize("stop", ["", "é\n", "👩", "b", "no such text", "x" * 300])
-def test_streaming_never_tears_a_character_and_ends_before_the_stop(run, stop, monkeypatch, capsys):
+def test_streaming_never_tears_a_character_and_ends_before_the_stop(run, stop, monkeypatch):
     text = "ab 👩‍👩‍👧 é\nnext b"
-    monkeypatch.setattr(minimiggy.Writer, "stream", lambda *args, **how: iter(text.encode()))  # a token for each byte
+    writer = SimpleNamespace(stream=lambda *args, **how: iter(text.encode()))  # a token for each byte
     prints = []
     monkeypatch.setattr("builtins.print", lambda *args, **how: prints.append(args[0]))
-    minimiggy.sample(run[0], "", 99, 0, stop)
-    assert "".join(prints) == (text.split(stop)[0] if stop else text) and "\ufffd" not in "".join(prints)
-
+    minimiggy.sample(run[0], "", 99, 0, stop, writer=writer)
+    assert "".join(prints) == (text.split(stop)[0] if stop else text)
+    assert "\ufffd" not in "".join(prints)
 
 def test_eval_only_gives_the_loss_of_the_whole_validation_text(run, tmp_path, capsys):
     model, _, folder = run
     (tmp_path / "my.txt").write_text(TEXT[:9000])
-    assert main(["--eval-only", "--out-dir", str(folder), "--data", str(tmp_path / "my.txt")]) == 0
+    said = set()
+    for size in ("4", "7"):
+        flags = ["--out-dir", str(folder), "--data", str(tmp_path / "my.txt"), "--batch-size", size]
+        assert main(["--eval-only", *flags]) == 0
+        said.add(re.search(r": ([0-9.]+) nats", capsys.readouterr().out)[1])
+    assert len(said) == 1
     ids = model.tokenizer.encode(TEXT[8100:9000])
-    p = {name: array.astype(np.float64) for name, array in ((n, t.numpy()) for n, t in model.parameters().items())}
     windows = np.array([ids[i:i + 9] for i in range(len(ids) - 8)])
-    want = numpy_loss(p, windows[:, :-1], windows[:, 1:], TINY.n_layer, TINY.n_head)
-    got = float(re.search(r": ([0-9.]+) nats", capsys.readouterr().out)[1])
-    assert got == pytest.approx(want, abs=0.02)  # the reference reads every place at every distance
-
+    want = numpy_loss(in_float64(model), windows[:, :-1], windows[:, 1:], TINY.n_layer, TINY.n_head)
+    assert float(said.pop()) == pytest.approx(want, abs=0.02)  # the reference reads every place at every distance
 
 def write_run(folder, height):
     """A log of 400 steps whose loss falls from a spike of 9 nats, evaluated and kept at 200, evaluated at 400."""
     lines = [",".join(minimiggy.COLUMNS)]
     for step in range(10, 401, 10):
-        train, val = height + 2 + 7 * 0.5 ** (step / 20 - 0.5), height + 2.5 - step / 1000
+        train = height + 2 + 7 * 0.5 ** (step / 20 - 0.5)
+        val = height + 2.5 - step / 1000
         both = [val, val / 2] if step % 200 == 0 else ["", ""]
         lines.append(",".join(map(str, [step, train, *both, 1e-3, 1, 9, train / 2])))
     folder.mkdir()
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
     (folder / "ckpt_200.safetensors").touch()
     return folder
-
 
 def test_plot_draws_the_logs(tmp_path):
     pytest.importorskip("matplotlib")
@@ -1148,13 +1920,21 @@ def test_plot_draws_the_logs(tmp_path):
         rows = minimiggy.read_log(folder / "log.csv")
         for line, name, n in ((top.lines[3 * i], "train_bpb", 40), (top.lines[3 * i + 1], "val_bpb", 2),
                               (bottom.lines[i], "lr", 40)):
-            assert list(map(tuple, line.get_xydata())) == minimiggy.column(rows, name) and len(line.get_xydata()) == n
+            assert list(map(tuple, line.get_xydata())) == minimiggy.column(rows, name)
+            assert len(line.get_xydata()) == n
         assert top.lines[3 * i + 2].get_xydata().tolist() == [[200, rows[19]["val_bpb"]]]  # there is a checkpoint
     low, high = top.get_ylim()
     assert low < 1.05 < high < top.lines[0].get_ydata()[0]  # the spike at the start does not squash the rest
     (_, a), (_, b) = (text.get_position() for text in top.texts)
     assert b - a > (high - low) / 25  # runs that end alike: their names do not overlap
 
+@pytest.mark.parametrize("rows", ["10,2,1\n20,nan,1\n30,inf,1", "10,1e308,1\n20,-1e308,1\n30,2,1", "0,2,0"])
+def test_plot_passes_over_what_cannot_be_drawn(rows, tmp_path, capsys, recwarn):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "log.csv").write_text(f"step,train_loss,lr\n{rows}\n")
+    assert main(["--plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    assert not recwarn.list
 
 def test_plot_without_a_log_is_one_line(tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -1162,56 +1942,62 @@ def test_plot_without_a_log_is_one_line(tmp_path, capsys):
     for folder in (tmp_path / "none", tmp_path):
         assert main(["--plot", str(folder)]) == 2
         error = capsys.readouterr().err
-        assert str(folder) in error and error.count("\n") == 1
-
+        assert str(folder) in error
+        assert error.count("\n") == 1
 
 def test_plot_without_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--plot", str(write_run(tmp_path / "run", 0))]) == 2
     assert capsys.readouterr().err == "minimiggy: --plot needs matplotlib: pip install matplotlib\n"
 
-
 @pytest.mark.parametrize("rows", [[(100, 3.0), (200, 2.0), (1000, 1.5)], [(1, 2.0), (9, 2.0)]])
 def test_the_chart_has_its_extremes_at_the_corners(rows):
     lines = minimiggy.chart(rows).splitlines()
-    assert len(lines) == 10 and all(len(line) == 64 for line in lines)
-    assert lines[0].split()[0] == f"{rows[0][1]:.3f}" and lines[7].split()[0] == f"{rows[-1][1]:.3f}"
-    assert ord(lines[0][8]) & 9 and lines[9].split() == [str(rows[0][0]), "step", str(rows[-1][0])]
+    assert [len(line) for line in lines] == [64] * 10
+    assert lines[0].split()[0] == f"{rows[0][1]:.3f}"
+    assert lines[7].split()[0] == f"{rows[-1][1]:.3f}"
+    assert ord(lines[0][8]) & 9
+    assert lines[9].split() == [str(rows[0][0]), "step", str(rows[-1][0])]
     assert all(any(ord(line[x]) > 0x2800 for line in lines[:8]) for x in range(8, 64))  # an unbroken curve
     assert minimiggy.chart(rows[:1]) == ""
 
-
 def test_help_version_and_any_directory(tmp_path):
     def run(*flags):
-        return subprocess.run([sys.executable, str(HERE / "minimiggy.py"), *flags], capture_output=True, text=True,
-                              cwd=tmp_path, check=False)
+        command = [sys.executable, str(FILE), *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 
     help = run("--help")
-    assert help.returncode == 0 and "examples:" in help.stdout
+    assert help.returncode == 0
+    assert "examples:" in help.stdout
     assert help.stdout.startswith("usage: python minimiggy.py WHAT")
     assert run("--version").stdout == f"minimiggy {minimiggy.VERSION}\n"
     wrong = run("--sample", "x")
-    assert wrong.returncode == 2 and wrong.stdout == "" and "--train" in wrong.stderr and not list(tmp_path.iterdir())
-
+    assert wrong.returncode == 2
+    assert wrong.stdout == ""
+    assert "--train" in wrong.stderr
+    assert not list(tmp_path.iterdir())
 
 def test_bench_prints_json_last(capsys):
     for what, key in (("step", "ms_per_step"), ("sample", "tokens_per_s")):
         assert main(["--bench", what, *SMALL]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert result[key] > 0 and result["gflops"] > 0 and result["blas_gflops"] > 0 and "peak_mb" in result
-
+        assert min(result[key], result["gflops"], result["blas_gflops"], result["peak_mb"]) > 0
 
 def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
-    assert main(["--gradcheck"]) == 0 and "wpe.weight" in capsys.readouterr().out
+    assert main(["--gradcheck"]) == 0
+    assert "wpe.weight" in capsys.readouterr().out
     right = minimiggy.gradients_of
-    monkeypatch.setattr(minimiggy, "gradients_of", lambda model, batch: {n: 1.01 * g for n, g in right(model, batch).items()})
-    assert main(["--gradcheck"]) == 1
 
+    def wrong(*args):
+        found = right(*args)
+        return found | {"h.0.ln_1.bias": found["h.0.ln_1.bias"] * 1.001}
+    monkeypatch.setattr(minimiggy, "gradients_of", wrong)
+    assert main(["--gradcheck"]) == 1
 
 def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(run, tmp_path, monkeypatch, capsys):
     import tiktoken
     minimiggy.export(run[0], tmp_path / "export")  # in the place of GPT-2's weights
-    table = (Path("/work/main") / "README.md").read_text().split("Whoever comes from nanoGPT")[1].split("\n\n")[1]
+    table = (HERE / "README.md").read_text().split("Whoever comes from nanoGPT")[1].split("\n\n")[1]
     commands = re.findall(r"`python minimiggy.py (.*?)`", table)
     assert len(commands) == 11
     gpt2 = tiktoken.Encoding("gpt2", pat_str=minimiggy.SPLIT, special_tokens={},
@@ -1225,294 +2011,35 @@ def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(run, tmp_path
     for i, command in enumerate(commands):
         flags = shlex.split(command.replace("--init-from gpt2", f"--init-from {tmp_path / 'export'}"))
         if flags[0] in ("--train", "--bench"):
-            small = SMALL if "--init-from" not in flags else [*SMALL[-6:], "--batch-size", "4"]  # its own size
-            flags += ["--max-tokens", "9", *small]
-        assert main([*flags, "--max-iters", str(4 + i)] if flags[0] == "--resume" else flags) == 0, command
+            flags += SMALL if "--init-from" not in flags else [*SMALL[-6:], "--batch-size", "4"]  # its own size
+        if flags[0] == "--resume":
+            flags += ["--max-iters", str(4 + i)]
+        if flags[0] == "--sample":
+            flags += ["--max-tokens", "9"]
+        assert main(flags) == 0, command
         said = {"--train": "saved", "--resume": "saved", "--eval-only": "bits/byte", "--bench": "ms_per_step",
                 "--sample": "JULIET:" if "FILE" in command else "".join(flags[1:2])}
         assert said[flags[0]] in capsys.readouterr().out, command
 
-
 def test_fine_tuning_starts_where_the_models_own_evaluation_says_and_falls(run, tmp_path, capsys):
-    text, folder = tmp_path / "my.txt", tmp_path / "export"
+    text = tmp_path / "my.txt"
     text.write_text(TEXT[60_000:75_000])
-    assert main(["--export", str(folder), "--out-dir", str(run[2])]) == 0
-    assert main(["--eval-only", "--init-from", str(folder), "--data", str(text)]) == 0
+    there = ["--init-from", str(tmp_path / "export"), "--data", str(text), "--batch-size", "4"]
+    assert main(["--export", str(tmp_path / "export"), "--out-dir", str(run[2])]) == 0
+    assert main(["--eval-only", *there]) == 0
     said = float(re.search(r": ([0-9.]+) nats", capsys.readouterr().out)[1])
-    assert main(["--train", "--init-from", str(folder), "--data", str(text), "--max-iters", "20", "--batch-size", "4",
-                 "--learning-rate", "1e-2", "--warmup-steps", "0", "--eval-interval", "20",
-                 "--out-dir", str(tmp_path / "tuned")]) == 0
-    ids = run[0].tokenizer.encode_array(minimiggy.split_text(text.read_bytes())[0])
-    x, y = minimiggy.get_batch(ids, TrainConfig(batch_size=64), TINY.block_size, 0)
-    began = run[0].loss(Tensor(x[0]), Tensor(y[0])).item()  # some of its text, as the model that was exported sees it
-    assert began == pytest.approx(said, rel=0.1)
+    assert main(["--train", *there, "--max-iters", "20", "--learning-rate", "1e-2", "--warmup-steps", "0",
+                 "--eval-interval", "20", "--out-dir", str(tmp_path / "tuned")]) == 0
+    first = minimiggy.read_log(tmp_path / "tuned" / "log.csv")[0]
+    assert first["step"] == 10
+    assert first["train_loss"] == pytest.approx(said, rel=0.2)
     assert minimiggy.read_log(tmp_path / "tuned" / "log.csv")[-1]["val_loss"] < said - 0.3
 
-
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", (Path("/work/main") / "README.md").read_text(), re.DOTALL).group(1)
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
     (tmp_path / "my.txt").write_text(TEXT[:20_000])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
-
-
-# ------------------------------------------------------------------------------------- part I: what it says, and alone
-
-SOURCE = (HERE / "minimiggy.py").read_text()
-PART_ONE = SOURCE[:SOURCE.index("\n# Part II. ") + 1]
-GELU = lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))  # noqa: E731
-
-
-def softmax(*logits):
-    return [round(100 * math.exp(x) / sum(map(math.exp, logits))) for x in logits]
-
-
-def without_correction(t, beta2):
-    """Adam's m / sqrt(v) at step t, if every gradient was 1."""
-    return round((1 - 0.9**t) / math.sqrt(1 - beta2**t), 1)
-
-
-def test_every_example_in_the_comments_runs(monkeypatch):
-    monkeypatch.chdir(HERE)
-    lines = [line[2:] if line.startswith("# ") else "" for line in SOURCE.splitlines()]
-    example = doctest.DocTestParser().get_doctest("\n".join(lines), dict(vars(minimiggy)), "minimiggy", None, 0)
-    assert len(example.examples) > 25
-    assert doctest.DocTestRunner().run(example).failed == 0
-
-
-@pytest.mark.parametrize(("words", "value", "figure"), [
-    ("-3 becomes -0.004", round(GELU(-3), 3), -0.004), ("3 becomes 2.996", round(GELU(3), 3), 2.996),
-    ("0.69 if p = 1/2", round(math.log(2), 2), 0.69), ("4.6 if p = 1/100", round(math.log(100), 1), 4.6),
-    ("1 / ln 2 = 1.44", round(1 / math.log(2), 2), 1.44), ("2.25", round(3.6 * 1.44 / 2.3, 2), 2.25),
-    ("m = 0.65 g", round(1 - 0.9**10, 2), 0.65), ("v = 0.096 g^2", round(1 - 0.99**10, 3), 0.096),
-    ("give 2.1", without_correction(10, 0.99), 2.1), ("is 1, by luck", without_correction(1, 0.99), 1),
-    ("3.2 at step 1", without_correction(1, 0.999), 3.2), ("it saves 131,072", 1024 * 128, 131072),
-    ("67 %, 24 % and 9 %", softmax(2, 1, 0), [67, 24, 9]), ("87 %, 12 % and 2 %", softmax(4, 2, 0), [87, 12, 2])])
-def test_the_figures_in_part_ones_prose_are_right(words, value, figure):
-    assert value == figure and words in re.sub(r"\n *# ?", " ", PART_ONE)
-
-
-def test_part_one_stands_alone_with_public_names_only(tmp_path):
-    (tmp_path / "part_one.py").write_text(PART_ONE)
-    imported = set(re.findall(r"^ *(?:from|import) (tinygrad\S*)", PART_ONE, re.MULTILINE))
-    assert imported == {"tinygrad", "tinygrad.nn.state"} and not re.search(r"\buop\b|UOp", PART_ONE)
-    code = f"""
-from part_one import *
-text = open({str(HERE / "data" / "play.txt")!r}).read()[:20_000]
-tokenizer = BPETokenizer.train(text, 280)
-model = GPT(GPTConfig(block_size=4, vocab_size=280, n_layer=1, n_head=2, n_embd=8), tokenizer=tokenizer)
-plan = TrainConfig(batch_size=4, max_iters=30, warmup_steps=5, learning_rate=1e-2)
-losses = [loss for _, loss, _ in training(model, plan, np.array(tokenizer.encode(text)))]
-assert len(losses) == 30 and sum(losses[-5:]) < sum(losses[:5]) - 1, losses
-assert len(tokenizer.decode(list(write(model, [10], 8)))) > 0
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_budgets_hold():
-    lines = SOURCE.splitlines()
-    tree = ast.parse(SOURCE)
-    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(SOURCE).readline)
-                if token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#")}
-    docs = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
-    prose = comments | {n for node in docs for n in range(node.lineno, node.end_lineno + 1)}
-    first = PART_ONE.count("\n")
-    full = [n for n in range(1, first + 1) if lines[n - 1].strip()]
-    assert first <= 800 and sum(n in prose for n in full) >= 0.45 * len(full)
-    assert max(map(len, lines)) <= 110
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < (40 if node.end_lineno <= first else 60), node.name
-        if isinstance(node, ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef):
-            assert node.body[0].lineno > node.lineno, f"line {node.lineno} has two statements"
-
-
-# ----------------------------------------------------------------------------------------- what a reader may change
-
-BLOCK = "        self.mlp = MLP(config, ops, rng)\n"
-ADD = ("x + drop(self.attn(", "x + drop(self.mlp(")
-WPE = ("        self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)\n", "")
-POSITIONS = ("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx))")
-RMS = '''class RMSNorm:
-    def __init__(self, ops, C):
-        self.weight = ops.place(np.ones(C, np.float32))
-
-    def __call__(self, x):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight
-
-class Dropout:
-'''
-ROTATE = '''def rotate(x, position):
-    half = x.shape[-1] // 2
-    angle = position.reshape(-1, 1, 1, 1) * 100.0 ** (-Tensor.arange(half) / half)
-    a, b = x[..., :half], x[..., half:]
-    return (a * angle.cos() - b * angle.sin()).cat(a * angle.sin() + b * angle.cos(), dim=-1)
-
-class Attention:
-'''
-EDITS = {
-    "ReLU squared": [("        return (0.5 * x * switch).contiguous()", "        return x.relu().square().contiguous()")],
-    "RMSNorm": [("class Dropout:\n", RMS), ("self.ln_1 = LayerNorm", "self.ln_1 = RMSNorm"),
-                ("self.ln_2 = LayerNorm", "self.ln_2 = RMSNorm"), ("self.ln_f = LayerNorm", "self.ln_f = RMSNorm")],
-    "rotary": [WPE, POSITIONS, ("class Attention:\n", ROTATE),
-               ("        y = self.ops.attention(qkv, ", "        qkv = rotate(qkv[:, :, :2], position).cat(qkv[:, :, 2:], "
-                "dim=2)\n        y = self.ops.attention(qkv, ")],
-    "SwiGLU": [("self.c_fc = Linear(ops, rng, C, 4 * C)", "self.c_fc = Linear(ops, rng, C, 8 * C)"),
-               ("        return self.c_proj(self.ops.gelu(self.c_fc(x)))",
-                "        gate, up = self.c_fc(x).chunk(2, dim=-1)\n        return self.c_proj(gate.silu() * up)")],
-    "untied head": [(BLOCK, BLOCK), (WPE[0], WPE[0] + WPE[0].replace("wpe", "lm_head").replace("block", "vocab")),
-                    ("self.ops.unembed(x, self.wte.weight)", "self.ops.unembed(x, self.lm_head.weight)")],
-    "gates": [(BLOCK, BLOCK + "        self.gate = Tensor.ones(2)\n"), (ADD[0], "x + self.gate[0] * drop(self.attn("),
-              (ADD[1], "x + self.gate[1] * drop(self.mlp(")],
-    "no biases": [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", "        self.bias = None\n"),
-                  ("        self.bias = ops.place(np.zeros(C, np.float32))\n", "        self.bias = None\n")],
-    "SGD with momentum": [("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "30 * rate * new_m")],
-    # And some that nobody announced.
-    "shared layers": [("[Block(config, ops, rng) for _ in range(config.n_layer)]", "[Block(config, ops, rng)] * 2")],
-    "ALiBi": [("        scores = visible.where", "        scores = scores + Tensor.arange(scores.shape[-1])\n"
-               "        scores = visible.where")],
-    "a window that no cache knows of": [("dtype=dtypes.bool).tril()", "dtype=dtypes.bool).tril().triu(-1)")],
-    "token shift": [("        x = (x + drop(self.attn(", "        x = x + x.pad((None, (1, 0), None))[:, :-1]\n"
-                     "        x = (x + drop(self.attn(")],
-    "capped logits": [("return self.ops.unembed(x, self.wte.weight)",
-                       "return 3 * (self.ops.unembed(x, self.wte.weight) / 3).tanh()")],
-    "a table made anew": [WPE, (POSITIONS[0], "drop(self.wte(idx) + Tensor(np.eye(8, dtype=np.float32))[:, :8]"
-                                "[position])")],
-    "no gelu in Plain": [("    def gelu(self, x", "    def bend(self, x"), ("self.ops.gelu(", "self.ops.bend(")],
-}
-STILL_GPT2 = {"SGD with momentum", "no gelu in Plain"}
-
-
-def edited(name, tmp_path):
-    """The file with an edit of part I, as a module of its own."""
-    text = SOURCE
-    for old, new in EDITS[name]:
-        assert old in PART_ONE, old
-        text = text.replace(old, new, 1)
-    changed = [line for line in difflib.ndiff(SOURCE.splitlines(), text.splitlines()) if line[:2] in ("+ ", "- ")]
-    assert len(changed) <= 2 * 15
-    path = tmp_path / f"edited_{re.sub('[^a-z]', '_', name.lower())}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def shake(module, model):
-    """Random numbers for all parameters, so that no zero hides an error."""
-    rng = np.random.default_rng(3)
-    for tensor in model.parameters().values():
-        module.load_array(tensor, tensor.numpy() + 0.2 * rng.standard_normal(tensor.shape).astype(np.float32))
-    return model
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_a_readers_edit_trains_writes_and_saves_or_is_refused(name, tmp_path, capsys, thorough=False):
-    m = edited(name, tmp_path)
-    config = m.GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
-    x, y = np.random.default_rng(0).integers(0, 11, (2, 2, 6)).astype(np.int32)
-    found = []
-    for backend in (m.PLAIN, m.BACKENDS[-1]):
-        model = shake(m, m.GPT(config, backend))
-        named = model.parameters()
-        loss = model.loss(Tensor(x), Tensor(y))
-        gradients = loss.gradient(*named.values())
-        Tensor.realize(loss, *gradients)
-        found.append({key: gradient.numpy() for key, gradient in zip(named, gradients, strict=True)})
-    for key, plain in found[0].items():
-        assert np.abs(plain - found[1][key]).max() <= 1e-4 * np.abs(plain).max() > 0, key
-    plan = m.TrainConfig(batch_size=4, max_iters=20, warmup_steps=2, learning_rate=1e-2)
-    losses = [loss for _, loss, _ in m.training(model, plan, np.arange(300) * 7 % 11)]
-    assert sum(losses[-3:]) < sum(losses[:3]) - 0.3
-    kept = m.Writer(model)
-    assert list(kept.stream([1, 2], 12, temperature=0)) == list(m.write(model, [1, 2], 12, temperature=0))
-    assert kept.remembers == ("no cache" not in name and name != "token shift")
-    path = model.save_checkpoint(20, None, tmp_path)
-    again = m.GPT(config, seed=None)
-    again.load_checkpoint(path)
-    assert same(again, model)
-    if name in STILL_GPT2:
-        m.export(model, tmp_path / "export")
-    else:
-        with pytest.raises(m.UserError, match="no GPT-2"):
-            m.export(model, tmp_path / "export")
-    if thorough:
-        assert m.gradcheck(1)
-
-
-def test_a_parameter_that_is_not_in_the_loss_is_named(tmp_path):
-    m = edited("ReLU squared", tmp_path)
-    model = m.GPT(m.GPTConfig(block_size=6, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
-    assert m.untrained(model) == [] and m.CHANGED == ["gelu"]
-    model.forgotten = Tensor.ones(3)
-    assert m.untrained(model) == ["forgotten"]
-
-
-# -------------------------------------------------------------------------------------------------------- as a library
-
-def test_models_and_streams_in_turn_give_what_each_gives_alone(ids):
-    config = dataclasses.replace(TINY, n_layer=1)
-    alone = [[AdamW(GPT(config, seed=seed), QUICK)(ids, 0)] for seed in (1, 2)]
-    models = [GPT(config, seed=seed) for seed in (1, 2)]
-    optimizers = [AdamW(model, QUICK) for model in models]
-    for i in range(3):
-        losses = [optimizer(ids, i) for optimizer in optimizers]
-        assert i > 0 or losses == [one for one, in alone]
-    whole = [list(Writer(models[0]).stream([seed], 20, seed)) for seed in (1, 2)]
-    streams = [Writer(models[0]).stream([seed], 20, seed) for seed in (1, 2)]
-    assert [list(pair) for pair in zip(*zip(*streams, strict=True), strict=True)] == whole
-
-
-def test_backward_and_single_gradients_work_as_in_any_tinygrad_program(ids):
-    model = GPT(TINY)
-    x, y = (Tensor(part[0]) for part in minimiggy.get_batch(ids, QUICK, 8, 0))
-    table = model.wte.weight
-    alone, = model.loss(x, y).gradient(table)
-    for turn in (1, 2):  # .grad adds up from call to call, as it should
-        model.loss(x, y).backward()
-        assert np.abs(table.grad.numpy() - turn * alone.numpy()).max() < 1e-5
-
-
-def test_another_tinygrad_runs_part_one_as_it_is_and_says_so():
-    code = ("import importlib.metadata as m\nreal = m.version\nm.version = lambda p: '9.9' if p == 'tinygrad' else real(p)\n"
-            "import minimiggy as mm\nprint(type(mm.BACKENDS[-1]).__name__, mm.WHY_PLAIN)")
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True).stdout
-    assert out.startswith("Plain") and "9.9 is not 0.14.0" in out and "pip install" in out
-
-
-def test_the_checksums_of_part_ones_operations_are_current():
-    assert minimiggy.CHANGED == [] and minimiggy.LAYERS_AS_WE_KNOW_THEM
-
-
-@pytest.mark.parametrize("damage", ["random", "zeros", "cut", "folder", "foreign"])
-def test_a_damaged_or_unwritable_cache_is_done_without(damage, tmp_path):
-    file = tmp_path / "minimiggy" / minimiggy.programs_file().name
-    file.parent.mkdir(mode=0o700)
-    good = minimiggy.programs_file().read_bytes()
-    if damage == "folder":
-        file.mkdir()
-    else:
-        file.write_bytes({"random": os.urandom(5000), "zeros": bytes(5000), "cut": good[:len(good) // 2],
-                          "foreign": b"SQLite format 3\0" * 99}[damage])
-    code = "from minimiggy import *; print(GPT(GPTConfig(4, 300, 1, 2, 16))(Tensor([[1, 2]])).numpy().shape)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=False,
-                          env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
-    assert done.stdout.strip() == "(1, 2, 300)" and done.stderr == ""
-
-
-@pytest.mark.parametrize(("world", "words"), [
-    ({"CC": "false"}, "CC=false"), ({"CC": "gcc-that-is-not-there"}, "unset CC"), ({"DEV": "FOO"}, "DEV=FOO"),
-    ({"DEV": "CUDA"}, "unset DEV"), ({"CC": ""}, None), ({"DEV": "cpu"}, None),
-    ({"HOME": "/nonexistent", "XDG_CACHE_HOME": "/dev/null"}, None)])
-def test_a_broken_world_gets_one_line(world, words, tmp_path):
-    flags = ["--train", "--data", "play", "--out-dir", str(tmp_path / "out"), *SMALL, "--max-iters", "1"]
-    done = subprocess.run([sys.executable, str(HERE / "minimiggy.py"), *flags], capture_output=True, text=True,
-                          cwd=tmp_path, check=False, env=os.environ | world)
-    assert done.returncode == (2 if words else 0), done.stderr
-    assert done.stderr.count("\n") == (1 if words else 0) and (words or "") in done.stderr
-
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as room:
