@@ -741,7 +741,7 @@ MIXTURE = [
      "        return x + self.gate * drop(self.attn(y, position, cache)) + drop(self.mlp(y))"),
     ("        self.ln_2 = LayerNorm(ops, config.n_embd)\n", "        self.gate = Tensor(1.0)\n"),
     ("return self.ops.unembed(x, self.wte.weight)",
-     "return 3 * (self.ops.unembed(x * self.s, self.wte.weight) / 3 + self.s.sum()).tanh()"),
+     "return 3 * (self.ops.unembed(x * self.s, self.wte.weight) / 3 + 0.1 * self.s.mean()).tanh()"),
     ("self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]",
      "self.h = [Block(config, ops, rng)] * config.n_layer"),
     (END_OF_GPT, END_OF_GPT + """        self.s = Tensor.ones(config.n_embd)
