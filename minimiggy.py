@@ -802,7 +802,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 #
 # Chapter 12. Where the time goes
 #
-# Part I as it stands takes about thirty times as long for a training step as this part does, on the same
+# Part I as it stands takes about fifteen times as long for a training step as this part does, on the same
 # machine, for the same numbers. Nothing in it computes too much. A processor core can do some 100 billion
 # multiplications and additions a second, but only with numbers that are in its *registers*, a few hundred at
 # a time. To fetch a number from the cache takes several times as long as using it, and to fetch it from
