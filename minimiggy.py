@@ -891,12 +891,14 @@ def describe_processor() -> str:
 
 CORES = count_cores()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = X86 and "avx2" in describe_processor()
 AVX512 = X86 and "avx512f" in describe_processor()
 
 # By itself, clang uses only half the width of AVX-512 registers: 107 instead of 166 billion operations a
 # second.
 if KNOWN and AVX512 and repr(DEV) == "CPU":
     DEV.value = "CPU:CLANG:x86_64,native,prefer-vector-width=512"
+WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another processor gets programs for that)
 
 # 13.2 A compiler that works, a device that is there
 #
@@ -1268,7 +1270,7 @@ def exp(x):
 # numbers of A all find a register; one too many, and clang writes some to memory in the innermost loop. So
 # one shape for each kind of processor serves all.
 
-TILE = (8, 32) if AVX512 else (3, 32) if X86 else (4, 16)
+TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 1 << 17     # numbers of B that are packed at a time: half a megabyte
 
@@ -1453,7 +1455,7 @@ def dot_rows(k, y, x, table):
 # So memory grows with T and not with its square. All is transposed in here: the queries of a block lie across
 # the lanes of the vector registers, so no step of the softmax needs a sum across lanes.
 
-LANES = 32 if AVX512 else 16  # queries in a block
+LANES = TILE[1]  # queries in a block
 
 def flash(k, y, lse, qkv, keys=None, values=None):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of

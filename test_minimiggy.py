@@ -1055,7 +1055,7 @@ def test_past_block_size_the_newer_half_is_read_again():
     assert got.tolist()[0] == [1, 2, 3, *want]
     assert len(set(want)) > 5
 
-@pytest.mark.parametrize("sizes", [(19, 101, 2, 3, 21), (1, 7, 1, 1, 1), (2, 7, 1, 2, 4), (8, 300, 2, 2, 16)])
+@pytest.mark.parametrize("sizes", [(7, 101, 2, 3, 21), (1, 7, 1, 1, 1), (2, 7, 1, 2, 4), (8, 300, 2, 2, 16)])
 def test_the_cache_gives_the_whole_models_logits(sizes):
     model = shake(GPT(GPTConfig(*sizes)))
     T = model.config.block_size
