@@ -1854,12 +1854,14 @@ def digest(*names: str) -> str:
 def instead_of(name: str, known: str):
     """A decorator: the function below is used only while the operation `name` of part I has this checksum."""
     plain = getattr(Plain, name, None)
+    # (A line such as Plain.gelu = ... puts in another function, which was not defined in the class.)
+    is_its_own = getattr(plain, "__qualname__", "") == f"Plain.{name}"
 
     def choose(fast):
-        def call(self, *arguments):
+        def call(self, *arguments, **named):
             now = getattr(Plain, name)
-            return (fast if now is plain else now)(self, *arguments)
-        return call if digest(f"Plain.{name}") == known else plain
+            return (fast if now is plain else now)(self, *arguments, **named)
+        return call if is_its_own and digest(f"Plain.{name}") == known else plain
     return choose
 
 class Fast(Plain):

@@ -1,5 +1,6 @@
-"""What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, its own
-prose, the README. Tests that compile much share their shapes: TINY for the default path, SMALLEST for the plain."""
+"""What MiniMiggy promises, held against something independent: numpy, finite differences, naive forms, its
+own prose, the README. Tests that compile much share their shapes: TINY for the default path, SMALLEST and
+GRADCHECK for the plain one."""
 import ast
 import dataclasses
 import difflib
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random as random_numbers
 import re
 import resource
@@ -35,8 +37,8 @@ import numpy as np
 import pytest
 
 import minimiggy  # (before tinygrad, which it tells where to compute)
-from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, TrainConfig, UserError, Writer, load_array,
-                       main, train, write)
+from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, TrainConfig, UserError, Writer,
+                       load_array, main, train, write)
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import safe_load
 
@@ -46,9 +48,11 @@ SOURCE = FILE.read_text()
 PART_ONE = SOURCE[:re.search("^# Part II", SOURCE, re.MULTILINE).start()]
 FAST = minimiggy.BACKENDS[-1]
 TINY = GPTConfig(block_size=8, vocab_size=300, n_layer=2, n_head=2, n_embd=16)
-QUICK = TrainConfig(batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, warmup_steps=2, learning_rate=1e-2)
+QUICK = TrainConfig(batch_size=4, max_iters=6, eval_interval=3, eval_iters=2, warmup_steps=2,
+                    learning_rate=1e-2)
 SMALLEST = GPTConfig(block_size=4, vocab_size=260, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
-SHORT = TrainConfig(batch_size=2, max_iters=30, eval_interval=15, eval_iters=1, warmup_steps=2, learning_rate=1e-2)
+SHORT = TrainConfig(batch_size=2, max_iters=30, eval_interval=15, eval_iters=1, warmup_steps=2,
+                    learning_rate=1e-2)
 TEXT = (HERE / "data" / "play.txt").read_text()
 
 @pytest.fixture(scope="session")
@@ -70,10 +74,14 @@ def weights(model):
     """A model's parameters as arrays, by name."""
     return {name: tensor.numpy() for name, tensor in model.parameters().items()}
 
+def in_numpy(x):
+    return x.numpy() if isinstance(x, Tensor) else x
+
 def same(a, b):
-    """Have two dicts of arrays or tensors the same names and numbers?"""
-    arrays = [{name: x.numpy() if isinstance(x, Tensor) else x for name, x in some.items()} for some in (a, b)]
-    return arrays[0].keys() == arrays[1].keys() and all((arrays[0][k] == arrays[1][k]).all() for k in arrays[0])
+    """Have two dicts of arrays or tensors the same names and numbers (or NaNs)?"""
+    if a.keys() != b.keys():
+        return False
+    return all(np.array_equal(in_numpy(a[name]), in_numpy(b[name]), equal_nan=True) for name in a)
 
 def shake(model, size=0.2, seed=5):
     """Move every parameter at random, so that nothing is zero or one by accident, where errors could hide."""
@@ -93,22 +101,10 @@ def gradients(model, x, y):
 def logits(model, ids):
     return model(Tensor(np.array(ids, np.int32))).numpy()
 
-def greedy(model, prompt, n):
-    """Write n tokens, reading the whole text anew for each."""
-    T = model.config.block_size
-    seen = list(prompt)[-T:]
-    written = []
-    for _ in range(n):
-        if len(seen) > T:
-            seen = seen[-max(1, T // 2):]
-        written.append(int(logits(model, [seen])[0, -1].argmax()))
-        seen.append(written[-1])
-    return written
-
 def throw(error, *args, **kwargs):
     raise error
 
-# -------------------------------------------------------------------------------------- what the file says of itself
+# ------------------------------------------------------------------------------- what the file says of itself
 
 def test_every_example_in_the_comments_gives_what_it_says(monkeypatch):
     monkeypatch.chdir(HERE)
@@ -126,7 +122,7 @@ def shares(*scores):
 
 STEP_10 = (1 - 0.9**10, 1 - 0.99**10)
 FIGURES = [
-    ("-3 becomes {:.3f}, 0 stays {:.0f}, and 3 becomes {:.3f}", PLAIN.gelu(Tensor([-3.0, 0.0, 3.0])).tolist()),
+    ("-3 becomes {:.3f}, 0 stays {:.0f}, and 3 becomes {:.3f}", PLAIN.gelu(Tensor([-3.0, 0, 3])).tolist()),
     ("With D = 32, scores of {:.0f} or {:.0f} would be common", (32**0.5, 2 * 32**0.5)),
     ("with V = 1024 and C = 128, it saves {:,} parameters", [math.prod(GPT(GPTConfig(
         8, 1024, 1, 1, 128)).wte.weight.shape)]),
@@ -136,8 +132,8 @@ FIGURES = [
     ("m = {:.1f} g and v = {:.2f} g^2. The quotient m / sqrt(v) is {:.0f}", (0.1, 0.01, 0.1 / 0.01**0.5)),
     ("m = {:.2f} g and v = {:.3f} g^2 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
     ("beta2 = 0.999 it is {:.1f} at step 1", [0.1 / 0.001**0.5]),
-    ("softmax of [2, 1, 0] gives {:.0f} %, {:.0f} % and {:.0f} %; at temperature 0.5, {:.0f} %, {:.0f} % and {:.0f} %",
-     (*shares(2, 1, 0), *shares(4, 2, 0))),
+    ("softmax of [2, 1, 0] gives {:.0f} %, {:.0f} % and {:.0f} %; at temperature 0.5, ", shares(2, 1, 0)),
+    ("at temperature 0.5, {:.0f} %, {:.0f} % and {:.0f} %", shares(4, 2, 0)),
     ("the sum of exponentials is e^-2 + e^0 = {:.3f}", [math.exp(-2) + 1]),
     ("1.135 * 0.135 + e^-3 + e^0 = {:.3f}", [1.135 * 0.135 + math.exp(-3) + 1])]
 
@@ -164,28 +160,23 @@ def lines_of_prose(text):
     code = {number for number, line in enumerate(lines, 1) if line.strip() and number not in prose}
     return prose, code
 
-@pytest.mark.parametrize(("part", "most_lines", "least_prose", "longest_function"),
-                         [("I", 800, 45, 40), ("II", 1450, 25, 60), ("III", 2150, 24, 60)])
-def test_each_part_keeps_to_its_budget(part, most_lines, least_prose, longest_function):
-    lines = SOURCE.splitlines()
-    begins = [0, *(i for i, line in enumerate(lines) if re.match("# Part II", line)), len(lines)]
-    assert len(begins) == 4
-    i = ["I", "II", "III"].index(part)
-    here = range(begins[i] + 1, begins[i + 1] + 1)
-    prose, code = (found & set(here) for found in lines_of_prose(SOURCE))
-    assert len(here) <= most_lines
-    assert 100 * len(prose) >= least_prose * (len(prose) + len(code))
-    for node in ast.walk(ast.parse(SOURCE)):
-        if isinstance(node, ast.FunctionDef) and node.lineno in here:
-            assert node.end_lineno - node.lineno < longest_function, node.name
+def test_part_one_is_short_and_half_of_it_is_prose():
+    assert len(re.findall("^# Part II", SOURCE, re.MULTILINE)) == 2  # the lines by which one can cut
+    prose, code = lines_of_prose(PART_ONE)
+    assert len(PART_ONE.splitlines()) <= 800 and len(prose) >= 0.45 * (len(prose) + len(code))
 
-def test_one_statement_a_line_and_lines_of_a_readable_length():
-    assert max(map(len, SOURCE.splitlines())) <= 110
-    _, code = lines_of_prose(SOURCE)
-    lines = [line.strip() for number, line in enumerate(SOURCE.splitlines(), 1) if number in code]
-    assert sum(map(len, lines)) / len(lines) <= 50
+def test_functions_lines_and_statements_are_of_a_readable_length():
+    end_of_part_one = len(PART_ONE.splitlines())
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.FunctionDef):
+            most = 40 if node.lineno < end_of_part_one else 60
+            assert node.end_lineno - node.lineno < most, node.name
+    assert [line for line in SOURCE.splitlines() if len(line) > 110] == []
     begin = Counter(node.lineno for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.stmt))
     assert [number for number, times in begin.items() if times > 1] == []
+    _, code = lines_of_prose(SOURCE)
+    lengths = [len(line.strip()) for number, line in enumerate(SOURCE.splitlines(), 1) if number in code]
+    assert sum(lengths) / len(lengths) <= 50
 
 def imported(text, folder, name):
     """A module made of this text, in a file of its own."""
@@ -212,26 +203,25 @@ def test_part_one_stands_alone_trains_and_writes(tmp_path):
     model = one.GPT(one.GPTConfig(**dataclasses.asdict(SMALLEST)), tokenizer=tokenizer)
     plan = one.TrainConfig(**dataclasses.asdict(SHORT))
     losses = [loss for _, loss, _ in one.training(model, plan, np.array(tokenizer.encode(TEXT[:5000])))]
-    assert len(losses) == 30
-    assert np.mean(losses[-5:]) < losses[0] - 0.3
+    assert len(losses) == 30 and np.mean(losses[-5:]) < losses[0] - 0.3
     written = list(one.write(model, tokenizer.encode("ROMEO:"), 12))
-    assert len(written) == 12
-    assert tokenizer.decode(written)
+    assert len(written) == 12 and tokenizer.decode(written)
 
-# ---------------------------------------------------------------------------------------------------- the tokenizer
+# ---------------------------------------------------------------------------------------------- the tokenizer
 
-STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve café", 
+STRINGS = ["", "Hello, world", "ROMEO:\nBut soft!", " \n\t  x  \n", "naïve café",
            "日本語テキスト", "שלום עולם", "👩‍👩‍👧 🏳️‍🌈", "\0\x7f\ufeff",
            "a" * 1000, "It's 3.14, isn't it?"]
 
 def random_strings(n):
-    """Texts of many scripts, white space, controls, emoji, contractions, lone digits, and pieces of the play."""
+    """Texts of many scripts, white space, controls, emoji, contractions, digits, and pieces of the play."""
     rng = random_numbers.Random(1)
     ranges = [(0, 32), (32, 127), (127, 256), (0x370, 0x400), (0x590, 0x700), (0x900, 0xA00), (0xE00, 0xF00),
               (0x2000, 0x2070), (0x3040, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900),
               (0x10000, 0x10400), (0x1D400, 0x1D800), (0x1F300, 0x1F700), (0xE0000, 0x110000)]
-    pieces = ["  ", "\t\t ", " \n\n", "\r\n", "\u00a0", "\u2003", "\x85", "it's", "WE'LL", "'re", " '", "0", " 7",
-              "½", "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "aaaaaaa", "----", "abcd", " abcd", "<|endoftext|>", "\0", "\ufeff"]
+    pieces = ["  ", "\t\t ", " \n\n", "\r\n", "\u00a0", "\u2003", "\x85", "it's", "WE'LL", "'re", " '", "0",
+              " 7", "½", "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "aaaaaaa",
+              "----", "abcd", " abcd", "<|endoftext|>", "\0", "\ufeff"]
 
     def piece():
         kind = rng.randrange(3)
@@ -289,7 +279,7 @@ def test_a_text_is_cut_between_characters():
         assert bytes(learned) + bytes(kept) == text
         assert bytes(learned).decode() + bytes(kept).decode() == text.decode()
 
-# -------------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------------------- the model
 
 def numpy_logits(p, idx, n_layer, n_head):
     """GPT-2 in float64 numpy: parameters by Hugging Face's names, ids (B, T) -> logits (B, T, V)."""
@@ -358,7 +348,7 @@ def test_backward_and_the_gradient_of_one_parameter_give_the_same():
     assert np.abs(loss.gradient(model.wte.weight)[0].numpy() - want["wte.weight"]).max() < 1e-6
     model.loss(*map(Tensor, PASSAGE)).backward()
     for name, tensor in model.parameters().items():
-        assert np.abs(tensor.grad.numpy() - want[name]).max() < 1e-5, name
+        assert np.abs(tensor.grad.numpy() - want[name]).max() < 1e-6, name
 
 def random(*shape):
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
@@ -407,8 +397,7 @@ def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
 def test_attention_is_right_for_scores_far_too_large_to_exponentiate():
     qkv, position = qkv_of(1, 37, 3, 20)
     for plain, fast in both_ways("attention", 30 * qkv, position):
-        assert np.isfinite(fast).all()
-        assert np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
+        assert np.isfinite(fast).all() and np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
 
 def test_a_long_vector_keeps_its_digits():
     gradients = {str(n): 1 + 1e-3 * random(n) for n in (1, 3, 4097, 10_007, 3_000_001)}
@@ -419,14 +408,10 @@ def test_a_long_vector_keeps_its_digits():
 @pytest.mark.parametrize(("name", "shapes"), [
     ("linear", [(2, 3, 5), (4, 5), (5,)]), ("linear", [(2, 3, 5), (5, 4), (5,)]),
     ("layer_norm", [(2, 3, 5), (4,), (5,)]), ("layer_norm", [(2, 3, 5), (5,), (1,)]),
-    ("unembed", [(2, 3, 5), (7, 4)])])
+    ("unembed", [(2, 3, 5), (7, 4)]), ("cross_entropy", [(2, 3, 5), (2, 1)])])
 def test_shapes_that_do_not_fit_are_refused(name, shapes):
     with pytest.raises(ValueError, match="do not fit together"):
         getattr(FAST, name)(*(Tensor.ones(*shape) for shape in shapes))
-
-def test_targets_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="do not fit together"):
-        FAST.cross_entropy(Tensor.ones(2, 3, 5), Tensor([[1, 2]], dtype="int32"))
 
 @pytest.mark.parametrize("bad", [7, -1, -100, 10**6, 2**31 - 1])
 def test_ids_out_of_range_give_nan_and_not_a_crash(bad):
@@ -435,8 +420,7 @@ def test_ids_out_of_range_give_nan_and_not_a_crash(bad):
     spoiled[1, 2] = bad
     assert math.isnan(gradients(model, spoiled, PASSAGE[1])[0])
     loss, slopes = gradients(model, PASSAGE[0], spoiled)
-    assert math.isnan(loss)
-    assert len(slopes) == len(model.parameters())
+    assert math.isnan(loss) and len(slopes) == len(model.parameters())
 
 def test_names_and_shapes_are_hugging_face_gpt2s():
     C = TINY.n_embd
@@ -452,13 +436,7 @@ def test_initial_weights_are_gpt2s():
     arrays = weights(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64)))
     assert arrays["wte.weight"].std() == pytest.approx(0.02, rel=0.03)
     assert arrays["h.1.mlp.c_proj.weight"].std() == pytest.approx(0.02 / 2, rel=0.03)
-    assert not arrays["h.0.attn.c_attn.bias"].any()
-    assert (arrays["ln_f.weight"] == 1).all()
-    assert same(arrays, weights(GPT(GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=2, n_embd=64))))
-
-def test_heads_must_divide_the_channels():
-    with pytest.raises(UserError, match="--n-head 3"):
-        GPT(GPTConfig(n_head=3, n_embd=16))
+    assert not arrays["h.0.attn.c_attn.bias"].any() and (arrays["ln_f.weight"] == 1).all()
 
 def test_dropout_zeroes_its_share_only_with_a_key_and_keeps_the_mean():
     x = Tensor.ones(200, 50)
@@ -470,7 +448,7 @@ def test_dropout_zeroes_its_share_only_with_a_key_and_keeps_the_mean():
     assert (first == second).mean() < 0.7  # two places in the network drop different units
     assert (minimiggy.Dropout(0.3, None)(x).numpy() == 1).all()
 
-# ------------------------------------------------------------------------------------------------------ the training
+# ----------------------------------------------------------------------------------------------- the training
 
 def trained(config, plan, ids, ops=None, steps=4, recorded=True):
     """Losses, norms and weights after some steps."""
@@ -484,9 +462,7 @@ def trained(config, plan, ids, ops=None, steps=4, recorded=True):
 def test_the_crew_replays_the_recording_to_the_last_bit(ids):
     losses, norms, numbers, _ = trained(TINY, QUICK, ids)
     again, same_norms, same_numbers, _ = trained(TINY, QUICK, ids, recorded=False)
-    assert (losses == again).all()
-    assert (norms == same_norms).all()
-    assert same(numbers, same_numbers)
+    assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
 
 def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
     config = dataclasses.replace(TINY, n_layer=1, n_head=4, n_embd=48)
@@ -496,27 +472,22 @@ def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
         monkeypatch.setattr(minimiggy, "Crew", lambda calls, _, threads=threads: crew(calls, threads))
         runs.append(trained(config, QUICK, ids, Fast(4), 3)[:3])
     for losses, norms, numbers in runs[1:]:
-        assert (losses == runs[0][0]).all()
-        assert (norms == runs[0][1]).all()
+        assert (losses == runs[0][0]).all() and (norms == runs[0][1]).all()
         assert same(numbers, runs[0][2])
 
 def changes_nothing(optimizer, ids, name="wte.weight", bad=math.inf):
     """Does a step with a gradient that is not finite leave everything as it is?"""
-    model = optimizer.model
-    spoiled = model.parameters()[name]
+    spoiled = optimizer.model.parameters()[name]
     good = spoiled.numpy()
     array = good.copy()
     array.reshape(-1)[0] = bad
     load_array(spoiled, array)
-    before = [weights(model), *({k: t.numpy() for k, t in state.items()} for state in (optimizer.m, optimizer.v))]
+    states = (optimizer.model.parameters(), optimizer.m, optimizer.v)
+    before = [{key: tensor.numpy() for key, tensor in state.items()} for state in states]
     loss, norm = optimizer(ids, 1)
-    after = [weights(model), optimizer.m, optimizer.v]
-    kept = not math.isfinite(loss + norm) and all(itertools.starmap(same_or_nan, zip(before, after, strict=True)))
+    kept = all(same(a, b) for a, b in zip(before, states, strict=True))
     load_array(spoiled, good)
-    return kept
-
-def same_or_nan(a, b):
-    return all(np.array_equal(a[k], b[k].numpy() if isinstance(b[k], Tensor) else b[k], equal_nan=True) for k in a)
+    return kept and not math.isfinite(loss + norm)
 
 def test_fast_and_plain_train_alike(tokenizer):
     ids = BPETokenizer.train(TEXT[:5000], 260).encode_array(TEXT[:5000].encode())
@@ -561,8 +532,7 @@ def test_batches_depend_on_seed_and_step_alone():
     data = np.arange(1000)
     config = TrainConfig(batch_size=4, grad_accum=2)
     x, y = minimiggy.get_batch(data, config, 8, 5)
-    assert x.shape == y.shape == (2, 4, 8)
-    assert (y == x + 1).all()
+    assert x.shape == y.shape == (2, 4, 8) and (y == x + 1).all()
     assert (minimiggy.get_batch(data, config, 8, 5)[0] == x).all()
     assert (minimiggy.get_batch(data, config, 8, 6)[0] != x).any()
 
@@ -575,22 +545,13 @@ def test_gradient_accumulation_averages_its_batches(ids):
     want = np.mean([loss for loss, _ in found]), math.sqrt(sum((slope**2).sum() for slope in mean))
     assert AdamW(model, config)(ids, 0) == pytest.approx(want, rel=1e-5)
 
-def test_learning_rate_warms_up_and_decays():
-    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_iters=110)
-    rates = [minimiggy.learning_rate(config, i) for i in range(111)]
-    assert rates[0] == 0.1
-    assert rates[9] == 1.0
-    assert rates[110] == pytest.approx(0.1)
-    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
-
 def test_a_resumed_run_ends_where_an_unbroken_one_does(run, tokenizer, ids, tmp_path):
     model, optimizer, folder = run
     again = GPT(TINY, tokenizer=tokenizer, seed=99)
     fresh = AdamW(again, QUICK)
     assert again.load_checkpoint(folder / "ckpt_3.safetensors", fresh) == 3
     train(again, QUICK, ids, ids[:500], optimizer=fresh, start=3, out_dir=tmp_path)
-    assert same(weights(again), weights(model))
-    assert same(fresh.m, optimizer.m)
+    assert same(weights(again), weights(model)) and same(fresh.m, optimizer.m)
     assert same(fresh.v, optimizer.v)
 
 def test_log_has_a_row_a_report(run):
@@ -613,7 +574,7 @@ def test_every_token_is_examined_once_whatever_the_batch_size(run, ids):
     for batch_size in (1, 4):
         assert minimiggy.Evaluator(model, batch_size).whole(data) == pytest.approx(total / 52, rel=1e-5)
 
-# -------------------------------------------------------------------------------- what a reader may change (issue 9)
+# ------------------------------------------------------------------------- what a reader may change (issue 9)
 
 RELU2 = [("        switch = 1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)).tanh()\n", ""),
          ("return (0.5 * x * switch).contiguous()", "return x.relu().square()")]
@@ -642,10 +603,12 @@ SWIGLU = [("self.c_fc = Linear(ops, rng, C, 4 * C)", "self.c_fc = Linear(ops, rn
           ("        return self.c_proj(self.ops.gelu(self.c_fc(x)))",
            "        gate, up = self.c_fc(x).chunk(2, dim=-1)\n        return self.c_proj(gate.silu() * up)")]
 END_OF_GPT = "        self.ln_f = LayerNorm(ops, config.n_embd)\n"
-UNTIED = [(END_OF_GPT, END_OF_GPT + "        self.lm_head = Embedding(ops, rng, config.vocab_size, config.n_embd)\n"),
+LM_HEAD = "        self.lm_head = Embedding(ops, rng, config.vocab_size, config.n_embd)\n"
+UNTIED = [(END_OF_GPT, END_OF_GPT + LM_HEAD),
           ("self.ops.unembed(x, self.wte.weight)", "self.ops.unembed(x, self.lm_head.weight)")]
 END_OF_BLOCK = "        self.mlp = MLP(config, ops, rng)\n"
-GATES = [(END_OF_BLOCK, END_OF_BLOCK + "        self.gate_1 = Tensor.ones(1)\n        self.gate_2 = Tensor.zeros(1)\n"),
+TWO_GATES = "        self.gate_1 = Tensor.ones(1)\n        self.gate_2 = Tensor.zeros(1)\n"
+GATES = [(END_OF_BLOCK, END_OF_BLOCK + TWO_GATES),
          ("(x + drop(self.attn(", "(x + self.gate_1 * drop(self.attn("),
          ("(x + drop(self.mlp(", "(x + self.gate_2 * drop(self.mlp(")]
 NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
@@ -654,10 +617,10 @@ NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
            ("layer_norm(x, self.weight, self.bias)", "layer_norm(x, self.weight)")]
 SGD = [("            new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()\n", ""),
        ("            v_hat = new_v / start_2\n", ""),
-       ("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "100 * rate * (m_hat + decay * theta)"),
+       ("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "20 * rate * m_hat"),
        ("(theta, new_theta), (m[name], new_m), (v[name], new_v)", "(theta, new_theta), (m[name], new_m)")]
-EDITS = {"relu^2": RELU2, "rmsnorm": RMSNORM, "rotary": ROTARY, "swiglu": SWIGLU, "untied": UNTIED, "gates": GATES,
-         "no biases": NO_BIAS, "sgd": SGD}
+EDITS = {"relu^2": RELU2, "rmsnorm": RMSNORM, "rotary": ROTARY, "swiglu": SWIGLU, "untied": UNTIED,
+         "gates": GATES, "no biases": NO_BIAS, "sgd": SGD}
 
 def edited(changes, folder, name="edited"):
     """The whole file as a module, with replacements in part I, and how many lines they change."""
@@ -670,51 +633,45 @@ def edited(changes, folder, name="edited"):
     lines = sum(max(old_end - old, new_end - new) for _, old, old_end, new, new_end in blocks)
     return imported(text + SOURCE[len(PART_ONE):], folder, name), lines
 
-def small(module, ops=None, n_layer=1, **sizes):
-    """A model of such a module, of the size of --gradcheck, with every number moved."""
-    config = module.GPTConfig(block_size=5, vocab_size=7, n_layer=n_layer, n_head=2, n_embd=4, **sizes)
-    return shake(module.GPT(config, ops))
+def small(module, ops=None, n_layer=1):
+    """A model of such a module, of the size of --gradcheck."""
+    return module.GPT(module.GPTConfig(block_size=5, vocab_size=7, n_layer=n_layer, n_head=2, n_embd=4), ops)
 
 CIRCLE = np.tile(np.arange(7), 30)  # a text that can be learned
 
-def learns(module, model=None):
+def learns(module, model):
     """Do 20 steps lower the loss? Does every parameter move?"""
-    small_one = model
-    model = model or module.GPT(module.GPTConfig(block_size=6, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
     before = weights(model)
-    plan = module.TrainConfig(batch_size=4, max_iters=20, warmup_steps=2, learning_rate=1e-2)
-    text = np.arange(300) * 7 % model.config.vocab_size
-    losses = [loss for _, loss, _ in module.training(model, plan, text)]
+    plan = module.TrainConfig(batch_size=2, max_iters=20, warmup_steps=2, learning_rate=5e-2)
+    losses = [loss for _, loss, _ in module.training(model, plan, CIRCLE)]
     still = [name for name, array in weights(model).items() if (array == before[name]).all()]
-    assert still == []
-    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - (0 if small_one else 0.05)
+    assert still == [] and np.mean(losses[-3:]) < losses[0] - 0.05
     return model
 
 def writes_alike(module, model, prompt=(1, 2, 3), n=16, writer=None):
-    """Does a Writer write what `write` writes, and what computing all of the text anew gives?"""
+    """Does a Writer write, with its cache, what `write` does, which computes all of the text anew?"""
     written = list((writer or module.Writer(model)).stream(list(prompt), n, temperature=0))
     assert written == list(module.write(model, list(prompt), n, temperature=0))
-    assert written == greedy(model, prompt, n)
+    return written
 
 def comes_back(module, model, folder):
     """Does a checkpoint give back all parameters, and the same logits?"""
-    again = module.open_checkpoint(model.save_checkpoint(1, module.AdamW(model, module.TrainConfig()), folder))[0]
+    path = model.save_checkpoint(1, module.AdamW(model, module.TrainConfig()), folder)
+    again = module.open_checkpoint(path)[0]
     assert same(weights(again), weights(model))
     assert (logits(again, PASSAGE[0]) == logits(model, PASSAGE[0])).all()
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_of_part_one_is_followed_by_everything_else(name, tmp_path, capsys):
     module, lines = edited(EDITS[name], tmp_path)
-    assert lines <= 15
-    assert module.WHY_PLAIN is None
-    loss, plain = gradients(small(module, module.PLAIN), *PASSAGE)
-    fast_loss, fast = gradients(small(module), *PASSAGE)
-    assert fast_loss == pytest.approx(loss, rel=1e-5)
-    assert fast.keys() == plain.keys()
+    assert lines <= 15 and module.WHY_PLAIN is None
+    loss, plain = gradients(shake(small(module, module.PLAIN)), *PASSAGE)
+    fast_loss, fast = gradients(shake(small(module)), *PASSAGE)
+    assert fast_loss == pytest.approx(loss, rel=1e-5) and fast.keys() == plain.keys()
     for parameter, want in plain.items():
         assert np.abs(want).max() > 0, parameter
         assert np.abs(fast[parameter] - want).max() <= 1e-4 * np.abs(want).max(), parameter
-    model = learns(module)
+    model = learns(module, small(module))
     writes_alike(module, model)
     comes_back(module, model, tmp_path)
     assert module.main(["--gradcheck"]) == 0
@@ -723,20 +680,23 @@ def test_an_edit_of_part_one_is_followed_by_everything_else(name, tmp_path, caps
             module.export(model, tmp_path / "export")
         assert not (tmp_path / "export").exists()
 
-# Many at once, and none of them on the list: query-key norms with a learned scale, one key and value for all
-# heads, both sublayers side by side, a gate without dimensions, a parameter used three times, soft-capped logits,
-# shared layers, a table that is not learned.
+# Many at once, and none of them on the list: norms of queries and keys with a learned scale, one key and one
+# value for all heads, both sublayers side by side, a gate without dimensions, a parameter used three times,
+# logits with a soft cap, shared layers, a table that is not learned.
 MIXTURE = [
     ("        self.n_head = config.n_head\n",
      "        self.n_head = config.n_head\n        self.scale = Tensor.ones(C // config.n_head)\n"),
-    ("self.c_attn = Linear(ops, rng, C, 3 * C)", "self.c_attn = Linear(ops, rng, C, C + 2 * C // config.n_head)"),
+    ("self.c_attn = Linear(ops, rng, C, 3 * C)",
+     "self.c_attn = Linear(ops, rng, C, C + 2 * C // config.n_head)"),
     ("        qkv = qkv.reshape(B, T, 3, self.n_head, C // self.n_head)     # (B, T, 3, H, D)\n",
      """        D = C // self.n_head
-        q, k, v = (part.reshape(B, T, -1, D).expand(B, T, self.n_head, D) for part in qkv.split([C, D, D], -1))
+        H = self.n_head
+        q, k, v = (part.reshape(B, T, -1, D).expand(B, T, H, D) for part in qkv.split([C, D, D], -1))
         q, k = (part * (part.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.scale for part in (q, k))
         qkv = Tensor.stack(q, k, v, dim=2)
 """),
-    ("        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()\n", "        y = self.ln_1(x)\n"),
+    ("        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()\n",
+     "        y = self.ln_1(x)\n"),
     ("        return (x + drop(self.mlp(self.ln_2(x)))).contiguous()",
      "        return x + self.gate * drop(self.attn(y, position, cache)) + drop(self.mlp(y))"),
     ("        self.ln_2 = LayerNorm(ops, config.n_embd)\n", "        self.gate = Tensor(1.0)\n"),
@@ -745,9 +705,10 @@ MIXTURE = [
     ("self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]",
      "self.h = [Block(config, ops, rng)] * config.n_layer"),
     (END_OF_GPT, END_OF_GPT + """        self.s = Tensor.ones(config.n_embd)
-        self.table = first_weights(ops, rng, config.block_size, config.n_embd, std=0.5).is_param_(False)
+        self.table = first_weights(ops, rng, config.block_size, config.n_embd, std=0.1).is_param_(False)
 """),
-    ("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx) * self.s + self.wpe(position)) + self.table[position]")]
+    ("drop(self.wte(idx) + self.wpe(position))",
+     "drop(self.wte(idx) * self.s + self.wpe(position)) + self.table[position]")]
 
 def test_edits_that_nobody_foresaw_work_together(tmp_path, capsys):
     module, _ = edited(MIXTURE, tmp_path)
@@ -769,13 +730,13 @@ NO_CACHE = [  # edits of which a cache of keys and values cannot know, or that k
       "        scores = scores + Tensor.arange(T).reshape(1, T) - Tensor.arange(T).reshape(T, 1)\n"
       "        scores = visible.where(scores, -math.inf)")],
     [("y = self.ops.attention(qkv, position, cache)", "y = self.ops.attention(qkv, position)"),
-     ("rng, C, C, std=0.02 / math.sqrt(2 * config.n_layer))", "rng, C, C, std=0)")],  # nothing to be seen at first
+     ("rng, C, C, std=0.02 / math.sqrt(2 * config.n_layer))", "rng, C, C, std=0)")],  # (nothing, at first)
     [(TOKEN_SHIFT[0], TOKEN_SHIFT[1].replace("LAG", "4"))]]
 
 @pytest.mark.parametrize("changes", NO_CACHE, ids=["window", "alibi", "attention of its own", "token shift"])
 def test_where_a_cache_would_write_something_else_none_is_used_and_that_is_said(changes, tmp_path, capsys):
     module, _ = edited(changes, tmp_path)
-    model = module.GPT(module.GPTConfig(block_size=5, vocab_size=7, n_layer=1, n_head=2, n_embd=4))
+    model = small(module)
     writer = module.Writer(model)  # before it has learned anything
     shake(model, 0.5)
     writes_alike(module, model, writer=writer)
@@ -783,29 +744,28 @@ def test_where_a_cache_would_write_something_else_none_is_used_and_that_is_said(
 
 def test_a_look_back_over_more_than_64_tokens_is_noticed(tmp_path):
     module, _ = edited([(TOKEN_SHIFT[0], TOKEN_SHIFT[1].replace("LAG", "70"))], tmp_path)
-    model = shake(module.GPT(module.GPTConfig(block_size=96, vocab_size=7, n_layer=1, n_head=2, n_embd=4)), 0.5)
+    model = shake(module.GPT(module.GPTConfig(96, 7, n_layer=1, n_head=2, n_embd=4)), 0.5)
     prompt = some_ids(7, 60).tolist()
     assert list(module.Writer(model).stream(prompt, 36)) == list(module.write(model, prompt, 36))
 
 @pytest.mark.parametrize(("line", "use"), [
-    ("self.extra = first_weights(ops, rng, config.block_size, config.n_embd).transpose(0, 1)", "self.extra.sum(1)"),
+    ("self.extra = first_weights(ops, rng, 3, config.n_embd).transpose(0, 1)", "self.extra.sum(1)"),
     ("self.extra = Tensor(np.ones(1, np.float32)).expand(config.n_embd)", "self.extra"),
     ("self.extra = Tensor.randn(config.n_embd)", "self.extra")], ids=["transposed", "expanded", "random"])
 def test_a_parameter_may_be_made_in_any_way(line, use, tmp_path):
     module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        {line}\n"),
                         ("self.ops.unembed(x, self", f"self.ops.unembed(x + {use}, self")], tmp_path)
-    comes_back(module, learns(module), tmp_path)
+    comes_back(module, learns(module, small(module)), tmp_path)
 
-@pytest.mark.parametrize("line", ["self.table = first_weights(ops, rng, 5, config.n_embd, std=1.0).is_param_(False)",
-                                  "self.table = Tensor.randn(5, config.n_embd).is_param_(False)",
-                                  "self.table = self.wpe.weight.is_param_(False)"])
-def test_numbers_that_are_not_learned_stay_and_are_saved(line, tmp_path):
-    module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        {line}\n"),
+@pytest.mark.parametrize("table", ["first_weights(ops, rng, 5, config.n_embd)", "self.wpe.weight",
+                                   "Tensor.randn(5, config.n_embd)"], ids=["noise", "frozen", "lazy"])
+def test_numbers_that_are_not_learned_stay_and_are_saved(table, tmp_path):
+    module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        self.table = {table}.is_param_(False)\n"),
                         ("+ self.wpe(position))", "+ self.wpe(position) + self.table[position])")], tmp_path)
     model = small(module)
     table = model.table.numpy()
     comes_back(module, model, tmp_path)
-    learns(module, model)
+    list(module.training(model, module.TrainConfig(batch_size=2, max_iters=3), CIRCLE))
     assert (model.table.numpy() == table).all()
     assert (logits(model, PASSAGE[0]) == logits(model, PASSAGE[0])).all()
 
@@ -817,18 +777,26 @@ def test_a_gradient_that_has_to_be_zero_is_no_false_alarm(tmp_path, capsys):
     assert module.main(["--gradcheck"]) == 0, capsys.readouterr().out
 
 def test_a_patch_in_a_running_program_counts_as_well(monkeypatch, capsys):
-    shift = minimiggy.Block.__call__
-    gelu = minimiggy.Plain.gelu
-    monkeypatch.setattr(minimiggy.Plain, "gelu", lambda self, x: x.relu())
-    assert (logits(small(minimiggy), PASSAGE[0]) != logits(shake(GPT(small(minimiggy).config)), PASSAGE[0])).sum() == 0
-    plain = logits(small(minimiggy, PLAIN), PASSAGE[0])
-    assert np.abs(logits(small(minimiggy), PASSAGE[0]) - plain).max() < 1e-5
-    monkeypatch.setattr(minimiggy.Plain, "gelu", gelu)
-    monkeypatch.setattr(minimiggy.Block, "__call__", lambda self, x, *rest: shift(
+    with monkeypatch.context() as patch:
+        patch.setattr(minimiggy.Plain, "gelu", lambda self, x: x.relu())
+        fast, plain = (logits(shake(small(minimiggy, ops)), PASSAGE[0]) for ops in (FAST, PLAIN))
+        assert np.abs(fast - plain).max() < 1e-5
+    block = minimiggy.Block.__call__
+    monkeypatch.setattr(minimiggy.Block, "__call__", lambda self, x, *rest: block(
         self, x + x.pad((None, (1, 0), None))[:, :-1], *rest))
-    model = small(minimiggy)
-    writes_alike(minimiggy, model)
+    writes_alike(minimiggy, shake(small(minimiggy)))
     assert "more slowly" in capsys.readouterr().err
+
+def test_operations_take_arguments_by_name():
+    x = Tensor.ones(1, 2, 3)
+    both = [ops.linear(x=x, weight=Tensor.ones(3, 4), bias=None).numpy() for ops in (FAST, PLAIN)]
+    assert (both[0] == both[1]).all()
+
+def test_an_operation_that_part_one_puts_into_its_class_counts_as_well(tmp_path):
+    line = "Plain.gelu = lambda self, x: x.relu()\n"
+    module, _ = edited([("PLAIN = Plain()\n", line + "PLAIN = Plain()\n")], tmp_path)
+    fast, plain = (logits(shake(small(module, ops)), PASSAGE[0]) for ops in module.BACKENDS[::-1])
+    assert np.abs(fast - plain).max() < 1e-5
 
 def test_a_layer_put_in_from_outside_is_followed():
     class Twice(minimiggy.LayerNorm):
@@ -840,18 +808,14 @@ def test_a_layer_put_in_from_outside_is_followed():
     writes_alike(minimiggy, learns(minimiggy, model))
 
 def test_an_assignment_that_waits_is_made_once():
-    for use in (lambda model: AdamW(model, QUICK), lambda model: None):
-        model = small(minimiggy)
-        optimizer = use(model)
-        weight = model.h[0].mlp.c_fc.weight
+    model = shake(small(minimiggy))
+    optimizer = AdamW(model, TrainConfig(batch_size=2, learning_rate=0.0, min_lr=0.0))
+    weight = model.h[0].mlp.c_fc.weight
+    for use in (lambda i: optimizer(CIRCLE, i), lambda i: list(write(model, [1], 3))):
         half = weight.numpy() / 2
         weight.assign(weight / 2)
-        if optimizer:
-            optimizer.config = dataclasses.replace(QUICK, learning_rate=0.0, min_lr=0.0)
-            for i in range(3):
-                optimizer(CIRCLE, i)
-        else:
-            list(write(model, [1], 3))
+        for i in range(3):
+            use(i)
         assert np.abs(weight.numpy() - half).max() < 1e-6
 
 def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
@@ -867,7 +831,7 @@ def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
         return
     assert same(weights(model), before)
 
-# ---------------------------------------------------------------------------------------------------- as a library
+# ----------------------------------------------------------------------------------------------- as a library
 
 def test_two_models_trained_and_sampled_in_turn_give_what_each_gives_alone(ids):
     losses, _, numbers, _ = trained(TINY, QUICK, ids)
@@ -880,8 +844,7 @@ def test_two_models_trained_and_sampled_in_turn_give_what_each_gives_alone(ids):
         other(ids, i)
         for writer in writers:
             list(writer.stream([1, 2], 3))
-    assert together == losses.tolist()
-    assert same(weights(one.model), numbers)
+    assert together == losses.tolist() and same(weights(one.model), numbers)
     assert list(writers[0].stream([1, 2], 20)) == list(write(one.model, [1, 2], 20))
     assert list(writers[1].stream([1, 2], 20)) == list(write(other.model, [1, 2], 20))
 
@@ -911,26 +874,27 @@ def test_training_again_in_one_process_gives_the_same(run, ids):
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
     for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
         flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
-        assert main(flags) == 0
-        assert f"({n} cores)" in capsys.readouterr().out
+        assert main(flags) == 0 and f"({n} cores)" in capsys.readouterr().out
     models = [weights(minimiggy.open_checkpoint(tmp_path / name / "ckpt_4.safetensors")[0]) for name in "abc"]
     assert same(models[0], models[2])
     for name, array in models[0].items():
         assert np.abs(array - models[1][name]).max() < 1e-4, name
 
-# ------------------------------------------------------------------------------------------------ part II: the machine
+# --------------------------------------------------------------------------------------- part II: the machine
 
 def test_the_programs_are_those_of_the_operations_as_they_stand():
-    assert minimiggy.WHY_PLAIN is None
-    assert minimiggy.CHANGED == []
-    assert minimiggy.LAYERS_AS_WE_KNOW_THEM
-    assert type(FAST) is Fast
+    assert minimiggy.WHY_PLAIN is None and minimiggy.CHANGED == []
+    assert minimiggy.LAYERS_AS_WE_KNOW_THEM and type(FAST) is Fast
+
+def test_it_does_not_matter_which_was_imported_first():
+    code = "import tinygrad, minimiggy; print(minimiggy.WHY_PLAIN, type(minimiggy.BACKENDS[-1]).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+    assert done.stdout == "None Fast\n"
 
 def test_with_another_tinygrad_part_one_runs_and_that_is_said(tmp_path, capsys):
     text = re.sub('(?m)^TINYGRAD = .*', 'TINYGRAD = "0.0.1"', SOURCE)
     module = imported(text, tmp_path, "elsewhere")
-    assert module.WHY_PLAIN.count("\n") == 0
-    assert "pip install tinygrad==0.0.1" in module.WHY_PLAIN
+    assert module.WHY_PLAIN.count("\n") == 0 and "pip install tinygrad==0.0.1" in module.WHY_PLAIN
     assert module.BACKENDS == [module.PLAIN]
     (tmp_path / "my.txt").write_text(TEXT[:5000])
     flags = [f"--{field.replace('_', '-')}={value}" for config in (SMALLEST, SHORT)
@@ -940,50 +904,51 @@ def test_with_another_tinygrad_part_one_runs_and_that_is_said(tmp_path, capsys):
     assert module.WHY_PLAIN in capsys.readouterr().out
     assert module.main(["--train", *where, "--devices", "2"]) == 2
 
-def test_compiled_programs_are_kept_for_the_next_process(tmp_path, monkeypatch):
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Where compiled programs are kept, and a function that makes of this process a new one."""
     cache = minimiggy.to_program_cache
+    compiled = dict(cache)
+    load = minimiggy.load_programs.__wrapped__
     monkeypatch.setattr(minimiggy, "programs_file", lambda: tmp_path / "programs")
-    minimiggy.load_programs.cache_clear()
-    shake(GPT(TINY))
-    list(write(GPT(TINY), [1], 2))  # (so that there is something to keep)
-    before = dict(cache)
-    assert len(before) > 5
-    minimiggy.keep_programs()
-    cache.clear()
-    minimiggy.load_programs.cache_clear()
-    minimiggy.load_programs()
-    assert cache.keys() >= before.keys()
-    assert list(write(GPT(TINY), [1], 2)) == list(Writer(GPT(TINY)).stream([1], 2))
-    cache.update(before)
-    minimiggy.load_programs.cache_clear()
 
-@pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "a pickle of something else", "a folder", "full"])
-def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, tmp_path, monkeypatch):
-    import pickle
-    path = tmp_path / "programs"
-    monkeypatch.setattr(minimiggy, "programs_file", lambda: path)
-    minimiggy.load_programs.cache_clear()
-    minimiggy.keep_programs()
-    data = bytearray(path.read_bytes() if path.exists() else b"x" * 1000)
-    if damage == "a bit":
-        data[len(data) // 2] ^= 1
+    def begin_anew():
+        cache.clear()
+        monkeypatch.setattr(minimiggy, "load_programs", functools.cache(load))
+    begin_anew()
+    yield tmp_path / "programs", begin_anew
+    cache.update(compiled)
+
+def triple(n):
+    """Record a small program for n numbers, and run it."""
+    assert FAST.record(lambda x: ((3 * x).realize(),))(np.ones(n, np.float32))[0].tolist() == [3] * n
+
+def test_compiled_programs_are_kept_for_the_next_process(programs):
+    for n in (1001, 1002):
+        triple(n)
+    compiled = set(minimiggy.to_program_cache)
+    assert len(compiled) >= 2
+    programs[1]()
+    assert minimiggy.load_programs() == compiled
+
+@pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "foreign", "a folder", "no space"])
+def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs, monkeypatch):
+    path, begin_anew = programs
+    triple(2000 + len(damage))
+    data = path.read_bytes()
     foreign = pickle.dumps([1, 2, 3])
     signed = hashlib.sha256(foreign).digest() + len(foreign).to_bytes(8, "little") + foreign
-    texts = {"noise": os.urandom(5000), "zeros": bytes(5000), "cut": data[:len(data) // 2], "a bit": data,
-             "a pickle of something else": signed}
-    path.unlink(missing_ok=True)
+    spoiled = {"noise": os.urandom(5000), "zeros": bytes(5000), "cut": data[:len(data) // 2],
+               "a bit": data[:50] + bytes([data[50] ^ 1]) + data[51:], "foreign": signed}
+    path.unlink()
     if damage == "a folder":
         path.mkdir()
-    elif damage == "full":
+    elif damage == "no space":
         monkeypatch.setattr("builtins.open", functools.partial(throw, OSError("no space left")))
     else:
-        path.write_bytes(texts[damage])
-    minimiggy.load_programs.cache_clear()
-    minimiggy.load_programs()
-    minimiggy.keep_programs()
-    record = FAST.record(lambda x: ((2 * x).realize(),))
-    assert record(np.ones(3, np.float32))[0].tolist() == [2, 2, 2]
-    minimiggy.load_programs.cache_clear()
+        path.write_bytes(spoiled[damage])
+    begin_anew()
+    triple(3000 + len(damage))
 
 def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -992,8 +957,7 @@ def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = minimiggy.cache_folder()
     assert folder == tmp_path / f"minimiggy-{os.getuid()}"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert minimiggy.cache_folder() == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and minimiggy.cache_folder() == folder
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     (tmp_path / "minimiggy-12345").mkdir()  # it looks like ours, but somebody else has made it
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
@@ -1002,31 +966,25 @@ def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("variables", "words"), [
     ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
     ({"CC": "no/such/clang"}, "No such file"), ({"CC": ""}, "no checkpoint"),
-    ({"DEV": "FOO"}, "DEV=FOO"), ({"DEV": "CUDA"}, "DEV=CUDA")])
+    ({"DEV": "FOO"}, "DEV=FOO"), ({"DEV": "CUDA"}, "DEV=CUDA"), ({"HOME": "/dev/null"}, "no checkpoint")])
 def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, tmp_path):
     command = [sys.executable, str(FILE), "--sample", "x", "--out-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert words in done.stderr
-    assert len(done.stderr) < 350
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=99)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert words in done.stderr and len(done.stderr) < 350
 
-# ------------------------------------------------------------------------------------- checkpoints and sampling
+# ----------------------------------------------------------------------------------- checkpoints and sampling
 
 def test_a_checkpoint_is_self_contained(run):
     model, _, folder = run
     again, config, step = minimiggy.open_checkpoint(folder / "ckpt_6.safetensors")
-    assert (step, config, again.config) == (6, QUICK, TINY)
-    assert same(weights(again), weights(model))
-    assert again.tokenizer.merges == model.tokenizer.merges
-    assert not list(folder.glob("*.tmp"))
+    assert (step, config, again.config) == (6, QUICK, TINY) and same(weights(again), weights(model))
+    assert again.tokenizer.merges == model.tokenizer.merges and not list(folder.glob("*.tmp"))
 
 def test_tinygrad_reads_a_checkpoint(run):
     arrays = safe_load(run[2] / "ckpt_6.safetensors")
     assert (arrays["h.1.attn.c_attn.weight"].numpy() == run[0].h[1].attn.c_attn.weight.numpy()).all()
-    assert "optimizer.m.wte.weight" in arrays
-    assert "optimizer.v.ln_f.bias" in arrays
+    assert "optimizer.m.wte.weight" in arrays and "optimizer.v.ln_f.bias" in arrays
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_line(run, tmp_path):
     whole = (run[2] / "ckpt_6.safetensors").read_bytes()
@@ -1049,15 +1007,15 @@ def test_past_block_size_the_newer_half_is_read_again():
             window = window[-TINY.block_size // 2:]
         want.append(minimiggy.draw(numpy_logits(p, np.array([window]), 2, 2)[0, -1], rng, 1.0))
         window.append(want[-1])
-    got = model.generate(Tensor([[1, 2, 3], [4, 5, 6]], dtype="int32"), max_tokens=20, temperature=1.0, seed=3)
-    assert got.shape == (2, 23)
-    assert got.dtype == dtypes.int32
-    assert got.tolist()[0] == [1, 2, 3, *want]
-    assert len(set(want)) > 5
+    prompts = Tensor([[1, 2, 3], [4, 5, 6]], dtype="int32")
+    got = model.generate(prompts, max_tokens=20, temperature=1.0, seed=3)
+    assert got.shape == (2, 23) and got.dtype == dtypes.int32
+    assert got.tolist()[0] == [1, 2, 3, *want] and len(set(want)) > 5
 
-@pytest.mark.parametrize("sizes", [(7, 101, 2, 3, 21), (1, 7, 1, 1, 1), (2, 7, 1, 2, 4), (8, 300, 2, 2, 16)])
+@pytest.mark.parametrize("sizes", [(11, 31, 2, 3, 21), (1, 7, 1, 1, 1), (2, 7, 1, 2, 4), (8, 300, 2, 2, 16)])
 def test_the_cache_gives_the_whole_models_logits(sizes):
     model = shake(GPT(GPTConfig(*sizes)))
+    p = in_float64(model)
     T = model.config.block_size
     ids = some_ids(model.config.vocab_size, T).tolist()
     writer = Writer(model)
@@ -1067,8 +1025,12 @@ def test_the_cache_gives_the_whole_models_logits(sizes):
     half = max(1, T // 2)
     assert np.abs(writer.logits(ids[:half], 0) - want[half - 1]).max() < 1e-5 * np.abs(want).max()
     assert writer.remembers
-    writes_alike(minimiggy, model, ids[:1], 2 * T + 3)
-    writes_alike(minimiggy, model, 3 * ids, 3)
+    for prompt in (ids[:1], 3 * ids):
+        seen = prompt[-T:]
+        for token in writes_alike(minimiggy, model, prompt, 2 * T + 3):
+            seen = seen if len(seen) <= T else seen[-half:]
+            assert token == numpy_logits(p, np.array([seen]), *sizes[2:4])[0, -1].argmax()
+            seen.append(token)
 
 def test_the_plain_path_has_a_cache_too():
     model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), PLAIN))
@@ -1088,15 +1050,13 @@ def test_top_k_top_p_and_temperature():
     draws = Counter(draw(1.0) for _ in range(4000))
     assert draws[0] / 4000 == pytest.approx(0.5, abs=0.03)
     assert draws[3] / 4000 == pytest.approx(0.05, abs=0.02)
-    assert {draw(1.0, top_k=2) for _ in range(200)} == {0, 1}
-    assert {draw(0) for _ in range(9)} == {0}
+    assert {draw(1.0, top_k=2) for _ in range(200)} == {0, 1} and {draw(0) for _ in range(9)} == {0}
     draws = Counter(draw(1.0, top_p=0.81) for _ in range(4000))
-    assert set(draws) == {0, 1, 2}
-    assert draws[0] / 4000 == pytest.approx(0.5 / 0.95, abs=0.03)
+    assert set(draws) == {0, 1, 2} and draws[0] / 4000 == pytest.approx(0.5 / 0.95, abs=0.03)
     assert {draw(1.0, top_p=0.79) for _ in range(200)} == {0, 1}
     assert {draw(1.0, top_p=1e-9) for _ in range(9)} == {0}
 
-# ----------------------------------------------------------------------------------------- the text and its download
+# ---------------------------------------------------------------------------------- the text and its download
 
 class Server(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -1130,11 +1090,12 @@ def test_a_download_arrives_whole_or_not_at_all(server, tmp_path, monkeypatch):
             minimiggy.download(server + bad, tmp_path / "bad.txt", SHA)
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
-        minimiggy.download(server + "/text", tmp_path / "file" / "text.txt", SHA)  # nothing can be written there
+        minimiggy.download(server + "/text", tmp_path / "file" / "x", SHA)  # nothing can be written there
     (tmp_path / "file").unlink()
     with pytest.raises(OSError):
         minimiggy.download("http://127.0.0.1:1/", tmp_path / "bad.txt", SHA)
-    assert {p.name for p in tmp_path.iterdir()} <= {"good.txt", "bad.txt.part"}  # what came before a cut is kept
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept <= {"good.txt", "bad.txt.part"}  # (what came before a cut)
 
 def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "play.txt").write_text(TEXT)
@@ -1145,17 +1106,14 @@ def test_without_a_network_the_play_stands_in_and_says_so(tmp_path, monkeypatch,
     with pytest.raises(UserError, match="--data play"):
         minimiggy.load_text("shakespeare")
 
-@pytest.mark.parametrize("name", ["\0", "x" * 5000, "/dev/zero", "/", "no\nsuch", "\ud800", "~nobody/x", ".."])
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "/dev/zero", "/", "no\nsuch", "\ud800", "~nobody"])
 def test_a_name_that_no_text_can_have_is_one_line(name):
     with pytest.raises(UserError, match="no such file") as error:
         minimiggy.load_text(name)
-    assert len(str(error.value)) < 300
-    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 def test_the_play_is_long_and_in_its_format():
-    assert len(TEXT) >= 100_000
-    assert TEXT.isascii()
-    assert "ROMEO:\n" in TEXT and "JULIET:\n" in TEXT
+    assert len(TEXT) >= 100_000 and TEXT.isascii() and "ROMEO:\n" in TEXT and "JULIET:\n" in TEXT
     for speech in TEXT.strip().split("\n\n"):
         assert re.fullmatch(r"[A-Z][A-Za-z ]*:(\n[^\n]+)+", speech), speech
 
@@ -1166,8 +1124,7 @@ def test_the_play_is_long_and_in_its_format():
 def test_any_text_is_read_learned_and_encoded_without_loss(raw, text, tmp_path):
     (tmp_path / "my.txt").write_bytes(raw)
     read = minimiggy.read_text(tmp_path / "my.txt")
-    assert read == text.encode()
-    assert b"".join(minimiggy.split_text(read)) == read
+    assert read == text.encode() and b"".join(minimiggy.split_text(read)) == read
     tokenizer = BPETokenizer.train(text, 300)
     assert tokenizer.decode(tokenizer.encode_array(read).tolist()) == text
 
@@ -1177,7 +1134,7 @@ def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
         minimiggy.read_text(tmp_path / "my.txt")
     assert minimiggy.read_text(tmp_path / "my.txt", replace=True).endswith("caf\ufffd and more".encode())
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 SMALL = ["--n-layer", "1", "--n_embd", "16", "--n-head", "2", "--block-size", "8", "--batch-size", "4",
          "--vocab-size", "300", "--max-iters", "4", "--eval-interval", "2", "--eval-iters", "1"]
@@ -1191,22 +1148,19 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
     out = ["--out-dir", str(tmp_path / "out")]
     assert main(["--train", "--data", str(text), *out, *SMALL]) == 0
     output = capsys.readouterr().out
-    assert "bits/byte" in output
-    assert "\r" not in output and "\x1b" not in output
+    assert "bits/byte" in output and "\r" not in output and "\x1b" not in output
     assert main(["--sample", "ROMEO: ü", *out, "--max-tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out.startswith("ROMEO: ü")
     assert main(["--resume", "--max-iters", "6", *out]) == 0  # it remembers its text
     output = capsys.readouterr().out
-    assert str(text) in output
-    assert "has changed" not in output
-    assert (tmp_path / "out" / "ckpt_6.safetensors").exists()
-    assert main(["--resume", *out]) == 2
+    assert str(text) in output and "has changed" not in output
+    assert (tmp_path / "out" / "ckpt_6.safetensors").exists() and main(["--resume", *out]) == 2
     assert "--max-iters" in capsys.readouterr().err
     text.write_text(TEXT[:5001])
     assert main(["--resume", "--max-iters", "7", *out]) == 0
     assert "has changed" in capsys.readouterr().out
 
-# --------------------------------------------------------------------------------------------- nothing is ever lost
+# --------------------------------------------------------------------------------------- nothing is ever lost
 
 def child(flags, out, rng, die_at=0):
     """Run the command line in a process of its own, which dies at its `die_at`-th flush to the disk."""
@@ -1237,14 +1191,14 @@ def what_is_left(out):
     return log, (out / "ckpt_30.safetensors").read_bytes(), sorted(path.name for path in out.iterdir())
 
 def kill_and_resume(kills, folder):
-    """Kill short runs at random moments, every second time inside a save, and resume them, up to five times each.
-    Do all end with the checkpoint and log of the run that was never stopped, to the last bit? Also a command."""
+    """Kill short runs at random moments, every second time inside a save, and resume them, up to five times
+    each. Do all end with the checkpoint and log of a run that was never stopped, to the last bit?"""
     rng = random_numbers.Random(str(folder))
     folder = Path(folder)
     BPETokenizer.train("", 256)  # what is imported now, no child need import
     (folder / "my.txt").write_text(TEXT[:20_000])
-    start = ["--train", "--data", str(folder / "my.txt"), *SMALL, "--max-iters", "30", "--eval-interval", "15",
-             "--save-every", "2", "--dropout", "0.1"]
+    start = ["--train", "--data", str(folder / "my.txt"), *SMALL, "--max-iters", "30", "--eval-interval",
+             "15", "--save-every", "2", "--dropout", "0.1"]
     for name in ("first", "whole"):  # (the first one also compiles)
         began = time.perf_counter()
         assert os.waitpid(child(start, folder / name, rng), 0)[1] == 0
@@ -1272,38 +1226,41 @@ def kill_and_resume(kills, folder):
         log, checkpoint, files = what_is_left(out)
         same += (log, checkpoint) == want[:2] and not [name for name in files if name.endswith(".tmp")]
         shutil.rmtree(out)
-    print(f"{same} of {runs} runs, killed {killed} times in all, {killed // 2} inside a save, ended with the same bits")
+    print(f"{same} of {runs} runs, killed {killed} times in all, {killed // 2} inside a save, ended with the "
+          "same bits")
     return same == runs
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
     processes = []
-    for name in "ab":  # two at a time, ten kills each
+    for name in "ab":  # two at a time, four kills each
         (tmp_path / name).mkdir()
-        command = [sys.executable, str(HERE / "test_minimiggy.py"), "10", str(tmp_path / name)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [sys.executable, str(HERE / "test_minimiggy.py"), "4", str(tmp_path / name)]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                          text=True))
     for process in processes:
         said = process.communicate()[0]
         assert process.returncode == 0, said
-        assert "killed 10 times in all, 5 inside a save" in said
+        assert "killed 4 times in all, 2 inside a save" in said
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
     events = []
     replace = Path.replace
-    kind = lambda fd: "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
+
+    def kind(fd):
+        return "folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(kind(fd)))
     monkeypatch.setattr(Path, "replace", lambda self, path: events.append("name") or replace(self, path))
     with minimiggy.whole(tmp_path / "new") as file:
         file.write(b"text")
         assert not (tmp_path / "new").exists()
-    assert events == ["file", "name", "folder"]
-    assert (tmp_path / "new").read_bytes() == b"text"
+    assert events == ["file", "name", "folder"] and (tmp_path / "new").read_bytes() == b"text"
 
 @pytest.mark.parametrize(("number", "times", "whole_group", "code"), [
     (signal.SIGTERM, 1, False, 143), (signal.SIGHUP, 1, True, 129), (signal.SIGINT, 1, True, 130),
     (signal.SIGINT, 2, False, 130)])
 def test_signals_finish_the_step_and_save_and_two_stop_at_once(number, times, whole_group, code, tmp_path):
-    command = [sys.executable, str(FILE), *training_play(tmp_path), "--max-iters", "1000000", "--eval-interval",
-               "500000", "--save-every", "100"]
+    command = [sys.executable, str(FILE), *training_play(tmp_path, "--max-iters", "1000000"),
+               "--eval-interval", "500000", "--save-every", "100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     while not list(tmp_path.glob("ckpt_*.safetensors")) and process.poll() is None:
@@ -1312,19 +1269,19 @@ def test_signals_finish_the_step_and_save_and_two_stop_at_once(number, times, wh
         (os.killpg if whole_group else os.kill)(process.pid, number)
         time.sleep(0.001)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == code
+    on_its_way_out = times == 2 and process.returncode == -number  # (the second signal came very late)
+    assert process.returncode == code or on_its_way_out
     assert "Traceback" not in err
     newest = list(minimiggy.checkpoints(tmp_path).values())[-1]
     assert minimiggy.open_checkpoint(newest)[2] > 0
     if times == 1:
-        assert "--resume --out-dir" in out
-        assert "stopping" in err
+        assert "--resume --out-dir" in out and "stopping" in err
 
-ODD = [-1, 0, 3, math.inf, "9" * 5000, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True, [2**40],
-       [0, 2**40], [-8, 8]]
+ODD = [-1, 0, 3, math.inf, "9" * 5000, 2**31, 2**64, 10**4000, None, "x", 1.5, [], {}, [[]], "-1", True,
+       [2**40], [0, 2**40], [-8, 8]]
 
 def mutated(whole, rng):
-    """A checkpoint with something wrong: a flipped bit, a cut, or a header edited by someone who signs it anew."""
+    """A checkpoint with something wrong: a flipped bit, a cut, or a header, edited and signed anew."""
     kind = rng.randrange(4)
     data = bytearray(whole)
     if kind == 0:
@@ -1349,7 +1306,8 @@ def mutated(whole, rng):
         key = rng.choice([*metadata, "gpt_config", "tokenizer"])
         if key in ("gpt_config", "tokenizer", "train_config"):
             values = json.loads(metadata[key])
-            values[rng.choice([*values, "surprise"])] = rng.choice([*ODD, [[0, 0]] * 200, [[-1, 5]], [[256, 256]]])
+            odd = [*ODD, [[0, 0]] * 200, [[-1, 5]], [[256, 256]]]
+            values[rng.choice([*values, "surprise"])] = rng.choice(odd)
             metadata[key] = json.dumps(values)
         else:
             metadata[key] = rng.choice(ODD)
@@ -1359,7 +1317,7 @@ def mutated(whole, rng):
     return len(text).to_bytes(8, "little") + text + body
 
 def test_500_mutated_checkpoints_load_exactly_or_are_refused_in_one_line(tokenizer, tmp_path):
-    model = GPT(dataclasses.replace(TINY, n_embd=96), tokenizer=tokenizer)
+    model = GPT(dataclasses.replace(TINY, n_layer=1, n_embd=128), tokenizer=tokenizer)
     model.source = ("play", "0" * 64)
     whole = model.save_checkpoint(1, AdamW(model, QUICK), tmp_path).read_bytes()  # 3 MB
     rng = random_numbers.Random(0)
@@ -1393,16 +1351,15 @@ def test_resume_skips_a_damaged_newest_checkpoint_and_says_so(run, tmp_path, cap
     shutil.copytree(run[2], tmp_path / "run")
     (tmp_path / "run" / "ckpt_9.safetensors").write_bytes(b"half of a fi")
     path, *_, step = minimiggy.newest(tmp_path / "run")
-    assert step == 6
-    assert path.name == "ckpt_6.safetensors"
-    assert "ckpt_9" in capsys.readouterr().out
+    assert step == 6 and path.name == "ckpt_6.safetensors" and "ckpt_9" in capsys.readouterr().out
 
 def test_going_back_moves_the_abandoned_future_aside(tmp_path):
     assert main(training_play(tmp_path, "--max-iters", "8", "--keep", "9")) == 0
     back = ["--resume", "--checkpoint", str(tmp_path / "ckpt_4.safetensors"), "--out-dir", str(tmp_path)]
     assert main([*back, "--keep", "1", "--max-iters", "5", "--learning-rate", "1e-3"]) == 0
     assert max(minimiggy.checkpoints(tmp_path)) == 5
-    assert {path.name for path in (tmp_path / "run-1").iterdir()} == {"ckpt_6.safetensors", "ckpt_8.safetensors"}
+    aside = sorted(path.name for path in (tmp_path / "run-1").iterdir())
+    assert aside == ["ckpt_6.safetensors", "ckpt_8.safetensors"]
 
 def test_a_mistake_moves_nothing_and_strangers_files_stay(tmp_path, capsys):
     (tmp_path / "notes.tmp").touch()
@@ -1427,9 +1384,7 @@ def test_a_damaged_log_does_not_stop_a_run(damage, run, ids, tmp_path):
     model, config, step = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
     train(model, dataclasses.replace(config, max_iters=7), ids, ids[:500], start=step, out_dir=tmp_path)
     text = (tmp_path / "log.csv").read_text()
-    assert text.startswith(good)
-    assert damage not in text.splitlines()
-    assert len(text.splitlines()) == 4
+    assert text.startswith(good) and damage not in text.splitlines() and len(text.splitlines()) == 4
 
 def test_a_signal_during_an_evaluation_still_saves(tokenizer, ids, tmp_path, monkeypatch):
     stop = []
@@ -1516,17 +1471,17 @@ def test_model_flags_that_contradict_the_checkpoint_are_named(run, flags, capsys
         assert flags[0].replace("_", "-") in capsys.readouterr().err
 
 @pytest.mark.parametrize(("flags", "names"), [
-    (["--train", "--init-from", "nowhere"], "nowhere"), (["--export", "x", "--checkpoint", "nowhere"], "nowhere"),
-    (["--train", "--data", "no/such/file.txt"], "no/such/file.txt"), (["--train", "--data", "EMPTY"], "empty"),
+    (["--train", "--init-from", "nowhere"], "nowhere"), (["--train", "--data", "no/such"], "no/such"),
+    (["--export", "x", "--checkpoint", "nowhere"], "nowhere"), (["--train", "--data", "EMPTY"], "empty"),
     (["--train", "--data", "SHORT"], "--block-size"), (["--train", "--data", "LATIN1"], "offset 3"),
     (["--train", "--data", "."], "no such file"), (["--train", "--n-head", "3"], "--n-head 3"),
     (["--train", "--n-layer", "0"], "--n-layer"), (["--train", "--n_embd", "-4"], "--n-embd"),
-    (["--train", "--batch-size", "many"], "batch"), (["--train", "--learning-rate", "nan"], "--learning-rate"),
+    (["--train", "--batch-size", "many"], "batch"), (["--train", "--learning-rate", "nan"], "--learning"),
     (["--train", "--dropout", "1.5"], "--dropout"), (["--train", "--vocab-size", "100"], "256"),
     (["--train", "--tokenizer", "words"], "words"), (["--train", "--sample", "x"], "not allowed"),
     (["--frobnicate"], "--help"), (["--sample", "x", "--out-dir", "nowhere"], "--train"),
     (["--sample", "x", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--sample", "x", "--temperature", "-1"], "--temperature"), (["--resume", "--out-dir", "nowhere"], "--train"),
+    (["--sample", "x", "--temperature", "-1"], "--temp"), (["--resume", "--out-dir", "nowhere"], "--train"),
     (["--train", "--plain", "--devices", "2"], "--devices"), ([], "--help")])
 def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeypatch, capsys):
     (tmp_path / "EMPTY").write_text("")
@@ -1535,22 +1490,18 @@ def test_a_mistake_gets_one_line_and_exit_code_2(flags, names, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     error = capsys.readouterr().err
-    assert error.startswith("minimiggy: ")
-    assert error.count("\n") == 1
-    assert names in error
+    assert error.startswith("minimiggy: ") and error.count("\n") == 1 and names in error
     assert not (tmp_path / "checkpoints").exists()
 
 def test_an_error_that_nobody_thought_of_is_one_line_with_exit_code_70(monkeypatch, capsys):
     monkeypatch.setattr(minimiggy, "check_flags", functools.partial(throw, ZeroDivisionError("x" * 900)))
     assert main(["--gradcheck"]) == 70
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "ZeroDivisionError" in error and "--debug" in error
-    assert len(error) < 350
-    assert main(["--gradcheck", "--debug"]) == 70
+    assert error.count("\n") == 1 and "ZeroDivisionError" in error and "--debug" in error
+    assert len(error) < 350 and main(["--gradcheck", "--debug"]) == 70
     assert "Traceback" in capsys.readouterr().err
 
-# ------------------------------------------------------------------------------- at home elsewhere: with transformers
+# ----------------------------------------------------------------------- at home elsewhere: with transformers
 
 @pytest.fixture(scope="session")
 def learned():
@@ -1602,8 +1553,10 @@ def test_one_merge_a_token_is_enough(letters):
     pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models
     rng = random_numbers.Random(2)
+
+    def word(n):
+        return "".join(rng.choices(letters, k=rng.randrange(1, n)))
     for _ in range(10):
-        word = lambda n: "".join(rng.choices(letters, k=rng.randrange(1, n)))
         tokenizer = BPETokenizer.train(" ".join(word(40) for _ in range(300)), 400)
         ids = minimiggy.vocabulary(tokenizer)
         parts = [minimiggy.last_parts(token, ids) for token in ids]
@@ -1617,7 +1570,8 @@ def test_a_token_is_made_of_the_two_parts_that_its_merges_leave():
     assert minimiggy.last_parts("ana", ids) == ["an", "a"]
     assert minimiggy.last_parts("banana", ids) == ["ban", "ana"]
 
-@pytest.mark.parametrize("form", ["as saved", "bare names and masks", "no config", "bfloat16", "float16", "shards"])
+@pytest.mark.parametrize("form", ["as saved", "bare names and masks", "no config", "bfloat16", "float16",
+                                  "shards"])
 def test_a_model_of_transformers_computes_the_same_logits_here(form, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -1643,15 +1597,15 @@ def test_a_model_of_transformers_computes_the_same_logits_here(form, tmp_path):
     ids = torch.arange(48).reshape(2, 24) * 4
     with torch.no_grad():
         want = theirs(ids).logits.numpy()
-    assert np.abs(logits(model, ids.tolist()) - want).max() < 1e-4
-    assert model.tokenizer is None
+    assert np.abs(logits(model, ids.tolist()) - want).max() < 1e-4 and model.tokenizer is None
 
-# --------------------------------------------------------------------------------------------- without transformers
+# --------------------------------------------------------------------------------------- without transformers
 
 def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path, monkeypatch):
     """With a stand-in of its size, whose bytes are in another order than ours, as GPT-2's are."""
     import tiktoken
-    tokens = [bytes([255 - b]) for b in range(256)] + list(map(bytes, itertools.product(range(256), repeat=2)))
+    tokens = [bytes([255 - b]) for b in range(256)]
+    tokens += map(bytes, itertools.product(range(256), repeat=2))
     encoding = tiktoken.Encoding("gpt2", pat_str=minimiggy.SPLIT, special_tokens={"<|endoftext|>": 50256},
                                  mergeable_ranks={token: i for i, token in enumerate(tokens[:50256])})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
@@ -1667,8 +1621,7 @@ def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path, monkeypatch):
 def test_an_export_comes_back_bit_by_bit(exported):
     model, folder = exported
     back = minimiggy.init_from(str(folder))
-    assert back.config == model.config
-    assert same(weights(back), weights(model))
+    assert back.config == model.config and same(weights(back), weights(model))
     for text in [*random_strings(1000), TEXT]:
         assert back.tokenizer.encode(text) == model.tokenizer.encode(text)
 
@@ -1687,11 +1640,13 @@ def test_a_tokenizer_comes_back_from_either_file(change, exported, tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(saved, sort_keys=True))
     else:
         (tmp_path / change[3:]).unlink()
-    assert minimiggy.init_from(str(tmp_path)).tokenizer.encode(TEXT[:9999]) == model.tokenizer.encode(TEXT[:9999])
+    back = minimiggy.init_from(str(tmp_path)).tokenizer
+    assert back.encode(TEXT[:9999]) == model.tokenizer.encode(TEXT[:9999])
 
 FOREIGN = {"no vocabulary": "{}", "cut off": '{"model": {"vocab": {"a"',
            "a list": '{"model": {"vocab": [["a", -1.5]]}}',
-           "two tokens": '{"model": {"vocab": {"a": 0, "b": 1}}}', "bytes in another order": None, "too few": None}
+           "two tokens": '{"model": {"vocab": {"a": 0, "b": 1}}}', "bytes in another order": None,
+           "too few": None}
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_tokenizer_is_left_out_and_that_is_said(kind, exported, tmp_path, capsys):
@@ -1721,7 +1676,7 @@ WRONG = {  # changes to config.json, changes to the weights, and what the line s
     "heads as text": ({"n_head": "3"}, {}, 'n_head is "3"'),
     "no object": (None, {}, "config.json is damaged"),
     "no config, no 64": ("absent", {}, "n_head is 0.75"),
-    "untied head": ({"tie_word_embeddings": False}, {"lm_head.weight": np.zeros((700, 48), "f4")}, "lm_head.weight"),
+    "untied head": ({}, {"lm_head.weight": np.zeros((700, 48), "f4")}, "lm_head.weight"),
     "unknown": ({}, {"transformer.h.0.extra": np.zeros(3, "f4")}, "transformer.h.0.extra"),
     "missing": ({}, {"transformer.h.1.mlp.c_fc.bias": None}, "transformer.h.1.mlp.c_fc.bias is missing"),
     "no embedding": ({}, {"transformer.wte.weight": None}, "transformer.wte.weight"),
@@ -1738,8 +1693,7 @@ def test_what_does_not_fit_is_refused_in_one_line(case, exported, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(None if change is None else config | change))
     with pytest.raises(UserError) as error:
         minimiggy.init_from(str(tmp_path))
-    assert names in str(error.value)
-    assert str(tmp_path) in str(error.value)
+    assert names in str(error.value) and str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
 def test_a_larger_block_a_missing_file_and_a_pickle_are_refused(exported, tmp_path):
@@ -1756,10 +1710,10 @@ def test_gpt2s_weights_do_not_enter_a_model_with_another_formula(exported, tmp_p
     with pytest.raises(module.UserError, match="no GPT-2"):
         module.init_from(str(exported[1]))
 
-# ---------------------------------------------------------------------------------------------------------- the hub
+# ---------------------------------------------------------------------------------------------------- the hub
 
 class Hub(BaseHTTPRequestHandler):
-    """Announces its file like huggingface.co, and redirects to a store, which knows Range; `cut` stops half-way."""
+    """Announces its file like huggingface.co, and redirects to a store, which knows Range; `cut`: a half."""
     def log_message(self, *args):
         pass
 
@@ -1810,8 +1764,7 @@ def test_a_model_from_the_hub_is_fetched_once_with_progress(hub, exported, monke
     for _ in range(2):
         assert same(weights(minimiggy.init_from("gpt2")), weights(exported[0]))
     size = len(hub.body)
-    assert files(hub) == {"model.safetensors": size}
-    assert hub.asked == [None]
+    assert files(hub) == {"model.safetensors": size} and hub.asked == [None]
     assert f"downloading model.safetensors: {size / 1e6:.1f} of {size / 1e6:.1f} MB" in lines
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -1821,8 +1774,7 @@ def test_a_cut_download_goes_on_where_it_stopped(hub, ranges):
     with pytest.raises(UserError):
         minimiggy.init_from("gpt2")
     kept = files(hub)["model.safetensors.part"]
-    assert len(files(hub)) == 1
-    assert 1 << 17 <= kept <= len(hub.body) // 2
+    assert len(files(hub)) == 1 and 1 << 17 <= kept <= len(hub.body) // 2
     hub.cut = False
     minimiggy.init_from("gpt2")
     assert files(hub) == {"model.safetensors": len(hub.body)}
@@ -1843,8 +1795,7 @@ def test_a_wrong_checksum_or_none_leaves_nothing(announced, asked, hub):
     hub.lie = announced
     with pytest.raises(UserError, match="SHA-256"):
         minimiggy.init_from("gpt2")
-    assert files(hub) == {}
-    assert hub.asked == asked
+    assert files(hub) == {} and hub.asked == asked
 
 def test_without_a_network_the_line_says_what_to_bring_where(tmp_path, monkeypatch):
     monkeypatch.setattr(minimiggy, "HUB", "http://127.0.0.1:1")
@@ -1857,7 +1808,7 @@ def test_without_a_network_the_line_says_what_to_bring_where(tmp_path, monkeypat
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
-# ------------------------------------------------------------------------------------------- what people expect
+# ----------------------------------------------------------------------------------------- what people expect
 
 def test_prompts_from_a_file_and_from_standard_input_and_several_samples(run, tmp_path, monkeypatch, capsys):
     flags = ["--out-dir", str(run[2]), "--max-tokens", "9", "--seed", "5"]
@@ -1869,8 +1820,7 @@ def test_prompts_from_a_file_and_from_standard_input_and_several_samples(run, tm
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"ROMEO:\n")))
     assert main(["--sample", "-", "--num-samples", "3", *flags]) == 0
     samples = capsys.readouterr().out
-    assert samples.startswith(want)
-    assert samples.count("ROMEO:\n") >= 3
+    assert samples.startswith(want) and samples.count("ROMEO:\n") >= 3
     assert main(["--sample", "FILE:nowhere.txt", *flags]) == 2
     assert "nowhere.txt" in capsys.readouterr().err
 
@@ -1896,10 +1846,10 @@ def test_eval_only_gives_the_loss_of_the_whole_validation_text(run, tmp_path, ca
     ids = model.tokenizer.encode(TEXT[8100:9000])
     windows = np.array([ids[i:i + 9] for i in range(len(ids) - 8)])
     want = numpy_loss(in_float64(model), windows[:, :-1], windows[:, 1:], TINY.n_layer, TINY.n_head)
-    assert float(said.pop()) == pytest.approx(want, abs=0.02)  # the reference reads every place at every distance
+    assert float(said.pop()) == pytest.approx(want, abs=0.02)  # (this reads every place at every distance)
 
 def write_run(folder, height):
-    """A log of 400 steps whose loss falls from a spike of 9 nats, evaluated and kept at 200, evaluated at 400."""
+    """A log of 400 steps whose loss falls from 9 nats, evaluated and kept at 200, evaluated at 400."""
     lines = [",".join(minimiggy.COLUMNS)]
     for step in range(10, 401, 10):
         train = height + 2 + 7 * 0.5 ** (step / 20 - 0.5)
@@ -1922,7 +1872,8 @@ def test_plot_draws_the_logs(tmp_path):
                               (bottom.lines[i], "lr", 40)):
             assert list(map(tuple, line.get_xydata())) == minimiggy.column(rows, name)
             assert len(line.get_xydata()) == n
-        assert top.lines[3 * i + 2].get_xydata().tolist() == [[200, rows[19]["val_bpb"]]]  # there is a checkpoint
+        kept = top.lines[3 * i + 2].get_xydata().tolist()
+        assert kept == [[200, rows[19]["val_bpb"]]]  # there is a checkpoint
     low, high = top.get_ylim()
     assert low < 1.05 < high < top.lines[0].get_ydata()[0]  # the spike at the start does not squash the rest
     (_, a), (_, b) = (text.get_position() for text in top.texts)
@@ -1932,8 +1883,7 @@ def test_plot_draws_the_logs(tmp_path):
 def test_plot_passes_over_what_cannot_be_drawn(rows, tmp_path, capsys, recwarn):
     pytest.importorskip("matplotlib")
     (tmp_path / "log.csv").write_text(f"step,train_loss,lr\n{rows}\n")
-    assert main(["--plot", str(tmp_path)]) == 0
-    assert capsys.readouterr().err == ""
+    assert main(["--plot", str(tmp_path)]) == 0 and capsys.readouterr().err == ""
     assert not recwarn.list
 
 def test_plot_without_a_log_is_one_line(tmp_path, capsys):
@@ -1942,8 +1892,7 @@ def test_plot_without_a_log_is_one_line(tmp_path, capsys):
     for folder in (tmp_path / "none", tmp_path):
         assert main(["--plot", str(folder)]) == 2
         error = capsys.readouterr().err
-        assert str(folder) in error
-        assert error.count("\n") == 1
+        assert str(folder) in error and error.count("\n") == 1
 
 def test_plot_without_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -1953,10 +1902,8 @@ def test_plot_without_matplotlib_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("rows", [[(100, 3.0), (200, 2.0), (1000, 1.5)], [(1, 2.0), (9, 2.0)]])
 def test_the_chart_has_its_extremes_at_the_corners(rows):
     lines = minimiggy.chart(rows).splitlines()
-    assert [len(line) for line in lines] == [64] * 10
-    assert lines[0].split()[0] == f"{rows[0][1]:.3f}"
-    assert lines[7].split()[0] == f"{rows[-1][1]:.3f}"
-    assert ord(lines[0][8]) & 9
+    assert [len(line) for line in lines] == [64] * 10 and lines[0].split()[0] == f"{rows[0][1]:.3f}"
+    assert lines[7].split()[0] == f"{rows[-1][1]:.3f}" and ord(lines[0][8]) & 9
     assert lines[9].split() == [str(rows[0][0]), "step", str(rows[-1][0])]
     assert all(any(ord(line[x]) > 0x2800 for line in lines[:8]) for x in range(8, 64))  # an unbroken curve
     assert minimiggy.chart(rows[:1]) == ""
@@ -1967,14 +1914,11 @@ def test_help_version_and_any_directory(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
 
     help = run("--help")
-    assert help.returncode == 0
-    assert "examples:" in help.stdout
+    assert help.returncode == 0 and "examples:" in help.stdout
     assert help.stdout.startswith("usage: python minimiggy.py WHAT")
     assert run("--version").stdout == f"minimiggy {minimiggy.VERSION}\n"
     wrong = run("--sample", "x")
-    assert wrong.returncode == 2
-    assert wrong.stdout == ""
-    assert "--train" in wrong.stderr
+    assert wrong.returncode == 2 and wrong.stdout == "" and "--train" in wrong.stderr
     assert not list(tmp_path.iterdir())
 
 def test_bench_prints_json_last(capsys):
@@ -1984,8 +1928,7 @@ def test_bench_prints_json_last(capsys):
         assert min(result[key], result["gflops"], result["blas_gflops"], result["peak_mb"]) > 0
 
 def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
-    assert main(["--gradcheck"]) == 0
-    assert "wpe.weight" in capsys.readouterr().out
+    assert main(["--gradcheck"]) == 0 and "wpe.weight" in capsys.readouterr().out
     right = minimiggy.gradients_of
 
     def wrong(*args):
@@ -2011,7 +1954,8 @@ def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(run, tmp_path
     for i, command in enumerate(commands):
         flags = shlex.split(command.replace("--init-from gpt2", f"--init-from {tmp_path / 'export'}"))
         if flags[0] in ("--train", "--bench"):
-            flags += SMALL if "--init-from" not in flags else [*SMALL[-6:], "--batch-size", "4"]  # its own size
+            its_own_size = [*SMALL[-6:], "--batch-size", "4"]
+            flags += its_own_size if "--init-from" in flags else SMALL
         if flags[0] == "--resume":
             flags += ["--max-iters", str(4 + i)]
         if flags[0] == "--sample":
@@ -2031,8 +1975,7 @@ def test_fine_tuning_starts_where_the_models_own_evaluation_says_and_falls(run, 
     assert main(["--train", *there, "--max-iters", "20", "--learning-rate", "1e-2", "--warmup-steps", "0",
                  "--eval-interval", "20", "--out-dir", str(tmp_path / "tuned")]) == 0
     first = minimiggy.read_log(tmp_path / "tuned" / "log.csv")[0]
-    assert first["step"] == 10
-    assert first["train_loss"] == pytest.approx(said, rel=0.2)
+    assert first["step"] == 10 and first["train_loss"] == pytest.approx(said, rel=0.2)
     assert minimiggy.read_log(tmp_path / "tuned" / "log.csv")[-1]["val_loss"] < said - 0.3
 
 def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
