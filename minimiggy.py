@@ -814,9 +814,9 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # run once are computed again inside other loops; `contiguous` in part I prevents the worst. And only one
 # *core* works.
 #
-# In this part we write the loops ourselves, for the seven operations of part I and their gradients, in a
-# language that tinygrad compiles. Nothing of part I changes. Whatever we have no program for goes the old
-# way, and the two can be mixed freely.
+# In this part we write the loops ourselves, for the operations of part I and their gradients, in a language
+# that tinygrad compiles. Nothing of part I changes. Whatever we have no program for goes the old way, and the
+# two can be mixed freely.
 
 import ast
 import ctypes
@@ -841,6 +841,10 @@ from tinygrad import Context, Device
 # names for pieces of programs (UOp), its compiler, and the list of programs that TinyJit records. All of that
 # may change with the next version. So we use it with the one version that we know. With any other, part I's
 # operations run as they are, slowly, and `WHY_PLAIN` says why in one line.
+
+if os.name == "nt":  # it has neither these folders nor these signals
+    print("minimiggy: on Windows, use WSL: type `wsl --install` once, and start again inside it", file=sys.stderr)
+    sys.exit(2)
 
 TINYGRAD = "0.14.0"
 
@@ -2838,7 +2842,7 @@ GPT.load_checkpoint = load_checkpoint
 # out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
 
 def size_of(config: GPTConfig) -> int:
-    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter P8 counts them), and
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 29 counts them), and
     a row of C for each token and each position."""
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
