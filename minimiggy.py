@@ -843,7 +843,7 @@ from tinygrad import Context, Device
 # operations run as they are, slowly, and `WHY_PLAIN` says why in one line.
 
 if os.name == "nt":  # it has neither these folders nor these signals
-    print("minimiggy: on Windows, use WSL: type `wsl --install` once, and start again inside it", file=sys.stderr)
+    print("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL", file=sys.stderr)
     sys.exit(2)
 
 TINYGRAD = "0.14.0"
