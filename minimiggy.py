@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
-os.environ.setdefault("PARALLEL", "0")  # no helper processes for it: starting them takes what they save
+os.environ.setdefault("PARALLEL", "0")  # no helper processes of its own: part II has some that are simpler
 
 import numpy as np
 from tinygrad import Tensor, TinyJit, dtypes
@@ -42,8 +42,7 @@ class UserError(Exception):
 #
 # A language model does one thing. It reads the beginning of a text and says, for everything that might come
 # next, how likely that is. After "To be, or not to" it should say that " be" is very likely, that " sleep" is
-# possible, and that "xq" is not. Whoever can do this can write: look at the probabilities, draw one of the
-# candidates, append it, and ask again.
+# possible, and that "xq" is not. Whoever can do this can write: draw a candidate, append it, ask again.
 #
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
 # speech in a play begins with a name and a colon, and who is likely to answer whom. Nobody tells the model
@@ -59,16 +58,15 @@ class UserError(Exception):
 # exam, and never learned from. A model can come to know its text by heart, and then its surprise at that text
 # says nothing any more about what it has understood. Only a text that it has never seen can tell.
 #
-# We cut at one place: lines set aside at random would have neighbours that share a speaker, a rhyme, a joke
-# with them, and a model that had learned these could fill the gap without having understood anything.
+# We cut at one place: lines set aside at random would have neighbours with the same speaker, the same rhyme,
+# and a model that had learned these could fill the gap without having understood anything.
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     """UTF-8 `text` in two: the first 90 % of its bytes to learn from, the last 10 % to be examined on."""
     cut = border(text, len(text) * 9 // 10)
     return memoryview(text)[:cut], memoryview(text)[cut:]
 
 def border(text: bytes, place: int) -> int:
-    """The first place from `place` on where a character begins. In UTF-8 a character may take several bytes;
-    all but its first have the form 10xxxxxx, so their two highest bits tell them apart."""
+    """The first place from `place` on where a character begins: in UTF-8 all its other bytes are 10xxxxxx."""
     while place < len(text) and text[place] & 0b11000000 == 0b10000000:
         place += 1
     return place
@@ -83,16 +81,15 @@ def border(text: bytes, place: int) -> int:
 # list of bytes, numbers from 0 to 255. These are our first 256 tokens: with them, any text in any script can
 # be written down. Then we look for the pair of neighbouring tokens that occurs most often, make it a new
 # token, number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent
-# pieces such as " the" become tokens of their own, and a word that was never seen is at worst written with
-# its bytes. Nothing can be "out of vocabulary".
+# pieces such as " the" become tokens of their own; a word that was never seen is at worst written in bytes.
 #
-# By hand, on the word "banana". Its letters b, a, n are the bytes 98, 97, 110.
+# By hand, on a text that is twice the word "banana". The letters b, a, n are the bytes 98, 97, 110.
 #
-#     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur twice, "ba" once. Of two that are
+#     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur four times, "ba" twice. Of two that are
 #                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
-#     98 256 256 97           Now each pair occurs once: the end. But say the text has it twice, so "ban"
-#     257 256 97              (98, 256) has the smallest numbers and becomes 257; "ana" (256, 97) becomes 258;
-#     257 258                 and (257, 258) becomes 259, the whole word.
+#     98 256 256 97           Each of the three pairs occurs twice. "ban" (98, 256) becomes 257.
+#     257 256 97              "ana" (256, 97) becomes 258.
+#     257 258                 (257, 258) becomes 259, the whole word.
 #
 # `merge` is one such step, and `learn_merges` does it all. To encode a word that was never seen, "bandana",
 # apply the same merges in the order in which they were learned. Three tokens remain, ban|d|ana:
@@ -118,10 +115,10 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
             merged.append(token)
     return merged
 
-# On a megabyte of text, counting all pairs anew for each of a thousand merges would take many minutes. Two
-# observations make it half a second. A word that occurs 5,000 times need be looked at only once, if its pairs
-# count 5,000 times. And a merge changes only the words that contain the pair, so we remember which.
-LONGEST = 256  # bytes in a token: a "word" of a million zeros would give tokens that double for ever
+# On a megabyte of text, counting all pairs anew for each merge would take many minutes. Two observations make
+# it half a second. A word that occurs 5,000 times need be looked at only once, if its pairs count 5,000
+# times. And a merge changes only the words that contain the pair, so we remember which.
+LONGEST = 256  # bytes of a word that count: a million zeros in a row would give tokens that double for ever
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -135,7 +132,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
     merges = []
 
     def count(i: int, sign: int) -> None:
-        """Add the pairs of word i to the counts, or take them away again."""
+        """Add the pairs of word i to the counts, or take them away. (In `places` they may stay: no harm.)"""
         for pair in zip(words[i], words[i][1:], strict=False):
             counts[pair] += sign * times[i]
             places[pair].add(i)
@@ -148,7 +145,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, number in counts.items() if number == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # ("a" + "bc" is no new token after "ab" + "c")
+        if joined not in numbers:                  # ("abc" can be ab + c or a + bc, and is one token)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -162,7 +159,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, perhaps after one space; white space.
+# other signs, perhaps after one space; white space, without the last one before a word.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -183,7 +180,7 @@ class BPETokenizer:
             tokens = [bytes([byte]) for byte in range(256)]
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-            ranks = {token: number for number, token in enumerate(tokens)}
+            ranks = {token: number for number, token in enumerate(tokens)}  # (tiktoken knows tokens by bytes)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
 
@@ -229,14 +226,18 @@ class BPETokenizer:
 # rule, tinygrad multiplies these slopes, from the result back to what we ask for (*backpropagation*).
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
-# a fused value again for each use; `contiguous` says "compute this here, once, and keep it". And noting
-# things down takes Python far longer than computing them, so TinyJit *records* the programs that a function
-# ran, and from its third call on just runs these again. It sees tensors only: what was a Python number while
-# it recorded stays that number for ever. Whatever changes must come in as a tensor, or be `assign`ed.
+# a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
+# `contiguous` says "compute this here, once, and keep it". And noting things down takes Python far longer
+# than computing them, so TinyJit *records* the programs that a function ran, and from its third call on just
+# runs these again, and nothing else of the function. What was a Python number while it recorded stays that
+# number for ever. Whatever changes must come in as a tensor, or be `assign`ed.
 #
-# >>> double = TinyJit(lambda x: (2 * x).realize())
-# >>> [double(Tensor([float(i)]).realize()).item() for i in range(4)]
-# [0.0, 2.0, 4.0, 6.0]
+# >>> scaled = TinyJit(lambda x: (factor * x).realize())
+# >>> for factor in (2.0, 3.0, 4.0):         # it runs, is recorded, is repeated: 4.0 comes too late
+# ...     print(scaled(Tensor([1.0]).realize()).item())
+# 2.0
+# 3.0
+# 3.0
 
 # (Skip this at first.) A C program needs a C compiler. tinygrad asks the environment variable CC for one, or
 # else calls clang. Few laptops have clang, but the Python package `ziglang` contains all of it, as `zig
@@ -244,18 +245,15 @@ class BPETokenizer:
 if not os.environ.get("CC") and not shutil.which("clang"):
     with suppress(ImportError, OSError):
         import ziglang
-        zig = Path(ziglang.__path__[0]) / "zig"
-        launcher = zig.with_name("minimiggy-clang")
-        if not launcher.exists():
-            unfinished = zig.with_name(f"minimiggy-clang.{os.getpid()}")
-            unfinished.write_text('#!/bin/sh\nexec "$(dirname "$0")/zig" clang "$@"\n')
-            unfinished.chmod(0o755)
-            unfinished.rename(launcher)
+        launcher = Path(ziglang.__path__[0]) / "minimiggy-clang"
+        if not os.access(launcher, os.X_OK):
+            launcher.write_text('#!/bin/sh\nexec "$(dirname "$0")/zig" clang "$@"\n')
+            launcher.chmod(0o755)
         os.environ["CC"] = str(launcher)
 
 # === Chapter 5. Numbers to choose
 #
-# Training finds the parameters. The size of the model, and how it learns, are for you to choose.
+# Training finds the parameters. The size of the model, and how it learns, you choose (see chapters 6 and 8).
 @dataclass
 class GPTConfig:
     """What the model is."""
@@ -268,7 +266,7 @@ class GPTConfig:
 
 @dataclass
 class TrainConfig:
-    """How the model learns. Beta1, beta2 and the weight decay are those of nanoGPT for small models."""
+    """How the model learns."""
     batch_size: int = 8            # B: passages in a batch
     learning_rate: float = 1e-3    # the largest step size, reached after the warm-up
     warmup_steps: int = 100        # steps over which the step size rises to that
@@ -282,7 +280,7 @@ class TrainConfig:
     grad_clip: float = 1.0         # the greatest length of a gradient; a longer one is shortened
     grad_accum: int = 1            # batches that are averaged for one step
     seed: int = 1337               # where all chance begins: weights, passages, dropout
-    save_every: int = 0            # steps between two checkpoints; 0: one after each exam
+    save_every: int = 0            # steps between two saves of all numbers; 0: one after each exam
     keep: int = 3                  # how many checkpoints to keep
 
 # Chance has to be repeatable, so that a run that was stopped goes on as it would have. So each use of it
@@ -298,22 +296,24 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # parameters like all others, so training moves them: tokens that behave alike, such as " king" and " queen",
 # end up with similar rows. A column may come to mean "is a name"; nobody chooses what.
 #
-# By themselves, all further layers hardly know the order: did the dog bite the man, or the man the dog? So a
+# Without more, the model would hardly know the order: did the dog bite the man, or the man the dog? So a
 # second table, `wpe` ("word position embedding"), has a row for each of the T places in the context, and the
-# model begins with the sum of the two: what the token is, plus where it stands. There is room for both: among
-# 128 dimensions two random directions are nearly at right angles.
+# model begins with the sum of the two: what the token is, plus where it stands. A sum can be taken apart
+# again, since among 128 dimensions two random directions are nearly at right angles.
 #
 # 6.2 The operations
 #
-# A GPT needs the operations below. Here they are, as plainly as possible; part II has them again as
-# hand-written programs, some fifteen times faster. A set of them is called a *backend*.
+# The class below has the operations that a GPT needs, as plainly as possible. Such a set is called a
+# *backend*; part II has another one, of hand-written programs, some fifteen times faster. Four of them carry
+# the ideas and are explained here, the others where they are used, in chapters 6.5 to 8.
 #
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
 # are learned. One product of matrices does it for all tokens at once.
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
 # learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink from layer
-# to layer, and their gradients with them. (The 1e-5 prevents a division by zero.)
+# to layer, and their gradients with them. (The 1e-5 prevents a division by zero. Many newer models leave the
+# mean and the shift out, x / sqrt(mean of x^2) * weight, which is called *RMSNorm*.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
@@ -323,13 +323,12 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The dot product of
 # my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into weights that
 # are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I hear is the
-# average of all values with these weights. A pronoun can look for its noun; the first word of a line can look
-# for how the previous line ended.
+# average of all values with these weights. A pronoun can look for its noun, a rhyme for the line before.
 #
 # *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
 # mean 0 and variance 1, so is each product, and the sum has variance D. With D = 32, scores of 6 or 11 would
-# be common, softmax would give nearly all weight to one token, and where one weight is nearly 1, its slope is
-# nearly 0 and little is learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token
+# be common, softmax would give nearly all weight to one token, and a weight near 1 hardly changes with its
+# score, so little is learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token
 # must not see those after it: it is to predict the next. Their scores become minus infinity, and so their
 # weights exp(-inf) = 0. For T = 4, row t shows whom token t may look at:
 #
@@ -344,8 +343,9 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself."""
     def embed(self, idx: Tensor, table: Tensor) -> Tensor:
-        """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C)."""
-        return table[idx]
+        """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C); NaN for an id that has no row."""
+        exists = (idx >= 0) & (idx < table.shape[0])
+        return exists.unsqueeze(-1).where(table[idx], math.nan)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., I) @ (I, O) -> (..., O), plus a bias (O,) if there is one."""
@@ -373,7 +373,7 @@ class Plain:
         if cache is None:
             visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()
         else:
-            k, v, visible = cache.extend(k, v, position)              # S keys: (B, H, S, D) twice, (T, S)
+            k, v, visible = cache.extend(k, v, position)              # now S keys and values: (B, H, S, D)
         scores = q @ k.transpose(-2, -1) / math.sqrt(D)               # (B, H, T, S); without a cache S = T
         scores = visible.where(scores, -math.inf)
         weights = scores.softmax(-1).contiguous()                     # each row adds up to 1
@@ -385,9 +385,9 @@ class Plain:
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The surprise at each target, in nats (chapter 7): logits (..., V), ids (...) int32 -> (...)."""
-        top = logits.max(-1, keepdim=True)                            # subtracting it changes no softmax,
-        total = (logits - top).exp().sum(-1, keepdim=True).log()      # and exp() can no longer overflow
-        chosen = logits.gather(-1, targets.unsqueeze(-1))
+        top = logits.max(-1, keepdim=True)                            # (without it, exp() might overflow)
+        total = (logits - top).exp().sum(-1, keepdim=True).log()
+        chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
         return (top + total - chosen).squeeze(-1)
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
@@ -432,10 +432,10 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 
 # 6.3 The layers
 #
-# A layer is its parameters, together with the operation that uses them. `Linear` begins with small random
-# weights: were they all equal, all outputs would be equal, would get equal gradients, and would stay equal
-# for ever. tinygrad finds all tensors that are attributes of a model by itself, so a tensor that you add is
-# trained and saved like the others. (One that is not to be learned says so with `.is_param_(False)`.)
+# A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
+# begins with small random weights: were they all equal, all outputs would be equal, would get equal
+# gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
+# trained and saved, also one that you add. (Unless it says `.is_param_(False)`: then it is only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -473,8 +473,8 @@ class LayerNorm:
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
 # nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
-# computed from their place and from a `key` that is new at each step, stirred (fold, multiply, fold) until
-# the bits look random. Without a key, dropout does nothing: exams and writing have none.
+# computed from their place and from a `key` that is new at each step, by `stir`, which makes numbers look
+# random. Exams and writing have no key, and so no dropout.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -492,7 +492,7 @@ class Dropout:
         return (noise >= int(self.share * 2**32)).where(x / (1 - self.share), 0)
 
 def stir(h: Tensor) -> Tensor:
-    """uint32 -> uint32: inputs that differ in one bit give results that differ in about half of theirs."""
+    """uint32 -> uint32. A known recipe (murmur3's): change one bit, and about half of the result's change."""
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     return h ^ (h >> 16)
@@ -500,17 +500,17 @@ def stir(h: Tensor) -> Tensor:
 # 6.4 Blocks
 #
 # The rows of a passage, (B, T, C), run through the whole network like a stream, and every layer only *adds*
-# something to it: x + f(x). That is why it can be trained although it is deep: on the way back, the gradient
-# of x + f(x) reaches x unchanged along the plus, however little f passes on.
+# something to it: x + f(x). That is why it can be trained although it is deep. The slope of x + f(x) is 1 +
+# f'(x): whatever arrives at a layer's output also reaches its input, however small the slope of f is.
 #
 # A *block* adds twice. Attention gathers from other tokens; a small network of two layers (a *multilayer
 # perceptron*), four times as wide inside, then thinks about what was gathered, for each token by itself. The
-# norm stands *before* each of them, on their input; the stream itself is not normalised on its way. Such
-# models train more easily (Xiong et al. 2020, arXiv:2002.04745).
+# norm stands *before* each of them, on their input. On the stream itself it would stand in the way of that 1,
+# and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
-# 2 n_layer outputs are added to the stream, each by a last layer, `c_proj`. If each had variance s^2, the sum
-# would have 2 n_layer s^2; so their first weights are smaller by the root of 2 n_layer, and a deep stream
-# begins as small as a shallow one.
+# Two layers in each block, both named `c_proj`, add to the stream. If each addition had variance s^2, all
+# would have 2 n_layer s^2. So the weights of `c_proj` begin smaller by the root of 2 n_layer, and a deep
+# stream begins no larger than a shallow one.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -547,18 +547,19 @@ class Block:
         self.mlp = MLP(config, ops, rng)
 
     def __call__(self, x: Tensor, position: Tensor, drop: Dropout, cache=None) -> Tensor:
-        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()
-        return (x + drop(self.mlp(self.ln_2(x)))).contiguous()
+        heard = self.attn(self.ln_1(x), position, cache)
+        x = (x + drop(heard)).contiguous()
+        thought = self.mlp(self.ln_2(x))
+        return (x + drop(thought)).contiguous()
 
 # 6.5 The GPT
 #
 # After the last block and one more norm, the row at place t should describe what comes at place t + 1. To
 # turn it into a guess, compare it with the row of every token in `wte`: the dot product is large where the
-# two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. One table
-# thus serves at both ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C
-# = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All this computes what GPT-2
-# computes, and the parameters have the names that they have at Hugging Face, so that models can come from
-# there and go there (part III).
+# two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. So one
+# table serves at both ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C
+# = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All parameters have the names that
+# they have in Hugging Face's GPT-2: models can come from there and go there (part III).
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
     Attributes: `config`; `ops`, the backend; `tokenizer` (or None); `source`, the text that it learned from
@@ -579,11 +580,11 @@ class GPT:
         self.ln_f = LayerNorm(ops, config.n_embd)
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is learned, by name: h.0.attn.c_attn.weight and so on. A tensor with two names comes once."""
-        found = {}
+        """What is learned, each once, by name: h.0.attn.c_attn.weight and so on. All of it is in memory."""
+        found = {}                                                    # identity -> (name, tensor)
         everything = get_state_dict(self)
         for name, tensor in everything.items():
-            # A constant such as Tensor.ones(3) has no memory of its own as yet, nor has a view such as w.T.
+            # Tensor.ones(3) is only the note "ones", and w.T a view of w: give each some memory.
             tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous())
             if tensor.is_param and dtypes.is_float(tensor.dtype):
                 found.setdefault(id(tensor), (name, tensor))
@@ -592,11 +593,10 @@ class GPT:
 
     def hidden(self, idx: Tensor, key: Tensor | None = None, position: Tensor | None = None,
                caches=None) -> Tensor:
-        """Ids (B, T) int32 -> the stream after the last block, normalised, (B, T, C). `key` starts dropout.
-        The ids stand at `position` (T,), or else from 0 on; `caches`, one a block, belong to part II."""
-        B, T = idx.shape
+        """Ids (B, T) int32 -> the stream after the last block, normalised, (B, T, C). The ids stand at
+        `position` (T,), or else from 0 on. (`key` starts dropout, `caches` are part II's.)"""
         if position is None:
-            position = Tensor.arange(T, dtype=dtypes.int32)
+            position = Tensor.arange(idx.shape[1], dtype=dtypes.int32)
         drop = Dropout(self.config.dropout, key)
         x = drop(self.wte(idx) + self.wpe(position)).contiguous()     # what it is, plus where it stands
         for i, block in enumerate(self.h):
@@ -607,9 +607,9 @@ class GPT:
         """The stream (..., C) -> logits (..., V)."""
         return self.ops.unembed(x, self.wte.weight)
 
-    def __call__(self, idx: Tensor) -> Tensor:
+    def __call__(self, idx: Tensor, key: Tensor | None = None) -> Tensor:
         """Ids (B, T) int32 with T <= block_size -> logits (B, T, V) of the next token, at each place."""
-        return self.head(self.hidden(idx))
+        return self.head(self.hidden(idx, key))
 
 # === Chapter 7. The loss
 #
@@ -628,13 +628,12 @@ class GPT:
 # >>> abs(new.loss(idx, idx + 1).item() - 6.93) < 0.05
 # True
 #
-# Nats a token cannot be compared between tokenizers: one with longer tokens leaves fewer and harder guesses.
-# So we also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Stored as
-# it is, a text takes 8; a model with a loss of 3.6 nats on tokens of 2.3 bytes could store it in 3.6 * 1.44 /
-# 2.3 = 2.25.
+# Nats per token cannot be compared between tokenizers: longer tokens make fewer and harder guesses. So we
+# also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. As it is, a
+# byte takes 8 bits; with a loss of 3.6 nats on tokens of 2.3 bytes one would do with 3.6 * 1.44 / 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
-    return model.ops.cross_entropy(model.head(model.hidden(idx, key)), targets).mean()
+    return model.ops.cross_entropy(model(idx, key), targets).mean()
 
 GPT.loss = loss  # a method of GPT, kept for this chapter
 
@@ -654,8 +653,8 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # parameter: at each step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its
 # square (beta1 = 0.9, beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels
 # out, the common direction remains. The root of `v` is the usual size of this parameter's gradient. The step
-# is proportional to m / sqrt(v): as large for a parameter with small gradients as for one with large ones,
-# and smaller where the direction keeps changing.
+# is proportional to m / sqrt(v). So it is as large where gradients are small as where they are large, and
+# smaller where their direction keeps changing. (`adamw`, in chapter 6.2, is this.)
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g, m = 0.1 g and v = 0.01 g^2. The quotient m / sqrt(v) is 1, by luck;
@@ -672,7 +671,8 @@ class AdamW:
     def __init__(self, model: GPT, config: TrainConfig):
         self.model = model
         self.config = config
-        zeros = {name: np.zeros(p.shape, np.float32) for name, p in model.parameters().items()}
+        self.parameters = model.parameters()
+        zeros = {name: np.zeros(p.shape, np.float32) for name, p in self.parameters.items()}
         self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.recorded = model.ops.record(self.step)
@@ -680,14 +680,14 @@ class AdamW:
     def step(self, x: Tensor, y: Tensor, key: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
         """Passages x, y (grad_accum, B, T), key (1,) and rates (3,) -> loss and length, scalars."""
         ops = self.model.ops
-        parameters = self.model.parameters()
+        parameters = self.parameters
         losses = []
         gradients = {}
         for i in range(self.config.grad_accum):
             losses.append(self.model.loss(x[i], y[i], key + i) / self.config.grad_accum)      # forward
             slopes = losses[i].gradient(*parameters.values())                                 # backward
             for name, slope in zip(parameters, slopes, strict=True):
-                gradients[name] = gradients[name] + slope if name in gradients else slope
+                gradients[name] = slope if i == 0 else gradients[name] + slope
             Tensor.realize(losses[i], *gradients.values())            # (so that each batch's memory can go)
         loss = sum(losses)
         length = ops.norm(gradients)
@@ -699,7 +699,9 @@ class AdamW:
         return loss, length
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
-        self.model.parameters()  # (what has been assigned to them, and not realized, is done now)
+        now = self.model.parameters()
+        if [id(tensor) for tensor in now.values()] != [id(tensor) for tensor in self.parameters.values()]:
+            raise ValueError("the model has other tensors than when its optimizer was made: make a new AdamW")
         c = self.config
         x, y = get_batch(data, c, self.model.config.block_size, i)
         key = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=1, dtype=np.uint32)
@@ -723,8 +725,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # === Chapter 9. Training
 #
-# Training is that step, over and over. This loop only tells what happened; whoever runs it prints, holds
-# exams and saves (part III's `train` does), and can stop at any time. Try it:
+# Training is that step, over and over. This loop only tells what happened; whoever runs it prints, examines
+# and saves, as part III's `train` does, and can stop at any time. Try it:
 #
 # >>> text = (Path("data") / "play.txt").read_text()
 # >>> tokenizer = BPETokenizer.train(text, 300)
@@ -738,39 +740,38 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
     how many have been taken, the loss, and the gradient's length."""
     optimizer = optimizer or AdamW(model, config)
     if optimizer.model is not model or optimizer.config != config:
-        raise ValueError("this optimizer is that of another model, or of another plan")
+        raise ValueError("this optimizer was made for another model, or with another TrainConfig")
     for i in range(start, config.max_iters):
         yield i + 1, *optimizer(data, i)
 
 # === Chapter 10. Writing
 #
 # To write, ask for the probabilities of the next token and draw one; append it; ask again. Always taking the
-# likeliest is dull and ends in loops. Drawing by the probabilities takes, now and then, a token that is
-# nearly impossible. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0]
-# gives 67 %, 24 % and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k`
-# leaves the k likeliest, and `top_p` the fewest that together have the share p (Holtzman et al. 2020,
-# arXiv:1904.09751).
+# likeliest is dull and ends in loops; drawing by the probabilities takes, now and then, a nearly impossible
+# one. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0] gives 67 %, 24 %
+# and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k` leaves the k
+# likeliest, `top_p` the fewest with the share p together (Holtzman et al. 2020, arXiv:1904.09751).
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest."""
     if temperature == 0:
         return int(logits.argmax())
     p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)  # (softmax, not yet adding up to 1)
     if top_k or top_p < 1:
-        order = np.argsort(-p, kind="stable")[:top_k or None]         # the likeliest first
-        share = np.cumsum(p[order]) / p[order].sum()
-        enough = 1 + int((share < top_p).sum())
-        p[np.setdiff1d(np.arange(len(p)), order[:enough])] = 0
-    line = np.cumsum(p)  # a token's stretch is as long as its probability: where does a random point fall?
-    return int(np.searchsorted(line[:-1], rng.random() * line[-1], side="right"))
+        order = np.argsort(-p, kind="stable")                         # the likeliest first
+        share = np.cumsum(p[order[:top_k or None]])
+        enough = 1 + int((share < top_p * share[-1]).sum())
+        p[order[enough:]] = 0
+    # Put stretches as long as the probabilities side by side: in which one does a random point fall?
+    ends = np.cumsum(p)
+    return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model can look at T tokens. When there are more, we let go of the older half, as part II's faster way
-# has to. The list that we hand over is always T long, because a recording works for one shape. The zeros
-# behind the text cannot disturb: no token looks at those after it.
+# The model can look at T tokens. When there are more, we let go of the older half. The list that we hand over
+# is always T long, because a recording works for one shape; no token looks at the zeros that come after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
-    model.parameters()  # (what has been assigned to them, and not realized, is done now)
+    model.parameters()                                                # (puts all numbers into memory)
     logits_of = model.ops.record(lambda idx: (model(idx).realize(),))
     seen = list(ids)[-T:]
     for _ in range(max_tokens):
@@ -784,13 +785,13 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it. Part II notices what you change in an operation or a layer, and takes the
-# plain way where its fast one no longer fits; `python minimiggy.py --gradcheck` tells whether all gradients
-# are right. As it stands, `--train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02, on tiny
-# Shakespeare. What do you expect?
+# To understand all this, change it. Part II notices what you change in an operation or a layer: where it has
+# no fast program any more, what stands here is computed, more slowly. `python minimiggy.py --gradcheck` tells
+# whether all gradients are right. As it stands, `python minimiggy.py --train --max-iters 500` ends at 2.68
+# bits a byte, give or take 0.02, on tiny Shakespeare. What do you expect?
 #
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
-# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! What does the mask tell it of the place?)
+# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! Row t of the mask has t + 1 ones.)
 # 3. No sqrt(D). Take it out of `attention`. (2.75.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
@@ -803,11 +804,11 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # Chapter 12. Where the time goes
 #
 # Part I as it stands takes about fifteen times as long for a training step as this part does, on the same
-# machine, for the same numbers. Nothing in it computes too much. A processor core can do some 100 billion
-# multiplications and additions a second, but only with numbers that are in its *registers*, a few hundred at
-# a time. To fetch a number from the cache takes several times as long as using it, and to fetch it from
-# memory a hundred times. So the question is never how many operations there are; it is how often each number
-# is fetched.
+# machine, for the same numbers. It does hardly more arithmetic than it must. A processor core can do some 100
+# billion multiplications and additions a second, but only with numbers that are in its *registers*, a few
+# hundred at a time. To fetch a number from the cache takes several times as long as using it, and to fetch it
+# from memory a hundred times. So the question is never how many operations there are; it is how often each
+# number is fetched.
 #
 # Three things go wrong when tinygrad compiles part I by its own rules. In a *product* of two N x N matrices
 # each number is used N times, and its loops fetch it nearly every time. By *fusion*, operations that ought to
@@ -860,10 +861,10 @@ WHY_PLAIN = None
 KNOWN = False
 try:
     from tinygrad import UOp
-    from tinygrad.codegen import to_program, to_program_cache
+    from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.dtype import AddrSpace
     from tinygrad.engine.realize import get_call_arg_uops, get_runtime
-    from tinygrad.helpers import DEV
+    from tinygrad.helpers import DEBUG, DEV
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import KernelInfo, Ops
     if version_of("tinygrad") != TINYGRAD:
@@ -926,7 +927,7 @@ def cache_folder() -> Path:
 def complaint_of(compiler: str) -> str:
     """"" if `compiler` is a clang that works, or what is wrong with it."""
     arch = "x86_64" if X86 else platform.machine()
-    target = f"--target={arch}-none-unknown-elf"
+    target = f"--target={arch}-none-unknown-elf"  # (as tinygrad asks for: a bare program, without a system)
     command = [compiler, "-c", "-x", "c", "-ffreestanding", target, "-", "-o", "-"]
     try:
         done = subprocess.run(command, input=b"int one(void) { return 1; }", capture_output=True, timeout=60)
@@ -951,7 +952,10 @@ def find_compiler() -> None:
     except ImportError:
         raise UserError("there is no C compiler: pip install ziglang (or install clang)") from None
     zig = Path(ziglang.__path__[0]) / "zig"
-    for folder in (zig.parent, cache_folder(), Path(sys.prefix)):
+    folders = [zig.parent, Path(sys.prefix)]
+    with suppress(UserError):
+        folders.insert(1, cache_folder())
+    for folder in folders:  # one may be read-only, another may forbid that anything in it is run
         launcher = folder / "minimiggy-clang"
         with suppress(OSError):
             unfinished = launcher.with_name(f"{launcher.name}.{os.getpid()}")
@@ -966,10 +970,12 @@ def find_compiler() -> None:
 
 def open_device() -> None:
     """See that tinygrad can compute. UserError, with what to do, if it cannot."""
-    load_programs()
     named = os.environ.get("DEV", "")
     if named.upper().startswith("CPU"):
         find_compiler()
+        if not load_programs():
+            for number in range(HELPERS):  # there will be work for them soon
+                helper(number)
     try:
         Tensor([1.0]).realize().tolist()
     except ModuleNotFoundError:
@@ -997,38 +1003,94 @@ def load_programs() -> set:
     """Give tinygrad the programs that were kept, once; return their keys, which grow as more are kept."""
     loaded = {}
     with suppress(Exception):  # (what a damaged pickle may raise, nobody knows)
-        data = programs_file().read_bytes() if KNOWN else b""
+        data = programs_file().read_bytes() if KNOWN and DEBUG < 4 else b""  # (DEBUG=4 shows programs' C)
         place = 0
         while place < len(data):
             end = place + 40 + int.from_bytes(data[place + 32:place + 40], "little")
             if hashlib.sha256(data[place + 40:end]).digest() != data[place:place + 32] or end > 1 << 25:
                 programs_file().unlink()  # damaged, or too large: begin anew
+                loaded.clear()
                 break
             loaded |= pickle.loads(data[place + 40:end])
             place = end
         to_program_cache.update(loaded)
     return set(loaded)
 
+def essence(program):
+    """A compiled program without its syntax tree and instructions: to run it takes the code and the
+    arguments."""
+    sink, linear, *code = program.src
+    arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
+    return program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
+
 def keep_programs() -> None:
     """Keep what has been compiled since the last time."""
     kept = load_programs()
-    if not KNOWN or kept >= to_program_cache.keys():
+    if not KNOWN or DEBUG >= 4 or kept >= to_program_cache.keys():
         return
-    programs = {}
-    for key in to_program_cache.keys() - kept:
-        sink, linear, *code = to_program_cache[key].src  # what running does not need is left out
-        arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
-        programs[key] = to_program_cache[key].replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
+    programs = {key: essence(to_program_cache[key]) for key in to_program_cache.keys() - kept}
     with suppress(Exception), open(programs_file(), "ab") as file:
         data = pickle.dumps(programs)
         file.write(hashlib.sha256(data).digest() + len(data).to_bytes(8, "little") + data)
-    kept.update(to_program_cache)
+    to_program_cache.update(programs)
+    kept.update(programs)
 
-# 13.4 A recording
+# 13.4 Compiling on all cores
 #
-# TinyJit runs a function once before it records, to be sure; we record at the first call (`cnt` counts its
-# calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over new
-# numbers.
+# A training step has some forty different programs, and to compile one takes 0.03 to 0.5 s, much of it in
+# Python, which uses a single core. So other processes help. Each gets one program at a time through a pipe
+# and answers through another. It ends when we do, or after a minute without work. Should it end before,
+# because somebody has killed it, say, then what it has not done is done here. It has a session of its own, so
+# that Ctrl-C or a closed terminal, which reach all processes of a session, do not end it in the middle.
+
+HELPER = """
+import pickle, signal, sys
+from tinygrad.codegen import to_program
+while True:
+    signal.alarm(60)
+    tree, renderer = pickle.load(sys.stdin.buffer)
+    pickle.dump(to_program(tree, renderer), sys.stdout.buffer)
+    sys.stdout.flush()
+"""
+HELPERS = min(CORES, 4) - 1
+
+@functools.cache
+def helper(number: int) -> subprocess.Popen:
+    """The process with this number. It is started at the first call, and is ready half a second later."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-c", HELPER], start_new_session=True, **pipes)
+
+def compile_together(trees: list) -> None:
+    """Compile these programs, given as tinygrad's syntax trees, unless that has been done before."""
+    renderer = Device["CPU"].renderer
+    todo = {to_program_key(tree, renderer): tree for tree in trees}
+    new = todo.keys() - to_program_cache.keys()
+    waiting = sorted(new, key=lambda key: len(todo[key].toposort()))  # taken from the end, the largest first
+
+    def let_help(number: int) -> None:
+        with suppress(Exception):
+            process = helper(number)
+            while waiting:
+                key = waiting.pop()
+                pickle.dump((todo[key], renderer), process.stdin)
+                process.stdin.flush()
+                to_program_cache[key] = pickle.load(process.stdout)
+
+    if len(waiting) < 4 or not HELPERS or DEBUG:
+        return
+    with ThreadPoolExecutor(HELPERS) as pool:
+        pool.map(let_help, range(HELPERS))
+        try:
+            while waiting:
+                to_program(todo[waiting.pop()], renderer)
+        finally:
+            waiting.clear()
+
+# 13.5 A recording
+#
+# TinyJit runs a function once before it records, as a precaution; we record at the first call (`cnt` counts
+# its calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over
+# new numbers.
 
 def memory_of(tensor: Tensor) -> np.ndarray:
     """The memory of a computed or empty tensor on the CPU, as an array that shares it."""
@@ -1042,16 +1104,30 @@ class Recording:
         self.arrays = [np.array(array) for array in arrays]
         inputs = [Tensor.from_blob(array.ctypes.data, array.shape, dtype=Tensor(array).dtype)
                   for array in self.arrays]
-        self.jit = TinyJit(lambda: function(*inputs))
+
+        def traced():
+            results = function(*inputs)
+            Tensor.realize(*results)  # (notes down the last programs)
+            linears = self.jit._linears
+            trees = [call.src[0] for linear in linears for call in linear.src if call.src[0].op is Ops.SINK]
+            compile_together(trees)
+            return results
+        self.jit = TinyJit(traced)
         self.jit.cnt = 1
         load_programs()
+        # Should the function use tinygrad's own random numbers, their counter must exist, or it would begin
+        # anew each time.
+        if not Tensor._device_rng_counters:
+            Tensor._next_counter("CPU", 0)
+            Tensor.realize(*Tensor._device_seeds.values(), *Tensor._device_rng_counters.values())
         results = self.jit()
         keep_programs()
         self.results = [memory_of(result) for result in results]
 
     def calls(self) -> list | None:
-        """For each recorded call: the address of its program, those of its arguments, and its number of
-        shares. None if something else than programs was recorded, such as copying an array of numpy's."""
+        """For each recorded call: the address of its program, those of its arguments, and among how many
+        cores it is divided (chapter 14). None if something else than programs was recorded, such as copying
+        an array of numpy's."""
         found = []
         for call in self.jit.captured.linear.src:
             if call.src[0].op is not Ops.PROGRAM:
@@ -1078,7 +1154,8 @@ class Recording:
 # `k` is the Kernel that is being written, the others are its arguments, results first. `k.loop(n)` is not a
 # Python loop that turns n times: it opens a C loop, hands out its counter as a symbol, and closes it. `x[i,
 # c]` is not a number but a symbol, too, and an assignment notes down a store. Statements happen in the order
-# of the text: each is told to come `after` the one before. (What is read is meant for the very next store.)
+# of the text: each is told to come `after` the one before. So `x[i]` in a Python variable is an expression,
+# which the C computes where a store uses it.
 #
 # >>> def example(k, y, x, b):
 # ...     for i in k.loop(x.rows):
@@ -1091,19 +1168,19 @@ class Recording:
 # Two environment variables let you look behind the curtain, here and everywhere in tinygrad: with DEBUG=2 it
 # prints each program that it runs, and how long that took; with DEBUG=4 also its C.
 #
-# `k.share(n)` is a loop whose turns are shared out among the cores. (A kernel that asks for its `core_id` is
-# called once for each core.) Kernels can be differentiated only if we say how; chapter 15 has the first
-# example.
+# `k.share(n)` is a loop whose turns are shared out among the cores. (It gives the C function one argument
+# more, `core_id`; whoever runs the kernel calls it once for each core, with 0, 1, 2, ...) Kernels can be
+# differentiated only if we say how; chapter 15.2 tells it.
 
 class Array:
-    """An argument of a kernel, or memory of its own. The first index counts through all leading dimensions,
-    so that a[i, c] is in row i of an array (B, T, C) seen as (B * T, C)."""
-    def __init__(self, kernel: Kernel, memory, shape: tuple[int, ...], start=0):
+    """An argument of a kernel, or memory of its own. The first index counts through all leading dimensions:
+    of an array (B, T, C), a[i, c] is in row i of all B * T rows, and a[i] is number i of all numbers."""
+    def __init__(self, kernel: Kernel, memory, shape: tuple[int, ...], start=None):
         self.kernel = kernel
         self.shape = shape
         self.columns = shape[-1]
         self.rows = math.prod(shape[:-1])
-        self.start = start                         # where in the memory its first number is
+        self.start = start                         # where in the memory its first number is, if not at 0
         self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
 
     def at(self, place, *index):
@@ -1111,7 +1188,9 @@ class Array:
         sizes = self.shape[len(self.shape) - len(index):]
         for i, size in zip(index, sizes, strict=True):
             place = place * size + i
-        return self.flat.after(*self.kernel.last)[self.start + place]
+        if self.start is not None:
+            place = self.start + place
+        return self.flat.after(*self.kernel.last)[place]
 
     def __getitem__(self, index):
         return self.at(*index) if isinstance(index, tuple) else self.at(index)
@@ -1135,9 +1214,9 @@ class Kernel:
         return Array(self, memory, shape)
 
     def aligned_array(self, *shape: int) -> Array:
-        """Memory on the stack that begins with a cache line. C puts an array anywhere; but a vector that lies
-        across two lines is fetched twice, and a product whose panel begins 16 bytes off runs at two thirds of
-        its speed."""
+        """Memory on the stack that begins with a cache line, as C's arrays need not; but a vector that lies
+        across two lines is fetched twice, and a product runs at two thirds of its speed. We ask for one line
+        more than needed, and start at the first address that 64 bytes divide."""
         size = math.prod(shape) + LINE
         memory = UOp.placeholder((size,), dtypes.float, next(self.ids), addrspace=AddrSpace.REG)
         to_the_next_line = f"(int)(-(__UINTPTR_TYPE__){{0}} / 4 % {LINE})"
@@ -1152,8 +1231,8 @@ class Kernel:
                     yield (i, *j) if len(more) > 1 else (i, j)
             return
         if self.last and self.last[0].op is Ops.STORE:
-            # A statement before a loop would be taken for a part of it. A loop of one turn around it prevents
-            # that.
+            # tinygrad sorts statements by the loops that they are in. One that is in none would be free to
+            # move into the loop that follows; so we put a loop of one turn around it.
             self.last = (self.last[0].end(UOp.range(1, next(self.ids))), *self.open)
         outer = self.open
         counter = None
@@ -1186,15 +1265,15 @@ class Kernel:
 
     def transposed(self, M: int, N: int):
         """Every i < M and j < N, for a copy that exchanges rows and columns. It goes in strips of a cache
-        line, so each line is fetched once, though its numbers go to 16 different places."""
+        line, so each line is fetched once."""
         strip = divisor(N, LINE)
         for block, i, j in self.loop(N // strip, M, strip):
             yield i, block * strip + j
 
     def fold(self, n: int, first: float, step):
-        """`total = first; for i < n: total = step(total, i)`, in 16 lanes side by side, which a vector
-        register holds. (A compiler may not change the order of a sum by itself.) Returns the lanes'
-        totals."""
+        """`total = first; for i < n: total = step(total, i)`, in 16 *lanes* side by side: a vector register
+        holds 16 numbers, and one instruction adds them all. (A compiler may not change the order of a sum by
+        itself.) Returns the lanes' totals."""
         width = min(n, 16)
         lanes = self.array(width)
         for lane in self.loop(width):
@@ -1220,12 +1299,18 @@ def divisor(n: int, most: int) -> int:
 
 @functools.cache
 def written_down(kernel, cores: int, *arguments, **options):
-    """The program of a kernel for arguments of these shapes. (`opts_to_apply=()`, `tag`: leave it as it
-    is.)"""
+    """A kernel's syntax tree for arguments of these shapes. (`opts_to_apply=()`, `tag`: tinygrad must not
+    rearrange it.)"""
     k = Kernel(cores)
     kernel(k, *(Array(k, memory, memory.shape) for memory in arguments), **options)
     name = "_".join(map(str, (kernel.__name__, *arguments[0].shape)))
     return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)
+
+def program_of(kernel, cores: int, *arguments, **options):
+    """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree."""
+    tree = written_down(kernel, cores, *arguments, **options)
+    program = to_program_cache.get(to_program_key(tree, Device["CPU"].renderer))
+    return tree if program is None else essence(program)
 
 def exp(x):
     """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is
@@ -1260,19 +1345,25 @@ def exp(x):
 #         i+2   a(i+2, k)  [  stay in registers    ]         used 64 times
 #         i+3   a(i+3, k)  [                       ]
 #
-# *Packed*: a core has three stores. 48 KB answer at once, 2 MB within 15 cycles, and memory is far. So that
-# most numbers come from near, the product goes in blocks. Rows of B are cut to `depth`, and some *panels*,
-# each as wide as a tile, are copied to where they lie without gaps; they stay in the second store. (Where
-# rows lie a power of two apart, they would compete for the same few places.) A streams past in strips. A few
-# rows of a strip, in the first store, meet one panel after the other, while their tile of the result is in
-# registers.
+# *Packed*: a core has three levels of memory. 48 KB answer at once, 2 MB within 15 cycles, the rest is far.
+# So that most numbers come from near, the product goes in blocks. Rows of B are cut to `depth`, and some
+# *panels*, each as wide as a tile, are copied to where they lie without gaps; they stay in the second level.
+# (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
+# would compete for the same few places.) A streams past in strips. A few rows of a strip, in the first level,
+# meet one panel after the other, while their tile of the result is in registers:
+#
+#     for each group of panels of B:
+#         for each block of `depth` rows of B:
+#             pack the group's panels
+#             for each strip of A's rows:
+#                 for each tile of the strip, for each panel: multiply, and add to the result
 #
 # Which tile is best depends on the processor, so we measured, with `rows` x `columns` on 12 products of a
 # training step. On an Intel Xeon with AVX-512 (32 registers of 16 numbers), relative to the rate of numpy's
 # library: 8 x 32 1.08, 6 x 64 1.10 for some and worse for others, 4 x 64 1.04, 12 x 32 0.77. With AVX2 (16
 # registers of 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. What matters is that sums, one vector of B and the
 # numbers of A all find a register; one too many, and clang writes some to memory in the innermost loop. So
-# one shape for each kind of processor serves all.
+# one shape for each kind of processor serves all. (The picture above has 4 x 64, which is easier to draw.)
 
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
@@ -1288,19 +1379,18 @@ def step_back(number, size: int, n: int):
     return number * size if n % size == 0 else (number * size).minimum(n - size)
 
 def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
-    """For r < rows and j < columns: hand out r, j and the sum over kk < K of a(r, kk) * b(kk, j). Rows are
-    unrolled here; columns are left to clang, which makes vectors of them."""
+    """For r < rows and j < columns: hand out r, j and the sum over kk < K of a(r, kk) * b(kk, j). What the
+    caller does with them becomes the inside of the last loop. clang makes vectors of the columns, and of the
+    rows as many statements."""
     sums = k.array(rows, columns)
-    for j in k.loop(columns):
-        for r in range(rows):
-            sums[r, j] = 0.0
+    for j, r in k.loop(columns, rows):
+        sums[r, j] = 0.0
     for kk, j in k.loop(K, columns):
         b_kj = b(kk, j)
-        for r in range(rows):
+        for r in k.loop(rows):
             sums[r, j] += a(r, kk) * b_kj
-    for j in k.loop(columns):
-        for r in range(rows):
-            yield r, j, sums[r, j]
+    for j, r in k.loop(columns, rows):
+        yield r, j, sums[r, j]
 
 def product(k: Kernel, M: int, N: int, K: int, a, b):
     """The same for i < M and j < N, tile by tile: for small matrices that lie in the cache."""
@@ -1323,7 +1413,9 @@ def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
 
 def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, ...]:
     """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
-    a group."""
+    a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
+    strip, and all 12 panels in one group. (512 deep, 32 columns of B are 64 KB; 256 if A has to be copied,
+    too.)"""
     rows = pieces(M, pieces(M, TILE[0]))
     columns = min(TILE[1], N)
     deepest = 256 if a_transposed else 512
@@ -1403,8 +1495,8 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
 # Two more products, which is why a training step costs three times as much as a forward pass. tinygrad asks
 # for them through a function that we hand over with the kernel: `back(dy, call)` receives the gradient of the
 # result and the call itself, and returns a gradient for each argument of the kernel, results first, None for
-# those that need none. (`call.src` are the arguments; `call.src[1].after(call)` is a result as the kernel
-# left it.)
+# those that need none. (`call.src[0]` is the kernel, and its arguments follow; `call.src[1].after(call)` is
+# the first of them as the kernel left it.)
 
 def weights_back(k, dw, x, dy, *, db=None):
     """dw (I, O) = x^T @ dy, for x (..., I) and dy (..., O)."""
@@ -1434,7 +1526,7 @@ def matvec(k, y, x, w, bias=None):
 def dot_rows(k, y, x, table):
     """y (V,) = table (V, C) @ x (C,): each row of the table times x."""
     V, C = table.shape
-    part = -(-V // k.cores)
+    part = pieces(V, k.cores)
     for core in k.share(k.cores):  # V need not be divisible: the last part steps back
         first = step_back(core, part, V)
         for i in k.loop(part):
@@ -1456,8 +1548,9 @@ def dot_rows(k, y, x, table):
 # >>> round(1.1353 * 0.1353 + math.exp(-3) + 1, 3) == round(sum(math.exp(s - 5) for s in (1, 3, 2, 5)), 3)
 # True
 #
-# So memory grows with T and not with its square. All is transposed in here: the queries of a block lie across
-# the lanes of the vector registers, so no step of the softmax needs a sum across lanes.
+# So memory grows with T and not with its square. All is transposed in here, `query` (D, Q) and `score` (keys,
+# queries): the last index is always the query. So the queries of a block lie across the lanes of the vector
+# registers, and no step of the softmax needs a sum across lanes.
 
 LANES = TILE[1]  # queries in a block
 
@@ -1511,14 +1604,14 @@ def flash(k, y, lse, qkv, keys=None, values=None):
                 lse[b, h, i0 + i] = top[i] + total[i].log()
 
 # The way back. For one query, with weights p = softmax(s) and y = sum of p_j v_j, the loss rises with p_j by
-# dp_j = dy . v_j, and with v_j by p_j dy. A softmax's slope is dp_j/ds_i = p_j * ((1 if i = j, else 0) -
-# p_i), so
+# g_j = dy . v_j, and with v_j by p_j dy. If score i rises, weight j changes by p_j * ((1 if i = j, else 0) -
+# p_i). So the loss rises with s_i by
 #
-#     ds_i = sum over j of dp_j * dp_j/ds_i = p_i * (dp_i - sum over j of p_j dp_j) = p_i * (dp_i - dy . y)
+#     ds_i = sum over j of g_j p_j * ((1 if i = j, else 0) - p_i) = p_i * (g_i - sum over j of p_j g_j)
 #
-# because the last sum is dy . (sum of p_j v_j). So one number for each query, dy . y, replaces a sum over all
-# keys. With s = q . k / sqrt(D), dq and dk follow as for any product. The weights are computed again from the
-# saved lse, p = exp(s - lse): quicker than reading them from memory.
+# and the last sum is dy . (sum of p_j v_j) = dy . y. So one number for each query, dy . y, replaces a sum
+# over all keys. With s = q . k / sqrt(D), dq and dk follow as for any product. The weights are computed again
+# from the saved lse, p = exp(s - lse): quicker than reading them from memory.
 
 def flash_back(k, dqkv, dy, y, lse, qkv):
     """The gradient of qkv from that of y (both shaped as in `flash`)."""
@@ -1676,9 +1769,9 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 
 # === Chapter 18. Adam in one pass over memory
 #
-# Left to itself, tinygrad reads and writes memory once for each of theta, m and v, on one core. Summing 100
-# million squares one by one in float32 loses digits, as each is tiny next to the sum; so they are summed in
-# float64.
+# Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core. The length of
+# the gradient is another matter: adding up the 100 million squares of GPT-2 one by one in float32 loses
+# digits, as each is tiny next to the sum; so they are summed in float64.
 
 def square_sums(k, after, before, *gradients):
     """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
@@ -1690,7 +1783,7 @@ def square_sums(k, after, before, *gradients):
         for gradient in gradients:
             n = gradient.rows * gradient.columns
             full = n // 16
-            parts = -(-full // cores)
+            parts = pieces(full, cores)
             if full:
                 for number, lane in k.loop(parts, 16):
                     inside = core * parts + number < full  # (the last core may have less to do)
@@ -1713,6 +1806,7 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     start_1 = rates[1]
     start_2 = rates[2]
     kinds = [arrays[i * n:i * n + n] for i in range(4)]
+    k.cores = min(k.cores, *(theta.rows * theta.columns for theta in kinds[0]))  # (each must have a share)
     for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
         for i in k.share(theta.rows * theta.columns):
             g = gradient[i] * shorter
@@ -1735,8 +1829,8 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #                 let_others_run();
 #     }
 #
-# That takes 1.4 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
-# compiler.
+# That takes 1.4 microseconds a kernel. `volatile` below says that others change this memory; a BARRIER, that
+# what was written before it can be seen by them.
 
 WIDTH = 64  # words in a line: the program, at most 62 arguments, and the address of C's sched_yield
 
@@ -1878,7 +1972,7 @@ class Fast(Plain):
         """Run a kernel; return the results, and then the inputs, as it leaves them. `back` is its
         gradient."""
         tensors = [*results, *inputs]
-        program = functools.partial(written_down, kernel, self.cores, **options)
+        program = functools.partial(program_of, kernel, self.cores, **options)
         return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back)
 
     @staticmethod
@@ -1886,7 +1980,7 @@ class Fast(Plain):
         """Are these such as kernels can read?"""
         return all(t is None or t.dtype == dtypes.float32 and t.device == "CPU" for t in tensors)
 
-    @instead_of("embed", "b60bc1e56645")
+    @instead_of("embed", "4ce31ccacb8f")
     def embed(self, idx, table):
         if not self.knows(table):
             return super().embed(idx, table)
@@ -2146,7 +2240,7 @@ class Cache:
 # way.
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "2769e767fd4b" and not CHANGED
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "fbdd843e2b28" and not CHANGED
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast)}
 
 def is_as_in_part_one(thing) -> bool:
@@ -2959,8 +3053,7 @@ class Evaluator:
 
     def __init__(self, model: GPT, batch_size: int):
         def losses(x: Tensor, y: Tensor) -> tuple[Tensor]:
-            logits = model.head(model.hidden(x))                      # (B, T, V)
-            return (model.ops.cross_entropy(logits, y).realize(),)    # (B, T)
+            return (model.ops.cross_entropy(model(x), y).realize(),)  # (B, T)
         self.T = model.config.block_size
         self.batch_size = batch_size
         self.losses = model.ops.record(losses)
@@ -4197,7 +4290,7 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         say(f"note       {WHY_PLAIN}")
     if CHANGED and isinstance(model.ops, Fast):
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    names = untrained(model)
+    names = [] if is_as_in_part_one(model) else untrained(model)
     if names:
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
     say()

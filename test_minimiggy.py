@@ -609,8 +609,8 @@ UNTIED = [(END_OF_GPT, END_OF_GPT + LM_HEAD),
 END_OF_BLOCK = "        self.mlp = MLP(config, ops, rng)\n"
 TWO_GATES = "        self.gate_1 = Tensor.ones(1)\n        self.gate_2 = Tensor.zeros(1)\n"
 GATES = [(END_OF_BLOCK, END_OF_BLOCK + TWO_GATES),
-         ("(x + drop(self.attn(", "(x + self.gate_1 * drop(self.attn("),
-         ("(x + drop(self.mlp(", "(x + self.gate_2 * drop(self.mlp(")]
+         ("(x + drop(heard)", "(x + self.gate_1 * drop(heard)"),
+         ("(x + drop(thought)", "(x + self.gate_2 * drop(thought)")]
 NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
            ("        self.bias = ops.place(np.zeros(C, np.float32))\n", ""),
            ("linear(x, self.weight, self.bias)", "linear(x, self.weight)"),
@@ -695,10 +695,10 @@ MIXTURE = [
         q, k = (part * (part.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.scale for part in (q, k))
         qkv = Tensor.stack(q, k, v, dim=2)
 """),
-    ("        x = (x + drop(self.attn(self.ln_1(x), position, cache))).contiguous()\n",
-     "        y = self.ln_1(x)\n"),
-    ("        return (x + drop(self.mlp(self.ln_2(x)))).contiguous()",
-     "        return x + self.gate * drop(self.attn(y, position, cache)) + drop(self.mlp(y))"),
+    ("        x = (x + drop(heard)).contiguous()\n", ""),
+    ("self.mlp(self.ln_2(x))", "self.mlp(self.ln_1(x))"),
+    ("        return (x + drop(thought)).contiguous()",
+     "        return x + self.gate * drop(heard) + drop(thought)"),
     ("        self.ln_2 = LayerNorm(ops, config.n_embd)\n", "        self.gate = Tensor(1.0)\n"),
     ("return self.ops.unembed(x, self.wte.weight)",
      "return 3 * (self.ops.unembed(x * self.s, self.wte.weight) / 3 + 0.1 * self.s.mean()).tanh()"),
@@ -721,8 +721,7 @@ def test_edits_that_nobody_foresaw_work_together(tmp_path, capsys):
     with pytest.raises(module.UserError, match="no GPT-2 any more"):
         module.export(model, tmp_path / "export")
 
-TOKEN_SHIFT = ("        x = (x + drop(self.attn(", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n"
-               "        x = (x + drop(self.attn(")
+TOKEN_SHIFT = ("        heard = ", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n        heard = ")
 NO_CACHE = [  # edits of which a cache of keys and values cannot know, or that know nothing of it
     [("            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
       "            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril().triu(-1)")],
