@@ -865,7 +865,7 @@ try:
     from tinygrad.engine.realize import get_call_arg_uops, get_runtime
     from tinygrad.helpers import DEV
     from tinygrad.renderer import Estimates
-    from tinygrad.uop.ops import KernelInfo, Ops
+    from tinygrad.uop.ops import AxisType, KernelInfo, Ops
     if version_of("tinygrad") != TINYGRAD:
         raise ImportError(f"tinygrad {version_of('tinygrad')} is not {TINYGRAD}")
     KNOWN = True
@@ -1183,6 +1183,21 @@ class Kernel:
         size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
         for i in self.loop(size):
             yield first + i
+
+    def threads(self, n: int):
+        """A loop around all of a kernel whose turns run side by side on a GPU, each in a thread; up to 64
+        threads that are neighbours go in step. Where there are no such threads, it is an ordinary loop."""
+        if not Device[Device.DEFAULT].renderer.has_local:
+            yield from self.loop(n)
+            return
+        size = divisor(n, 64)
+        group = UOp.range(n // size, next(self.ids), AxisType.GLOBAL)
+        thread = UOp.range(size, next(self.ids), AxisType.LOCAL)
+        self.open = (group, thread)
+        self.last = (group, thread)
+        yield group * size + thread
+        self.open = ()
+        self.last = (self.last[0].end(thread, group),)
 
     def transposed(self, M: int, N: int):
         """Every i < M and j < N, for a copy that exchanges rows and columns. It goes in strips of a cache
@@ -2059,6 +2074,109 @@ def check(operation: str, fits: bool, *tensors: Tensor) -> None:
         shapes = " and ".join(str(tensor.shape) for tensor in tensors)
         raise ValueError(f"{operation}: shapes {shapes} do not fit together")
 
+# *On another device*, a GPU say, part I's operations run as they are, but for attention: its T x T matrix
+# would fill any memory. A GPU has thousands of threads where a CPU has a few cores, so every query gets a
+# thread of its own, which takes one key after the other, with the fading sums of chapter 16. Nothing has to
+# be added up between threads. (Ordinary operations on some keys at a time would not do: tinygrad keeps what
+# they compute until all is done, on OpenCL to the last block, and then it is T x T again.)
+
+def attend_by_threads(k, y, lse, qkv):
+    """What `flash` computes: qkv (B, T, 3, H, D) -> y (B, T, H, D) and lse (B, H, T)."""
+    B, T, _, H, D = qkv.shape
+    query = k.array(D)
+    out = k.array(D)
+    top = k.array(1)
+    fade = k.array(1)
+    weight = k.array(1)
+    total = k.array(1)
+    for n in k.threads(B * H * T):
+        b = n // (H * T)
+        h = n // T % H
+        i = n % T
+        top[0] = -1e30
+        total[0] = 0.0
+        for d in k.loop(D):
+            query[d] = qkv[b, i, 0, h, d] * D**-0.5
+            out[d] = 0.0
+        for j in k.loop(i + 1):
+            weight[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])
+            fade[0] = top[0]
+            top[0] = top[0].maximum(weight[0])
+            fade[0] = exp(fade[0] - top[0])
+            weight[0] = exp(weight[0] - top[0])
+            total[0] = total[0] * fade[0] + weight[0]
+            for d in k.loop(D):
+                out[d] = out[d] * fade[0] + weight[0] * qkv[b, j, 2, h, d]
+        for d in k.loop(D):
+            y[b, i, h, d] = out[d] / total[0]
+        lse[b, h, i] = top[0] + total[0].log()
+
+# On the way back thread i is first query i, with the i + 1 keys that it sees, and then key i, with the T - i
+# queries that see it. So all threads have the same to do, and none writes where another does.
+
+def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
+    """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
+    B, T, _, H, D = qkv.shape
+    mine = k.array(3, D)
+    slope = k.array(3, D)
+    grad = k.array(D)
+    weight = k.array(1)
+    dscore = k.array(1)
+    for n in k.threads(B * H * T):
+        b = n // (H * T)
+        h = n // T % H
+        i = n % T
+        for part, d in k.loop(3, D):
+            mine[part, d] = qkv[b, i, part, h, d]
+            slope[part, d] = 0.0
+        for d in k.loop(D):
+            grad[d] = dy[b, i, h, d]
+        for j in k.loop(i + 1):
+            score = k.sum(D, lambda d: mine[0, d] * qkv[b, j, 1, h, d]) * D**-0.5
+            weight[0] = exp(score - lse[b, h, i])
+            dweight = k.sum(D, lambda d: grad[d] * qkv[b, j, 2, h, d])
+            dscore[0] = weight[0] * (dweight - dot[b, i, h]) * D**-0.5
+            for d in k.loop(D):
+                slope[0, d] += dscore[0] * qkv[b, j, 1, h, d]
+        for later in k.loop(T - i):
+            j = i + later
+            score = k.sum(D, lambda d: mine[1, d] * qkv[b, j, 0, h, d]) * D**-0.5
+            weight[0] = exp(score - lse[b, h, j])
+            dweight = k.sum(D, lambda d: mine[2, d] * dy[b, j, h, d])
+            dscore[0] = weight[0] * (dweight - dot[b, j, h]) * D**-0.5
+            for d in k.loop(D):
+                slope[1, d] += dscore[0] * qkv[b, j, 0, h, d]
+                slope[2, d] += weight[0] * dy[b, j, h, d]
+        for part, d in k.loop(3, D):
+            dqkv[b, i, part, h, d] = slope[part, d]
+
+class Elsewhere(Plain):
+    """Part I's operations for any device of tinygrad's, with attention that keeps no T x T matrix."""
+    cores = 1
+    run = Fast.run
+
+    @instead_of("attention", "f9faae301230")
+    def attention(self, qkv, position, cache=None):
+        B, T, _, H, D = qkv.shape
+        is_known = qkv.dtype == dtypes.float32 and qkv.device == Device.DEFAULT
+        if not is_known or cache is not None and T == 1:
+            return super().attention(qkv, position, cache)
+        if cache is not None:  # half a text, from place 0 on
+            _, k, v = qkv.permute(2, 0, 3, 1, 4)
+            rest = ((0, 0), (0, 0), (0, cache.S - T), (0, 0))
+            keys, values = cache.room(B, H, D)
+            Tensor.realize(keys.assign(k.pad(rest)), values.assign(v.pad(rest)))
+
+        def back(dy, call):
+            y = Tensor(call.src[1].after(call))
+            lse = Tensor(call.src[2].after(call))
+            dot = (Tensor(dy) * y).sum(-1).contiguous()
+            inputs = [Tensor(dy), dot, lse, qkv]
+            dqkv = self.run(attend_by_threads_back, [Tensor.empty(*qkv.shape)], inputs)[0]
+            return None, None, dqkv.uop
+        results = [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)]
+        return self.run(attend_by_threads, results, [qkv], back)[0]
+
 OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "cross_entropy",
               "norm", "adamw")
 CHANGED = [name for name in OPERATIONS
@@ -2068,7 +2186,8 @@ if KNOWN:
     if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
         BACKENDS.append(Fast(CORES))
     else:
-        WHY_PLAIN = f"part II's programs are for the CPU and clang, not for {DEV}: part I's operations run"
+        BACKENDS.append(Elsewhere())
+        WHY_PLAIN = f"all of part II's programs but attention's are for the CPU and clang, not for {DEV}"
 
 # === Chapter 21. Writing text without computing anything twice
 #
@@ -2147,7 +2266,7 @@ class Cache:
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
 LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "2769e767fd4b" and not CHANGED
-THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast)}
+THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
@@ -2157,11 +2276,11 @@ def is_as_in_part_one(thing) -> bool:
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
-    if kind is Fast and not is_as_in_part_one(PLAIN):  # (it does what Plain does)
+    if kind in (Fast, Elsewhere) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return kind in (Plain, Fast, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+    return kind in (Plain, Fast, Elsewhere, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
 
 class Writer:
     """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""

@@ -356,10 +356,10 @@ def random(*shape):
 def some_ids(n, *shape):
     return np.random.default_rng(n).integers(0, n, shape).astype(np.int32)
 
-def both_ways(name, *inputs):
-    """An operation by PLAIN and by FAST: for each, the result and the gradients of a weighted sum of it."""
+def both_ways(name, *inputs, fast=FAST):
+    """An operation by PLAIN and by `fast`: for each, the result and the gradients of a weighted sum of it."""
     results = []
-    for ops in (PLAIN, FAST):
+    for ops in (PLAIN, fast):
         tensors = [Tensor(array).realize() for array in inputs]
         out = getattr(ops, name)(*tensors)
         floats = [tensor for tensor in tensors if tensor.dtype == dtypes.float32]
@@ -394,10 +394,32 @@ def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
     for plain, fast in both_ways(name, *inputs):
         assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
 
-def test_attention_is_right_for_scores_far_too_large_to_exponentiate():
+ELSEWHERE = minimiggy.Elsewhere()  # (the kernels for a GPU's threads; on a CPU they are loops)
+
+@pytest.mark.parametrize("ops", [FAST, ELSEWHERE])
+def test_attention_is_right_for_scores_far_too_large_to_exponentiate(ops):
     qkv, position = qkv_of(1, 37, 3, 20)
-    for plain, fast in both_ways("attention", 30 * qkv, position):
+    for plain, fast in both_ways("attention", 30 * qkv, position, fast=ops):
         assert np.isfinite(fast).all() and np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
+
+@pytest.mark.parametrize("sizes", [(2, 37, 3, 20), (1, 1, 2, 1), (2, 3, 1, 1)])
+def test_attention_by_threads_equals_the_plain_one(sizes):
+    for plain, fast in both_ways("attention", *qkv_of(*sizes), fast=ELSEWHERE):
+        assert np.abs(plain - fast).max() <= 1e-5
+
+def numbers_in_attention(ops, T):
+    """How many numbers of memory attention over T tokens and its way back write and read."""
+    qkv, position = map(Tensor, qkv_of(1, T, 1, 4))
+    qkv.realize(position)
+    out = ops.attention(qkv, position)
+    slope = out.square().sum().gradient(qkv)[0]
+    calls = out.schedule_linear(slope).src
+    return sum(buffer.numel() for call in calls for buffer in call.src[1:])
+
+@pytest.mark.parametrize("ops", [FAST, ELSEWHERE])
+def test_attentions_memory_grows_with_the_length_and_not_with_its_square(ops):
+    assert numbers_in_attention(ops, 1024) < 4.1 * numbers_in_attention(ops, 256)
+    assert numbers_in_attention(PLAIN, 1024) > 12 * numbers_in_attention(PLAIN, 256)
 
 def test_a_long_vector_keeps_its_digits():
     gradients = {str(n): 1 + 1e-3 * random(n) for n in (1, 3, 4097, 10_007, 3_000_001)}
@@ -973,6 +995,32 @@ def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, t
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert words in done.stderr and len(done.stderr) < 350
 
+def in_a_process(code, *arguments, **variables):
+    """Run Python code in a process of its own, with other variables in its environment."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=os.environ | variables)
+
+EVERYTHING = """import sys; from minimiggy import main
+flags = sys.argv[1:]
+where = flags[:2]
+assert main(["--train", *flags]) == 0 and main(["--resume", *where, "--max-iters", "6"]) == 0
+assert main(["--sample", "A", "--max-tokens", "9", "--seed", "3", *where]) == main(["--gradcheck"]) == 0"""
+
+@pytest.mark.parametrize("device", ["CL", "WEBGPU"])
+def test_on_another_device_all_works_and_the_losses_are_the_cpus(device, tmp_path):
+    if in_a_process("from tinygrad import Tensor; Tensor([1.0]).tolist()", DEV=device).returncode:
+        pytest.skip(f"tinygrad finds no device {device}")
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    logs = []
+    for name in (device, "CPU"):
+        flags = ["--out-dir", tmp_path / name, "--data", tmp_path / "my.txt", *SMALL, "--dropout", "0.1"]
+        done = in_a_process(EVERYTHING, *flags, DEV=name)
+        assert done.returncode == 0, done.stderr
+        assert "all gradients are right" in done.stdout and ("clang, not for" in done.stdout) == (name != "CPU")
+        rows = (tmp_path / name / "log.csv").read_text().splitlines()[1:]
+        logs.append([row.split(",")[1:6] for row in rows])
+    assert np.array(logs[0], float) == pytest.approx(np.array(logs[1], float), rel=1e-5)
+
 # ----------------------------------------------------------------------------------- checkpoints and sampling
 
 def test_a_checkpoint_is_self_contained(run):
@@ -1032,8 +1080,9 @@ def test_the_cache_gives_the_whole_models_logits(sizes):
             assert token == numpy_logits(p, np.array([seen]), *sizes[2:4])[0, -1].argmax()
             seen.append(token)
 
-def test_the_plain_path_has_a_cache_too():
-    model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), PLAIN))
+@pytest.mark.parametrize("ops", [PLAIN, ELSEWHERE])
+def test_the_plain_path_has_a_cache_too(ops):
+    model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), ops))
     writes_alike(minimiggy, model, [1, 2], 9)
     assert Writer(model).remembers
 
