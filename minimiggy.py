@@ -863,7 +863,7 @@ try:
     from tinygrad.codegen import to_program, to_program_cache
     from tinygrad.dtype import AddrSpace
     from tinygrad.engine.realize import get_call_arg_uops, get_runtime
-    from tinygrad.helpers import DEV
+    from tinygrad.helpers import DEV, getenv
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import AxisType, KernelInfo, Ops
     if version_of("tinygrad") != TINYGRAD:
@@ -897,6 +897,12 @@ CORES = count_cores()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = X86 and "avx2" in describe_processor()
 AVX512 = X86 and "avx512f" in describe_processor()
+
+# Whoever imports tinygrad first, as notebooks do, has it read DEV and CC before we could set them. So we tell
+# it again; but a device on which it has computed already, and whose name it has left in DEV, stays.
+if KNOWN and not DEV.device:
+    DEV.value = os.environ["DEV"] or "CPU"
+    getenv.cache_clear()
 
 # By itself, clang uses only half the width of AVX-512 registers: 107 instead of 166 billion operations a
 # second.
@@ -4296,6 +4302,19 @@ def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, A
         say(f"{name} has changed since {opened.source} was saved")
     return model, config, optimizer, opened.step, corpus
 
+def unused_gpu(root: Path = Path("/")) -> str:
+    """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
+    `root`, since to ask a driver can take seconds."""
+    if sys.platform == "darwin":
+        return "METAL" if platform.machine() == "arm64" else ""
+    drivers = {"dev/nvidia0": "CUDA", "usr/lib/wsl/lib/libcuda.so.1": "CUDA", "dev/kfd": "AMD"}
+    for file, device in drivers.items():
+        if (root / file).exists():
+            return device
+    vendors = [path.name for path in (root / "etc/OpenCL/vendors").glob("*.icd")]
+    has_gpu = (root / "dev/dri/renderD128").exists() and any("pocl" not in name for name in vendors)
+    return "CL" if has_gpu else ""  # (pocl is OpenCL on the CPU)
+
 def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit: float) -> None:
     """Say what is going to be trained, on what. `limit`: numpy's operations a second on this machine."""
     c = model.config
@@ -4314,6 +4333,9 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         f"{c.block_size} tokens each, {where}")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
+    if os.environ["DEV"] == "CPU" and unused_gpu():
+        say("note       the CPU is what part II's programs are for; there seems to be a GPU as well, and "
+            f"DEV={unused_gpu()} python minimiggy.py --train is on that")
     if CHANGED and isinstance(model.ops, Fast):
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
     names = untrained(model)

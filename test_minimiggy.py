@@ -104,6 +104,12 @@ def logits(model, ids):
 def throw(error, *args, **kwargs):
     raise error
 
+def in_a_process(code, *arguments, **variables):
+    """Run Python code in a process of its own, with other variables in its environment; None: without it."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {name: value for name, value in (os.environ | variables).items() if value is not None}
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
+
 # ------------------------------------------------------------------------------- what the file says of itself
 
 def test_every_example_in_the_comments_gives_what_it_says(monkeypatch):
@@ -908,10 +914,42 @@ def test_the_programs_are_those_of_the_operations_as_they_stand():
     assert minimiggy.WHY_PLAIN is None and minimiggy.CHANGED == []
     assert minimiggy.LAYERS_AS_WE_KNOW_THEM and type(FAST) is Fast
 
-def test_it_does_not_matter_which_was_imported_first():
-    code = "import tinygrad, minimiggy; print(minimiggy.WHY_PLAIN, type(minimiggy.BACKENDS[-1]).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
-    assert done.stdout == "None Fast\n"
+NOTEBOOK = """import sys, tinygrad
+try:
+    exec(sys.argv[1])  # what a notebook's first cell may have done
+except RuntimeError:   # (without clang, tinygrad finds nothing to compute on)
+    pass
+from minimiggy import *
+model = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
+plan = TrainConfig(max_iters=2, batch_size=1)
+losses = [loss for _, loss, _ in training(model, plan, np.arange(50) % 9)]
+print(type(model.ops).__name__, tinygrad.Device.DEFAULT, len(losses))"""
+
+@pytest.mark.parametrize("first_cell", ["", "tinygrad.Tensor([1.0]).tolist()"])
+@pytest.mark.parametrize("path", [os.environ["PATH"], "/usr/bin:/bin"])  # (one without clang, perhaps)
+def test_it_does_not_matter_which_was_imported_first(first_cell, path):
+    hidden = {"OCL_ICD_VENDORS": "/dev/null"}  # (OpenCL, where there is one)
+    done = in_a_process(NOTEBOOK, first_cell, PATH=path, DEV=None, CC=None, **hidden)
+    assert done.stdout == "Fast CPU 2\n", done.stderr
+
+def test_a_device_that_a_notebook_has_chosen_stays():
+    code = "import os, tinygrad; os.environ['DEV'] = 'PYTHON'; import minimiggy; print(minimiggy.BACKENDS)"
+    done = in_a_process(code, DEV=None)
+    assert "Elsewhere" in done.stdout, done.stderr
+
+@pytest.mark.parametrize(("system", "machine", "files", "device"), [
+    ("linux", "x86_64", ["dev/nvidia0"], "CUDA"), ("linux", "x86_64", ["dev/kfd"], "AMD"),
+    ("linux", "x86_64", ["usr/lib/wsl/lib/libcuda.so.1"], "CUDA"), ("linux", "aarch64", [], ""),
+    ("linux", "x86_64", ["dev/dri/renderD128", "etc/OpenCL/vendors/intel.icd"], "CL"),
+    ("linux", "x86_64", ["dev/dri/renderD128", "etc/OpenCL/vendors/pocl.icd"], ""),
+    ("darwin", "arm64", [], "METAL"), ("darwin", "x86_64", [], "")])
+def test_a_gpu_that_is_not_used_is_seen(system, machine, files, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(minimiggy.platform, "machine", lambda: machine)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert minimiggy.unused_gpu(tmp_path) == device
 
 def test_with_another_tinygrad_part_one_runs_and_that_is_said(tmp_path, capsys):
     text = re.sub('(?m)^TINYGRAD = .*', 'TINYGRAD = "0.0.1"', SOURCE)
@@ -994,11 +1032,6 @@ def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, t
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=99)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert words in done.stderr and len(done.stderr) < 350
-
-def in_a_process(code, *arguments, **variables):
-    """Run Python code in a process of its own, with other variables in its environment."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=os.environ | variables)
 
 EVERYTHING = """import sys; from minimiggy import main
 flags = sys.argv[1:]
