@@ -874,15 +874,22 @@ except ImportError as error:
 
 # 13.1 The machine
 
-def count_cores() -> int:
+QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
+
+def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """The processor cores that this process may use: those it may run on, and no more than a container's
-    quota."""
+    quota, which stands in a file. Of a Mac's cores only the fast ones: the others would keep them waiting."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores
+    if sys.platform == "darwin":
+        with suppress(OSError, ValueError, subprocess.SubprocessError):  # (an Intel Mac's are all alike)
+            ask = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]
+            cores = int(subprocess.run(ask, capture_output=True, timeout=5).stdout)
+    for names in QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or "max": no quota
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if int(quota) > 0:  # (-1: none)
+                cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 def describe_processor() -> str:
     """What the processor can do, as the system tells it: a program for one may be nonsense to another."""
@@ -916,8 +923,8 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
 
-def cache_folder() -> Path:
-    """A folder for what can be made again at any time: in the home's cache, or else among the temporary
+def own_folders():
+    """Yield folders for what can be made again at any time: in the home's cache, and among the temporary
     files, under our own name, where nobody else may write."""
     home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     user = os.getuid()
@@ -926,7 +933,12 @@ def cache_folder() -> Path:
             if folder.is_absolute():  # (without a home, "~" stays "~")
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder.stat().st_uid == user and os.access(folder, os.W_OK | os.X_OK):
-                    return folder
+                    yield folder
+
+def cache_folder() -> Path:
+    """The first of them."""
+    for folder in own_folders():
+        return folder
     raise UserError("neither the home nor the folder for temporary files can be written: set XDG_CACHE_HOME")
 
 def complaint_of(compiler: str) -> str:
@@ -957,7 +969,7 @@ def find_compiler() -> None:
     except ImportError:
         raise UserError("there is no C compiler: pip install ziglang (or install clang)") from None
     zig = Path(ziglang.__path__[0]) / "zig"
-    for folder in (zig.parent, cache_folder(), Path(sys.prefix)):
+    for folder in (zig.parent, *own_folders(), Path(sys.prefix)):  # (a home may forbid to run programs in it)
         launcher = folder / "minimiggy-clang"
         with suppress(OSError):
             unfinished = launcher.with_name(f"{launcher.name}.{os.getpid()}")
@@ -968,7 +980,8 @@ def find_compiler() -> None:
             if not wrong:
                 os.environ["CC"] = str(launcher)
                 return
-    raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang")
+    raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang, "
+                    "or set TMPDIR to a folder in which programs may be run")
 
 def open_device() -> None:
     """See that tinygrad can compute. UserError, with what to do, if it cannot."""
@@ -4040,8 +4053,9 @@ def memory_available() -> float:
     with suppress(OSError):
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         limits += [1024 * int(kilobytes) for kilobytes in (found.groups() if found else ())]
-    with suppress(OSError, ValueError):  # a container's limit, if it is not "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, in newer and older Linux
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
 
 def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:

@@ -899,6 +899,33 @@ def test_training_again_in_one_process_gives_the_same(run, ids):
         train(model, QUICK, ids)
         assert same(weights(model), weights(run[0]))
 
+@pytest.mark.parametrize(("files", "cores"), [
+    ({}, 8), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "250000 100000"}, 2),
+    ({"cpu.max": "5000 100000"}, 1),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3)])
+def test_a_containers_quota_limits_the_cores(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert minimiggy.count_cores(tmp_path) == cores
+
+@pytest.mark.parametrize(("answer", "cores"), [("echo 4", 4), ("exit 1", 8), ("rm $0", 8)])
+def test_of_a_mac_only_the_fast_cores_count(answer, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text(f'#!/bin/sh\n[ "$*" = "-n hw.perflevel0.physicalcpu" ] && {answer}\n')
+    sysctl.chmod(0o755)
+    assert minimiggy.count_cores(tmp_path) == cores
+
+def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(minimiggy, "CORES", 2)
+    backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64))
+    assert backend.cores == 2 and "--devices 64: there are 2 cores" in capsys.readouterr().err
+
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
     for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
         flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
@@ -1022,6 +1049,21 @@ def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     (tmp_path / "minimiggy-12345").mkdir()  # it looks like ours, but somebody else has made it
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         minimiggy.cache_folder()
+
+def test_the_launcher_of_ziglang_goes_where_programs_may_be_run(tmp_path, monkeypatch):
+    pytest.importorskip("ziglang")
+    complaint = minimiggy.complaint_of
+
+    def of_a_strict_system(compiler):
+        allowed = compiler.startswith(str(tmp_path / "temporary"))
+        return complaint(compiler) if allowed else "Permission denied"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(minimiggy, "complaint_of", of_a_strict_system)
+    minimiggy.find_compiler()
+    assert complaint(os.environ["CC"]) == "" and "temporary" in os.environ["CC"]
 
 @pytest.mark.parametrize(("variables", "words"), [
     ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
