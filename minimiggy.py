@@ -874,6 +874,7 @@ except ImportError as error:
 
 # 13.1 The machine
 
+X86 = platform.machine().lower() in ("x86_64", "amd64")
 QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
 
 def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -891,17 +892,23 @@ def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
                 cores = min(cores, max(1, int(quota) // int(period)))
     return cores
 
+@functools.cache
 def describe_processor() -> str:
-    """What the processor can do, as the system tells it: a program for one may be nonsense to another."""
+    """What the processor can do: a program for one may be nonsense to another. Linux tells it in a file;
+    elsewhere, and in a container without that file, the compiler knows."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
+        native = "-march=native" if X86 else "-mcpu=native"
+        ask = [os.environ.get("CC") or "clang", native, "-dM", "-E", "-x", "c", "/dev/null"]
+        with suppress(OSError, subprocess.SubprocessError):
+            text = subprocess.run(ask, capture_output=True, text=True, timeout=9).stdout.lower()
+            return platform.processor() + text  # (with a line such as #define __avx512f__ 1)
         return platform.processor()
     lines = re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)
     return "\n".join(sorted(set(lines)))
 
 CORES = count_cores()
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = X86 and "avx2" in describe_processor()
 AVX512 = X86 and "avx512f" in describe_processor()
 

@@ -899,6 +899,15 @@ def test_training_again_in_one_process_gives_the_same(run, ids):
         train(model, QUICK, ids)
         assert same(weights(model), weights(run[0]))
 
+def test_without_a_word_from_the_system_the_compiler_knows_the_processor(monkeypatch):
+    minimiggy.find_compiler()
+    told = minimiggy.describe_processor()
+    monkeypatch.setattr(Path, "read_text", functools.partial(throw, OSError("no /proc")))
+    asked = minimiggy.describe_processor.__wrapped__()
+    assert "#define" in asked
+    for feature in ("avx2", "avx512f"):
+        assert (feature in asked) == (minimiggy.X86 and feature in told)
+
 @pytest.mark.parametrize(("files", "cores"), [
     ({}, 8), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "250000 100000"}, 2),
     ({"cpu.max": "5000 100000"}, 1),
