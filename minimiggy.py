@@ -4509,8 +4509,9 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     if isinstance(error, subprocess.CalledProcessError):
         return 2, f"the C compiler {error.cmd[0]} failed (exit code {error.returncode}): start again"
     frames = traceback.extract_tb(error.__traceback__)
-    if Device.DEFAULT != "CPU" and "tinygrad" in frames[-1].filename:
-        return 2, f"tinygrad could not compute on {Device.DEFAULT} ({brief(error, 90)}): unset DEV"
+    device = os.environ["DEV"]
+    if device != "CPU" and not isinstance(BACKENDS[-1], Fast) and "tinygrad" in frames[-1].filename:
+        return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
     return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "

@@ -1635,6 +1635,14 @@ def test_an_error_that_nobody_thought_of_is_one_line_with_exit_code_70(monkeypat
     assert len(error) < 350 and main(["--gradcheck", "--debug"]) == 70
     assert "Traceback" in capsys.readouterr().err
 
+def test_an_error_of_tinygrads_on_another_device_is_not_called_ours(monkeypatch):
+    with pytest.raises(ValueError) as caught:
+        Tensor([1.0]).reshape(7)
+    monkeypatch.setenv("DEV", "CPU:LLVM")
+    monkeypatch.setattr(minimiggy, "BACKENDS", [PLAIN])
+    code, line = minimiggy.explain(caught.value)
+    assert code == 2 and "CPU:LLVM" in line and "unset DEV" in line
+
 # ----------------------------------------------------------------------- at home elsewhere: with transformers
 
 @pytest.fixture(scope="session")
