@@ -864,9 +864,9 @@ try:
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.dtype import AddrSpace
     from tinygrad.engine.realize import get_call_arg_uops, get_runtime
-    from tinygrad.helpers import DEBUG, DEV
+    from tinygrad.helpers import DEBUG, DEV, getenv
     from tinygrad.renderer import Estimates
-    from tinygrad.uop.ops import KernelInfo, Ops
+    from tinygrad.uop.ops import AxisType, KernelInfo, Ops
     if version_of("tinygrad") != TINYGRAD:
         raise ImportError(f"tinygrad {version_of('tinygrad')} is not {TINYGRAD}")
     KNOWN = True
@@ -875,29 +875,49 @@ except ImportError as error:
 
 # 13.1 The machine
 
-def count_cores() -> int:
-    """The processor cores that this process may use: those it may run on, and no more than a container's
-    quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
 
+def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The processor cores that this process may use: those it may run on, and no more than a container's
+    quota, which stands in a file. Of a Mac's cores only the fast ones: the others would keep them waiting."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if sys.platform == "darwin":
+        with suppress(OSError, ValueError, subprocess.SubprocessError):  # (an Intel Mac's are all alike)
+            ask = ["sysctl", "-n", "hw.perflevel0.physicalcpu"]
+            cores = int(subprocess.run(ask, capture_output=True, timeout=5).stdout)
+    for names in QUOTAS:
+        with suppress(OSError, ValueError):  # no such file, or "max": no quota
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if int(quota) > 0:  # (-1: none)
+                cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+@functools.cache
 def describe_processor() -> str:
-    """What the processor can do, as the system tells it: a program for one may be nonsense to another."""
+    """What the processor can do: a program for one may be nonsense to another. Linux tells it in a file;
+    elsewhere, and in a container without that file, the compiler knows."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
+        native = "-march=native" if X86 else "-mcpu=native"
+        ask = [os.environ.get("CC") or "clang", native, "-dM", "-E", "-x", "c", "/dev/null"]
+        with suppress(OSError, subprocess.SubprocessError):
+            text = subprocess.run(ask, capture_output=True, text=True, timeout=9).stdout.lower()
+            return platform.processor() + text  # (with a line such as #define __avx512f__ 1)
         return platform.processor()
     lines = re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)
     return "\n".join(sorted(set(lines)))
 
 CORES = count_cores()
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = X86 and "avx2" in describe_processor()
 AVX512 = X86 and "avx512f" in describe_processor()
+
+# Whoever imports tinygrad first, as notebooks do, has it read DEV and CC before we could set them. So we tell
+# it again; but a device on which it has computed already, and whose name it has left in DEV, stays.
+if KNOWN and not DEV.device:
+    DEV.value = os.environ["DEV"] or "CPU"
+    getenv.cache_clear()
 
 # By itself, clang uses only half the width of AVX-512 registers: 107 instead of 166 billion operations a
 # second.
@@ -911,8 +931,8 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
 
-def cache_folder() -> Path:
-    """A folder for what can be made again at any time: in the home's cache, or else among the temporary
+def own_folders():
+    """Yield folders for what can be made again at any time: in the home's cache, and among the temporary
     files, under our own name, where nobody else may write."""
     home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     user = os.getuid()
@@ -921,7 +941,12 @@ def cache_folder() -> Path:
             if folder.is_absolute():  # (without a home, "~" stays "~")
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder.stat().st_uid == user and os.access(folder, os.W_OK | os.X_OK):
-                    return folder
+                    yield folder
+
+def cache_folder() -> Path:
+    """The first of them."""
+    for folder in own_folders():
+        return folder
     raise UserError("neither the home nor the folder for temporary files can be written: set XDG_CACHE_HOME")
 
 def complaint_of(compiler: str) -> str:
@@ -952,10 +977,7 @@ def find_compiler() -> None:
     except ImportError:
         raise UserError("there is no C compiler: pip install ziglang (or install clang)") from None
     zig = Path(ziglang.__path__[0]) / "zig"
-    folders = [zig.parent, Path(sys.prefix)]
-    with suppress(UserError):
-        folders.insert(1, cache_folder())
-    for folder in folders:  # one may be read-only, another may forbid that anything in it is run
+    for folder in (zig.parent, *own_folders(), Path(sys.prefix)):  # (a home may forbid to run programs in it)
         launcher = folder / "minimiggy-clang"
         with suppress(OSError):
             unfinished = launcher.with_name(f"{launcher.name}.{os.getpid()}")
@@ -966,7 +988,8 @@ def find_compiler() -> None:
             if not wrong:
                 os.environ["CC"] = str(launcher)
                 return
-    raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang")
+    raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang, "
+                    "or set TMPDIR to a folder in which programs may be run")
 
 def open_device() -> None:
     """See that tinygrad can compute. UserError, with what to do, if it cannot."""
@@ -1262,6 +1285,21 @@ class Kernel:
         size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
         for i in self.loop(size):
             yield first + i
+
+    def threads(self, n: int):
+        """A loop around all of a kernel whose turns run side by side on a GPU, each in a thread; up to 64
+        threads that are neighbours go in step. Where there are no such threads, it is an ordinary loop."""
+        if not Device[Device.DEFAULT].renderer.has_local:
+            yield from self.loop(n)
+            return
+        size = divisor(n, 64)
+        group = UOp.range(n // size, next(self.ids), AxisType.GLOBAL)
+        thread = UOp.range(size, next(self.ids), AxisType.LOCAL)
+        self.open = (group, thread)
+        self.last = (group, thread)
+        yield group * size + thread
+        self.open = ()
+        self.last = (self.last[0].end(thread, group),)
 
     def transposed(self, M: int, N: int):
         """Every i < M and j < N, for a copy that exchanges rows and columns. It goes in strips of a cache
@@ -2153,6 +2191,109 @@ def check(operation: str, fits: bool, *tensors: Tensor) -> None:
         shapes = " and ".join(str(tensor.shape) for tensor in tensors)
         raise ValueError(f"{operation}: shapes {shapes} do not fit together")
 
+# *On another device*, a GPU say, part I's operations run as they are, but for attention: its T x T matrix
+# would fill any memory. A GPU has thousands of threads where a CPU has a few cores, so every query gets a
+# thread of its own, which takes one key after the other, with the fading sums of chapter 16. Nothing has to
+# be added up between threads. (Ordinary operations on some keys at a time would not do: tinygrad keeps what
+# they compute until all is done, on OpenCL to the last block, and then it is T x T again.)
+
+def attend_by_threads(k, y, lse, qkv):
+    """What `flash` computes: qkv (B, T, 3, H, D) -> y (B, T, H, D) and lse (B, H, T)."""
+    B, T, _, H, D = qkv.shape
+    query = k.array(D)
+    out = k.array(D)
+    top = k.array(1)
+    fade = k.array(1)
+    weight = k.array(1)
+    total = k.array(1)
+    for n in k.threads(B * H * T):
+        b = n // (H * T)
+        h = n // T % H
+        i = n % T
+        top[0] = -1e30
+        total[0] = 0.0
+        for d in k.loop(D):
+            query[d] = qkv[b, i, 0, h, d] * D**-0.5
+            out[d] = 0.0
+        for j in k.loop(i + 1):
+            weight[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])
+            fade[0] = top[0]
+            top[0] = top[0].maximum(weight[0])
+            fade[0] = exp(fade[0] - top[0])
+            weight[0] = exp(weight[0] - top[0])
+            total[0] = total[0] * fade[0] + weight[0]
+            for d in k.loop(D):
+                out[d] = out[d] * fade[0] + weight[0] * qkv[b, j, 2, h, d]
+        for d in k.loop(D):
+            y[b, i, h, d] = out[d] / total[0]
+        lse[b, h, i] = top[0] + total[0].log()
+
+# On the way back thread i is first query i, with the i + 1 keys that it sees, and then key i, with the T - i
+# queries that see it. So all threads have the same to do, and none writes where another does.
+
+def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
+    """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
+    B, T, _, H, D = qkv.shape
+    mine = k.array(3, D)
+    slope = k.array(3, D)
+    grad = k.array(D)
+    weight = k.array(1)
+    dscore = k.array(1)
+    for n in k.threads(B * H * T):
+        b = n // (H * T)
+        h = n // T % H
+        i = n % T
+        for part, d in k.loop(3, D):
+            mine[part, d] = qkv[b, i, part, h, d]
+            slope[part, d] = 0.0
+        for d in k.loop(D):
+            grad[d] = dy[b, i, h, d]
+        for j in k.loop(i + 1):
+            score = k.sum(D, lambda d: mine[0, d] * qkv[b, j, 1, h, d]) * D**-0.5
+            weight[0] = exp(score - lse[b, h, i])
+            dweight = k.sum(D, lambda d: grad[d] * qkv[b, j, 2, h, d])
+            dscore[0] = weight[0] * (dweight - dot[b, i, h]) * D**-0.5
+            for d in k.loop(D):
+                slope[0, d] += dscore[0] * qkv[b, j, 1, h, d]
+        for later in k.loop(T - i):
+            j = i + later
+            score = k.sum(D, lambda d: mine[1, d] * qkv[b, j, 0, h, d]) * D**-0.5
+            weight[0] = exp(score - lse[b, h, j])
+            dweight = k.sum(D, lambda d: mine[2, d] * dy[b, j, h, d])
+            dscore[0] = weight[0] * (dweight - dot[b, j, h]) * D**-0.5
+            for d in k.loop(D):
+                slope[1, d] += dscore[0] * qkv[b, j, 0, h, d]
+                slope[2, d] += weight[0] * dy[b, j, h, d]
+        for part, d in k.loop(3, D):
+            dqkv[b, i, part, h, d] = slope[part, d]
+
+class Elsewhere(Plain):
+    """Part I's operations for any device of tinygrad's, with attention that keeps no T x T matrix."""
+    cores = 1
+    run = Fast.run
+
+    @instead_of("attention", "f9faae301230")
+    def attention(self, qkv, position, cache=None):
+        B, T, _, H, D = qkv.shape
+        is_known = qkv.dtype == dtypes.float32 and qkv.device == Device.DEFAULT
+        if not is_known or cache is not None and T == 1:
+            return super().attention(qkv, position, cache)
+        if cache is not None:  # half a text, from place 0 on
+            _, k, v = qkv.permute(2, 0, 3, 1, 4)
+            rest = ((0, 0), (0, 0), (0, cache.S - T), (0, 0))
+            keys, values = cache.room(B, H, D)
+            Tensor.realize(keys.assign(k.pad(rest)), values.assign(v.pad(rest)))
+
+        def back(dy, call):
+            y = Tensor(call.src[1].after(call))
+            lse = Tensor(call.src[2].after(call))
+            dot = (Tensor(dy) * y).sum(-1).contiguous()
+            inputs = [Tensor(dy), dot, lse, qkv]
+            dqkv = self.run(attend_by_threads_back, [Tensor.empty(*qkv.shape)], inputs)[0]
+            return None, None, dqkv.uop
+        results = [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)]
+        return self.run(attend_by_threads, results, [qkv], back)[0]
+
 OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "cross_entropy",
               "norm", "adamw")
 CHANGED = [name for name in OPERATIONS
@@ -2162,7 +2303,8 @@ if KNOWN:
     if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
         BACKENDS.append(Fast(CORES))
     else:
-        WHY_PLAIN = f"part II's programs are for the CPU and clang, not for {DEV}: part I's operations run"
+        BACKENDS.append(Elsewhere())
+        WHY_PLAIN = f"all of part II's programs but attention's are for the CPU and clang, not for {DEV}"
 
 # === Chapter 21. Writing text without computing anything twice
 #
@@ -2241,7 +2383,7 @@ class Cache:
 
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
 LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "fbdd843e2b28" and not CHANGED
-THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast)}
+THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
@@ -2251,11 +2393,11 @@ def is_as_in_part_one(thing) -> bool:
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
-    if kind is Fast and not is_as_in_part_one(PLAIN):  # (it does what Plain does)
+    if kind in (Fast, Elsewhere) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return kind in (Plain, Fast, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+    return kind in (Plain, Fast, Elsewhere, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
 
 class Writer:
     """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
@@ -4008,8 +4150,9 @@ def memory_available() -> float:
     with suppress(OSError):
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
         limits += [1024 * int(kilobytes) for kilobytes in (found.groups() if found else ())]
-    with suppress(OSError, ValueError):  # a container's limit, if it is not "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, in newer and older Linux
+        with suppress(OSError, ValueError):  # no such file, or "max": no limit
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
 
 def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:
@@ -4270,6 +4413,19 @@ def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, A
         say(f"{name} has changed since {opened.source} was saved")
     return model, config, optimizer, opened.step, corpus
 
+def unused_gpu(root: Path = Path("/")) -> str:
+    """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
+    `root`, since to ask a driver can take seconds."""
+    if sys.platform == "darwin":
+        return "METAL" if platform.machine() == "arm64" else ""
+    drivers = {"dev/nvidia0": "CUDA", "usr/lib/wsl/lib/libcuda.so.1": "CUDA", "dev/kfd": "AMD"}
+    for file, device in drivers.items():
+        if (root / file).exists():
+            return device
+    vendors = [path.name for path in (root / "etc/OpenCL/vendors").glob("*.icd")]
+    has_gpu = (root / "dev/dri/renderD128").exists() and any("pocl" not in name for name in vendors)
+    return "CL" if has_gpu else ""  # (pocl is OpenCL on the CPU)
+
 def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit: float) -> None:
     """Say what is going to be trained, on what. `limit`: numpy's operations a second on this machine."""
     c = model.config
@@ -4288,6 +4444,9 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         f"{c.block_size} tokens each, {where}")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
+    if os.environ["DEV"] == "CPU" and unused_gpu():
+        say("note       the CPU is what part II's programs are for; there seems to be a GPU as well, and "
+            f"DEV={unused_gpu()} python minimiggy.py --train is on that")
     if CHANGED and isinstance(model.ops, Fast):
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
     names = [] if is_as_in_part_one(model) else untrained(model)
@@ -4440,8 +4599,9 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     if isinstance(error, subprocess.CalledProcessError):
         return 2, f"the C compiler {error.cmd[0]} failed (exit code {error.returncode}): start again"
     frames = traceback.extract_tb(error.__traceback__)
-    if Device.DEFAULT != "CPU" and "tinygrad" in frames[-1].filename:
-        return 2, f"tinygrad could not compute on {Device.DEFAULT} ({brief(error, 90)}): unset DEV"
+    device = os.environ["DEV"]
+    if device != "CPU" and not isinstance(BACKENDS[-1], Fast) and "tinygrad" in frames[-1].filename:
+        return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
     return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "

@@ -104,6 +104,12 @@ def logits(model, ids):
 def throw(error, *args, **kwargs):
     raise error
 
+def in_a_process(code, *arguments, **variables):
+    """Run Python code in a process of its own, with other variables in its environment; None: without it."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {name: value for name, value in (os.environ | variables).items() if value is not None}
+    return subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
+
 # ------------------------------------------------------------------------------- what the file says of itself
 
 def test_every_example_in_the_comments_gives_what_it_says(monkeypatch):
@@ -356,10 +362,10 @@ def random(*shape):
 def some_ids(n, *shape):
     return np.random.default_rng(n).integers(0, n, shape).astype(np.int32)
 
-def both_ways(name, *inputs):
-    """An operation by PLAIN and by FAST: for each, the result and the gradients of a weighted sum of it."""
+def both_ways(name, *inputs, fast=FAST):
+    """An operation by PLAIN and by `fast`: for each, the result and the gradients of a weighted sum of it."""
     results = []
-    for ops in (PLAIN, FAST):
+    for ops in (PLAIN, fast):
         tensors = [Tensor(array).realize() for array in inputs]
         out = getattr(ops, name)(*tensors)
         floats = [tensor for tensor in tensors if tensor.dtype == dtypes.float32]
@@ -394,10 +400,32 @@ def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
     for plain, fast in both_ways(name, *inputs):
         assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
 
-def test_attention_is_right_for_scores_far_too_large_to_exponentiate():
+ELSEWHERE = minimiggy.Elsewhere()  # (the kernels for a GPU's threads; on a CPU they are loops)
+
+@pytest.mark.parametrize("ops", [FAST, ELSEWHERE])
+def test_attention_is_right_for_scores_far_too_large_to_exponentiate(ops):
     qkv, position = qkv_of(1, 37, 3, 20)
-    for plain, fast in both_ways("attention", 30 * qkv, position):
+    for plain, fast in both_ways("attention", 30 * qkv, position, fast=ops):
         assert np.isfinite(fast).all() and np.abs(plain - fast).max() < 1e-4 * np.abs(plain).max()
+
+@pytest.mark.parametrize("sizes", [(2, 37, 3, 20), (1, 1, 2, 1), (2, 3, 1, 1)])
+def test_attention_by_threads_equals_the_plain_one(sizes):
+    for plain, fast in both_ways("attention", *qkv_of(*sizes), fast=ELSEWHERE):
+        assert np.abs(plain - fast).max() <= 1e-5
+
+def numbers_in_attention(ops, T):
+    """How many numbers of memory attention over T tokens and its way back write and read."""
+    qkv, position = map(Tensor, qkv_of(1, T, 1, 4))
+    qkv.realize(position)
+    out = ops.attention(qkv, position)
+    slope = out.square().sum().gradient(qkv)[0]
+    calls = out.schedule_linear(slope).src
+    return sum(buffer.numel() for call in calls for buffer in call.src[1:])
+
+@pytest.mark.parametrize("ops", [FAST, ELSEWHERE])
+def test_attentions_memory_grows_with_the_length_and_not_with_its_square(ops):
+    assert numbers_in_attention(ops, 1024) < 4.1 * numbers_in_attention(ops, 256)
+    assert numbers_in_attention(PLAIN, 1024) > 12 * numbers_in_attention(PLAIN, 256)
 
 def test_a_long_vector_keeps_its_digits():
     gradients = {str(n): 1 + 1e-3 * random(n) for n in (1, 3, 4097, 10_007, 3_000_001)}
@@ -870,6 +898,42 @@ def test_training_again_in_one_process_gives_the_same(run, ids):
         train(model, QUICK, ids)
         assert same(weights(model), weights(run[0]))
 
+def test_without_a_word_from_the_system_the_compiler_knows_the_processor(monkeypatch):
+    minimiggy.find_compiler()
+    told = minimiggy.describe_processor()
+    monkeypatch.setattr(Path, "read_text", functools.partial(throw, OSError("no /proc")))
+    asked = minimiggy.describe_processor.__wrapped__()
+    assert "#define" in asked
+    for feature in ("avx2", "avx512f"):
+        assert (feature in asked) == (minimiggy.X86 and feature in told)
+
+@pytest.mark.parametrize(("files", "cores"), [
+    ({}, 8), ({"cpu.max": "max 100000"}, 8), ({"cpu.max": "250000 100000"}, 2),
+    ({"cpu.max": "5000 100000"}, 1),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3)])
+def test_a_containers_quota_limits_the_cores(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert minimiggy.count_cores(tmp_path) == cores
+
+@pytest.mark.parametrize(("answer", "cores"), [("echo 4", 4), ("exit 1", 8), ("rm $0", 8)])
+def test_of_a_mac_only_the_fast_cores_count(answer, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text(f'#!/bin/sh\n[ "$*" = "-n hw.perflevel0.physicalcpu" ] && {answer}\n')
+    sysctl.chmod(0o755)
+    assert minimiggy.count_cores(tmp_path) == cores
+
+def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(minimiggy, "CORES", 2)
+    backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64))
+    assert backend.cores == 2 and "--devices 64: there are 2 cores" in capsys.readouterr().err
+
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
     for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
         flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
@@ -885,10 +949,42 @@ def test_the_programs_are_those_of_the_operations_as_they_stand():
     assert minimiggy.WHY_PLAIN is None and minimiggy.CHANGED == []
     assert minimiggy.LAYERS_AS_WE_KNOW_THEM and type(FAST) is Fast
 
-def test_it_does_not_matter_which_was_imported_first():
-    code = "import tinygrad, minimiggy; print(minimiggy.WHY_PLAIN, type(minimiggy.BACKENDS[-1]).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
-    assert done.stdout == "None Fast\n"
+NOTEBOOK = """import sys, tinygrad
+try:
+    exec(sys.argv[1])  # what a notebook's first cell may have done
+except RuntimeError:   # (without clang, tinygrad finds nothing to compute on)
+    pass
+from minimiggy import *
+model = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
+plan = TrainConfig(max_iters=2, batch_size=1)
+losses = [loss for _, loss, _ in training(model, plan, np.arange(50) % 9)]
+print(type(model.ops).__name__, tinygrad.Device.DEFAULT, len(losses))"""
+
+@pytest.mark.parametrize("first_cell", ["", "tinygrad.Tensor([1.0]).tolist()"])
+@pytest.mark.parametrize("path", [os.environ["PATH"], "/usr/bin:/bin"])  # (one without clang, perhaps)
+def test_it_does_not_matter_which_was_imported_first(first_cell, path):
+    hidden = {"OCL_ICD_VENDORS": "/dev/null"}  # (OpenCL, where there is one)
+    done = in_a_process(NOTEBOOK, first_cell, PATH=path, DEV=None, CC=None, **hidden)
+    assert done.stdout == "Fast CPU 2\n", done.stderr
+
+def test_a_device_that_a_notebook_has_chosen_stays():
+    code = "import os, tinygrad; os.environ['DEV'] = 'PYTHON'; import minimiggy; print(minimiggy.BACKENDS)"
+    done = in_a_process(code, DEV=None)
+    assert "Elsewhere" in done.stdout, done.stderr
+
+@pytest.mark.parametrize(("system", "machine", "files", "device"), [
+    ("linux", "x86_64", ["dev/nvidia0"], "CUDA"), ("linux", "x86_64", ["dev/kfd"], "AMD"),
+    ("linux", "x86_64", ["usr/lib/wsl/lib/libcuda.so.1"], "CUDA"), ("linux", "aarch64", [], ""),
+    ("linux", "x86_64", ["dev/dri/renderD128", "etc/OpenCL/vendors/intel.icd"], "CL"),
+    ("linux", "x86_64", ["dev/dri/renderD128", "etc/OpenCL/vendors/pocl.icd"], ""),
+    ("darwin", "arm64", [], "METAL"), ("darwin", "x86_64", [], "")])
+def test_a_gpu_that_is_not_used_is_seen(system, machine, files, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(minimiggy.platform, "machine", lambda: machine)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert minimiggy.unused_gpu(tmp_path) == device
 
 def test_with_another_tinygrad_part_one_runs_and_that_is_said(tmp_path, capsys):
     text = re.sub('(?m)^TINYGRAD = .*', 'TINYGRAD = "0.0.1"', SOURCE)
@@ -962,6 +1058,21 @@ def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         minimiggy.cache_folder()
 
+def test_the_launcher_of_ziglang_goes_where_programs_may_be_run(tmp_path, monkeypatch):
+    pytest.importorskip("ziglang")
+    complaint = minimiggy.complaint_of
+
+    def of_a_strict_system(compiler):
+        allowed = compiler.startswith(str(tmp_path / "temporary"))
+        return complaint(compiler) if allowed else "Permission denied"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("CC", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(minimiggy, "complaint_of", of_a_strict_system)
+    minimiggy.find_compiler()
+    assert complaint(os.environ["CC"]) == "" and "temporary" in os.environ["CC"]
+
 @pytest.mark.parametrize(("variables", "words"), [
     ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
     ({"CC": "no/such/clang"}, "No such file"), ({"CC": ""}, "no checkpoint"),
@@ -971,6 +1082,28 @@ def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, t
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, timeout=99)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert words in done.stderr and len(done.stderr) < 350
+
+EVERYTHING = """import sys; from minimiggy import main
+flags = sys.argv[1:]
+where = flags[:2]
+assert main(["--train", *flags]) == 0 and main(["--resume", *where, "--max-iters", "6"]) == 0
+assert main(["--sample", "A", "--max-tokens", "9", "--seed", "3", *where]) == main(["--gradcheck"]) == 0"""
+
+@pytest.mark.parametrize("device", ["CL", "WEBGPU"])
+def test_on_another_device_all_works_and_the_losses_are_the_cpus(device, tmp_path):
+    if in_a_process("from tinygrad import Tensor; Tensor([1.0]).tolist()", DEV=device).returncode:
+        pytest.skip(f"tinygrad finds no device {device}")
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    logs = []
+    for name in (device, "CPU"):
+        flags = ["--out-dir", tmp_path / name, "--data", tmp_path / "my.txt", *SMALL, "--dropout", "0.1"]
+        done = in_a_process(EVERYTHING, *flags, DEV=name)
+        assert done.returncode == 0, done.stderr
+        assert "all gradients are right" in done.stdout
+        assert ("clang, not for" in done.stdout) == (name == device)
+        rows = (tmp_path / name / "log.csv").read_text().splitlines()[1:]
+        logs.append([row.split(",")[1:6] for row in rows])
+    assert np.array(logs[0], float) == pytest.approx(np.array(logs[1], float), rel=1e-5)
 
 # ----------------------------------------------------------------------------------- checkpoints and sampling
 
@@ -1031,8 +1164,9 @@ def test_the_cache_gives_the_whole_models_logits(sizes):
             assert token == numpy_logits(p, np.array([seen]), *sizes[2:4])[0, -1].argmax()
             seen.append(token)
 
-def test_the_plain_path_has_a_cache_too():
-    model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), PLAIN))
+@pytest.mark.parametrize("ops", [PLAIN, ELSEWHERE])
+def test_the_plain_path_has_a_cache_too(ops):
+    model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), ops))
     writes_alike(minimiggy, model, [1, 2], 9)
     assert Writer(model).remembers
 
@@ -1499,6 +1633,14 @@ def test_an_error_that_nobody_thought_of_is_one_line_with_exit_code_70(monkeypat
     assert error.count("\n") == 1 and "ZeroDivisionError" in error and "--debug" in error
     assert len(error) < 350 and main(["--gradcheck", "--debug"]) == 70
     assert "Traceback" in capsys.readouterr().err
+
+def test_an_error_of_tinygrads_on_another_device_is_not_called_ours(monkeypatch):
+    with pytest.raises(ValueError) as caught:
+        Tensor([1.0]).reshape(7)
+    monkeypatch.setenv("DEV", "CPU:LLVM")
+    monkeypatch.setattr(minimiggy, "BACKENDS", [PLAIN])
+    code, line = minimiggy.explain(caught.value)
+    assert code == 2 and "CPU:LLVM" in line and "unset DEV" in line
 
 # ----------------------------------------------------------------------- at home elsewhere: with transformers
 
