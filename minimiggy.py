@@ -2842,7 +2842,7 @@ GPT.load_checkpoint = load_checkpoint
 # out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
 
 def size_of(config: GPTConfig) -> int:
-    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 29 counts them), and
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
     a row of C for each token and each position."""
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
@@ -3754,7 +3754,311 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
     axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
     return learned + named
 
-# === Chapter 29. Proving and measuring it
+# === Chapter 29. Looking inside
+#
+# A model is a million numbers, and nobody can read them. But one can watch them at work. `--look` passes a
+# prompt through the model and writes down what happens on the way: which tokens it reads, what it expects after
+# each, whom each head looks at, how the guess grows from block to block. All of it goes into one page,
+# look.html, which a browser draws without a server, a network or a library.
+#
+# *How does one watch a model without changing it?* Its layers call a backend, so we give them one that does the
+# same and takes notes. And a model runs its blocks one after the other, so each block is put into a function
+# that notes what comes out. The twin that has both computes with the model's own tensors and its own `hidden`,
+# whatever a reader has made of them.
+
+class Watching:
+    """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
+    def __init__(self, ops: Plain):
+        self.ops = ops
+        self.asked = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.ops, name)
+
+    def attention(self, qkv: Tensor, *others):
+        y = self.ops.attention(qkv, *others)
+        self.asked.append((qkv, y))
+        return y
+
+def noting(block, streams: list):
+    """A function that does what `block` does, and adds its result to `streams`; the first adds its input,
+    too."""
+    def watched(x, *others):
+        if not streams:
+            streams.append(x)
+        streams.append(block(x, *others))
+        return streams[-1]
+    return watched
+
+Watched = namedtuple("Watched", "logits streams asked")
+
+def watch(model: GPT, idx: np.ndarray) -> Watched:
+    """Pass ids (B, T) int32 through a model. Returns float32 arrays: the logits (B, T, V); for the first row
+    the stream before, between and after the blocks, (T, C) each; and what each attention got and answered,
+    (T, 3, H, D) and (T, H, D)."""
+    model.parameters()
+    named = get_state_dict(model)
+    ops = Watching(model.ops)
+    twin = type(model)(model.config, ops, seed=None)
+    for name, tensor in get_state_dict(twin).items():
+        tensor.replace(named[name])
+    blocks = twin.h
+    streams = []
+
+    def forward(idx: Tensor) -> tuple[Tensor, ...]:
+        streams.clear()
+        ops.asked.clear()
+        twin.h = [noting(block, streams) for block in blocks]
+        results = [twin(idx), *streams, *itertools.chain(*ops.asked)]
+        results = [result.contiguous() for result in results]
+        Tensor.realize(*results)
+        return tuple(results)
+    logits, *rest = model.ops.record(forward)(idx)
+    rest = [array[0] for array in rest]
+    pairs = rest[len(streams):]
+    return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
+
+# Flash attention never has its weights in memory, so how can we see them? An answer is the average of the
+# values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere, then channel 5 of an answer
+# is the weight of token 5. So we ask once more, with such values in the place of the model's. There are D
+# channels, so D tokens at a time can be asked for, and the pieces go side by side as a batch.
+
+def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` takes
+    arrays, as `record` makes it; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it answered. ValueError
+    if the answer is no such average."""
+    T, _, H, D = qkv.shape
+    t = np.arange(T)
+    asking = np.repeat(qkv[None], math.ceil(T / D), axis=0)           # (pieces, T, 3, H, D)
+    asking[:, :, 2] = 0
+    asking[t // D, t, 2, :, t % D] = 1
+    answers = attention(asking, t.astype(np.int32))[0]                # (pieces, T, H, D)
+    weights = answers.transpose(2, 1, 0, 3).reshape(H, T, -1)[:, :, :T]
+    again = np.einsum("hts,shd->thd", weights, qkv[:, 2])
+    if not np.allclose(again, y, rtol=1e-3, atol=1e-3 * np.abs(y).max()):
+        raise ValueError("an answer is no average of the values")
+    return weights
+
+# The page lets a reader turn the dials of chapter 10, so it needs the logits of all tokens, and 50,000 of them
+# at each place would be too many. It gets the likeliest 100 one by one, and the others in groups of nearly the
+# same logit, by their number and an average that makes the sum of their probabilities right.
+
+LIKELIEST = 100
+
+def expectation(logits: np.ndarray) -> dict:
+    """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and `tail`,
+    [how many, height]."""
+    order = np.argsort(-logits, kind="stable")
+    heights = (logits[order] - logits.max()).astype(np.float64)
+    likely = [[int(token), round(height, 3)] for token, height in zip(order[:LIKELIEST], heights, strict=False)]
+    others = heights[LIKELIEST:]
+    tail = []
+    for group in np.split(others, np.flatnonzero(np.diff(np.floor(others * 2))) + 1):  # (half a nat each)
+        if len(group):
+            mean = group[0] + np.log(np.exp(group - group[0]).mean())
+            tail.append([len(group), round(float(mean), 3)])
+    return {"likely": likely, "tail": tail}
+
+def as_shares(logits: np.ndarray) -> np.ndarray:
+    """Softmax: logits (..., V) -> probabilities (..., V)."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+def guesses_on_the_way(model: GPT, seen: Watched, n: int) -> dict:
+    """The likeliest token and its probability, at each of the first `n` places, if the final norm and the head
+    read the stream before the first block, and after each block. ValueError if what they read at the end is
+    not what the model says."""
+    read = model.ops.record(lambda x: (model.head(model.ln_f(x)).realize(),))
+    layers = []
+    for stream in seen.streams:
+        logits = read(stream[None])[0][0, :n]                         # (n, V)
+        p = as_shares(logits)
+        layers.append([[int(row.argmax()), round(float(row.max()), 3)] for row in p])
+    if not np.allclose(logits, seen.logits[0, :n], rtol=1e-3, atol=1e-3):
+        raise ValueError("the last block's stream does not lead to the model's logits")
+    return {"layers": layers}
+
+# The surprises are those of windows that overlap by half, of which all but the first count only their second
+# half: so each token has at least half a window before it.
+
+PASSAGE = 288  # tokens of the validation text that the page has, or a window more
+
+def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
+    """Where the windows of T tokens begin, (n,), that cover a passage at the beginning of `text`."""
+    half = max(1, T // 2)
+    more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
+    return half * np.arange(max(0, more) + 1)
+
+def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
+    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens`, the `bits` that each
+    took, and the `guesses`, what was likeliest. (Nothing is said about the first, which nothing comes
+    before.)"""
+    if not len(starts):
+        raise ValueError("the validation text is not at hand (--data FILE brings it), or is too short")
+    T = logits.shape[1]
+    tokens = text[:starts[-1] + T + 1]
+    bits = np.zeros(len(tokens))
+    guesses = np.zeros(len(tokens), int)
+    for start, rows in zip(starts, logits, strict=True):
+        first = 0 if start == 0 else T // 2
+        places = np.arange(start + first, start + T) + 1
+        p = as_shares(rows[first:])
+        bits[places] = -np.log2(p[np.arange(len(p)), tokens[places]])
+        guesses[places] = p.argmax(-1)
+    return {"tokens": tokens.tolist(), "bits": bits.round(2).tolist(), "guesses": guesses.tolist()}
+
+# Tokens whose rows point the same way are alike to the model, so likeness is measured by the cosine of the
+# angle between two rows. And the map is a shadow: of all directions in the space of C dimensions, the two along
+# which the commonest tokens are spread most, which the singular value decomposition finds.
+
+def knowledge(table: np.ndarray, commonest: list[int]) -> dict:
+    """What the page says about an embedding table (V, C): for up to 1000 tokens the eight nearest others,
+    [token, cosine]; and a map of up to 100, [token, x, y] in percent."""
+    units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+    near = {}
+    for start in range(0, min(1000, len(commonest)), 50):  # (50 at a time: all at once would take 200 MB)
+        tokens = commonest[start:start + 50]
+        cosines = units[tokens] @ units.T                             # (50, V)
+        cosines[np.arange(len(tokens)), tokens] = -2                  # (itself comes last)
+        best = np.argpartition(-cosines, range(8))[:, :8]
+        for token, row, others in zip(tokens, cosines, best, strict=True):
+            near[token] = [[int(other), round(float(row[other]), 2)] for other in others]
+    rows = units[commonest[:100]]
+    rows = rows - rows.mean(0)
+    directions = np.linalg.svd(rows, full_matrices=False)[2][:2]      # (2, C)
+    shadow = rows @ directions.T                                      # (100, 2)
+    shadow = (shadow - shadow.min(0)) / np.maximum(np.ptp(shadow, axis=0), 1e-9) * 100
+    places = shadow.round(1).tolist()
+    return {"near": near, "atlas": [[token, *place] for token, place in zip(commonest, places, strict=False)]}
+
+def story(folder: Path) -> dict:
+    """The curves of a run's log and what it wrote on the way, for the page; UserError if it has no log."""
+    if folder is None:
+        raise ValueError("this model did not come from a run's folder")
+    rows = read_log(folder / "log.csv")
+    unit = "bpb" if column(rows, "val_bpb") else "loss"
+    curves = {}
+    for name in ("train", "val"):
+        points = column(rows, f"{name}_{unit}")
+        points = points[::max(1, len(points) // 300)] + points[-1:]
+        curves[name] = [[int(step), round(value, 3)] for step, value in points]
+    samples = []
+    for block in sample_blocks(folder / "samples.txt", 10**9)[-8:]:
+        heading, *lines = block.splitlines()
+        samples.append([int(heading.split()[1]), "\n".join(line[6:] for line in lines)[:1000]])
+    return {"curves": curves, "unit": "bits a byte" if unit == "bpb" else "nats a token", "samples": samples}
+
+# What the page calls a token is its text; one that is no text, such as half a character, goes by its bytes. How
+# it was merged we find out as the file for Hugging Face does, in chapter 27.
+
+def in_letters(tokenizer: BPETokenizer, token: int) -> str:
+    """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
+    raw = tokenizer.decode_bytes(token)
+    with suppress(UnicodeDecodeError):
+        text = raw.decode()
+        if text and text == printable(text):
+            return text
+    return f"<{raw.hex(' ')}>" if raw else f"#{token}"
+
+def parts_of(tokenizer: BPETokenizer, tokens: set[int]) -> dict[int, list[int]]:
+    """For these tokens, and for their parts in turn, the two tokens that they were merged from."""
+    ids = vocabulary(tokenizer)
+    words = list(ids)
+    parts = {}
+    waiting = [token for token in tokens if token < len(words)]
+    while waiting:
+        token = waiting.pop()
+        pair = [ids[part] for part in last_parts(words[token], ids)]
+        if token not in parts and len(pair) == 2:
+            parts[token] = pair
+            waiting += pair
+    return parts
+
+# The page takes at most 64 tokens of a prompt, the last ones, and fewer if the model has many heads, each of
+# which has a weight for each pair of tokens. And a section may be impossible: a file is not there any more, or
+# a reader's own model has nothing of the kind. Then the page has it said in that place, and shows the others.
+
+def tokens_shown(config: GPTConfig) -> int:
+    """How many tokens of a prompt the page takes: their weights are 150,000 numbers at most."""
+    heads = config.n_layer * config.n_head
+    return max(1, min(64, config.block_size, int(math.sqrt(300_000 / heads))))
+
+def or_else(what: str, make, *arguments) -> dict:
+    """What `make` gives; if that fails, what to say in its place: `what` is missing, and why."""
+    try:
+        return make(*arguments)
+    except Exception as error:  # (what a changed model may raise, nobody knows)
+        return {"missing": f"There is no {what} to be shown: {brief(in_words(error), 200)}."}
+
+def attention_maps(ops: Plain, asked: list, n: int) -> dict:
+    """For the page, the weights of each layer and head on the first `n` tokens in thousandths; a row ends with
+    its last weight that is not zero."""
+    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
+    layers = []
+    for qkv, y in asked:
+        weights = attention_weights(attention, qkv, y)[:, :n, :n]
+        thousandths = np.rint(1000 * weights).astype(int).tolist()
+        layers.append([[np.trim_zeros(row, "b") for row in head] for head in thousandths])
+    if not layers:
+        raise ValueError("its layers do not call the backend's attention")
+    return {"layers": layers}
+
+def tokens_of(prompt: list[int], sections: dict) -> set[int]:
+    """The tokens whose texts the page needs."""
+    found = set(prompt)
+    for token, pair in sections["tokens"]["parts"].items():
+        found |= {token, *pair}
+    for place in sections["expects"]["places"]:
+        found |= {token for token, _ in place["likely"]}
+    for layer in sections["grows"].get("layers", []):
+        found |= {token for token, _ in layer}
+    for token, others in sections["knows"]["near"].items():
+        found |= {token, *(other for other, _ in others)}
+    return found.union(sections["surprises"].get("tokens", []), sections["surprises"].get("guesses", []))
+
+def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: Path | None = None) -> dict:
+    """What the page says, for JSON, about a model with a tokenizer and a prompt of one token or more. `text`,
+    token ids (N,), begins as the validation text does, `folder` is that of the run. UserError if the logits are
+    not finite."""
+    config = model.config
+    T = min(config.block_size, 256)
+    shown = prompt[-tokens_shown(config):]
+    n = len(shown)
+    enough = text is not None and len(text) > T
+    starts = passage_windows(text, T) if enough else []
+    idx = np.zeros((1 + len(starts), T), np.int32)  # the prompt, and zeros, which come after it; the windows
+    idx[0, :n] = shown
+    for row, start in enumerate(starts, 1):
+        idx[row] = text[start:start + T]
+    seen = watch(model, idx)
+    if not np.isfinite(seen.logits).all():
+        raise UserError("this model's logits are not finite: there is nothing to look at")
+    counts = np.bincount(np.zeros(0, int) if text is None else text, minlength=model.tokenizer.vocab_size)
+    # A learned vocabulary has its commonest pieces first, after the 256 bytes; that decides between equals.
+    order = np.roll(np.arange(model.tokenizer.vocab_size), -256)
+    commonest = order[np.argsort(-counts[order], kind="stable")].tolist()
+    sections = {
+        "tokens": {"parts": parts_of(model.tokenizer, set(shown)), "left_out": len(prompt) - n},
+        "expects": {"places": [expectation(row) for row in seen.logits[0, :n]]},
+        "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
+        "grows": or_else("growing guess", guesses_on_the_way, model, seen, n),
+        "surprises": or_else("text", surprises, text, starts, seen.logits[1:]),
+        "knows": knowledge(model.wte.weight.numpy()[:model.tokenizer.vocab_size], commonest),
+        "learned": or_else("log", story, folder)}
+    texts = {token: in_letters(model.tokenizer, token) for token in tokens_of(shown, sections)}
+    return {"prompt": shown, "texts": texts, "sections": sections}
+
+def write_page(content: dict, path: Path) -> None:
+    """Write look.html with this content, whole or not at all. What could be markup is escaped, as JSON can."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    template = read_text(DATA / "look.html").decode()
+    with whole(path) as file:
+        file.write(template.replace("DATA", text, 1).encode())
+
+
+# === Chapter 30. Proving and measuring it
 #
 # Are the gradients right? A derivative is defined as what happens to the loss if one parameter is moved a
 # little, so one can simply do that: move it up by h, move it down by h, and divide the difference of the two
@@ -3932,7 +4236,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
     raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
                     f"are free: choose a smaller {remedy}")
 
-# === Chapter 30. The command line
+# === Chapter 31. The command line
 #
 # Every field of the configs is a flag. Where a flag is not given, the command line has some defaults of its
 # own, for a first run of about a minute that ends with verse; part I's are for whoever uses the file as a
@@ -3988,6 +4292,8 @@ def add_actions(parser: Parser) -> None:
          "takes the prompt from a file, - from standard input)")
     flag("--eval-only", action="store_true", help="the loss on the whole validation text")
     flag("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
+    flag("--look", metavar="PROMPT", nargs="?", const="", help="write look.html, a page that shows how the "
+         "newest checkpoint reads PROMPT (or, without one, the opening of the validation text)")
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -4005,6 +4311,7 @@ def add_files(parser: Parser) -> None:
     flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
     flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
          f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
 def add_knobs(group, kind: type) -> None:
@@ -4027,13 +4334,15 @@ def add_knobs(group, kind: type) -> None:
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
-        if value == "" and name not in ("sample", "stop"):
+        if value == "" and name not in ("sample", "look", "stop"):
             raise UserError(f"{flag_of(name)} is empty")
         if name in KNOBS and value is not None:
             check_value(name, value, type(value))
     if args.train and args.checkpoint or args.resume and args.init_from:
         raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
                         "--checkpoint")
+    if args.out and args.look is None:
+        raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
@@ -4281,20 +4590,73 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", 
         waiting += decoder.decode(b"", final=True)  # a character that was never finished
     print(printable(waiting))
 
+def prompt_of(asked: str, replace: bool) -> str:
+    """The prompt that somebody asks for: FILE:name takes it from a file, - from standard input."""
+    if asked.startswith("FILE:"):
+        return read_text(Path(asked[5:]), replace).decode()
+    if asked == "-":
+        return sys.stdin.buffer.read().decode("utf-8", "replace")
+    return asked
+
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     """--sample."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     model = open_model(args, backend).model
-    prompt = args.sample
-    if prompt.startswith("FILE:"):
-        prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
-    elif prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    prompt = prompt_of(args.sample, args.replace_bad_bytes)
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model)
     for number in range(n_samples):
         sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
+
+# *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, for
+# which tokens are common, and as the prompt where none is given.
+
+def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
+    """The first tokens of the text that --data names, or that the model learned from; None if it names none, or
+    that is gone."""
+    name, sha256 = opened.model.source or ("", "")
+    if not (args.data or name):
+        return None
+    try:
+        text, _ = load_text(args.data or name, args.replace_bad_bytes)
+    except UserError:
+        if args.data:
+            raise
+        return None
+    if not args.data and hashlib.sha256(text).hexdigest() != sha256:
+        say(f"{name} has changed since {opened.source} was saved")
+    validation = split_text(text)[1]
+    return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
+
+def run_look(args: argparse.Namespace, backend: Plain) -> None:
+    """--look."""
+    opened = open_model(args, backend)
+    model = opened.model
+    text = validation_opening(args, opened)
+    ids = model.tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
+    if not ids and (text is None or len(text) == 0):
+        raise UserError('there is no validation text to begin with: give a prompt, as in --look "ROMEO:", or '
+                        "bring the text with --data")
+    ids = ids or text[:40].tolist()
+    folder = opened.checkpoint.path.parent if opened.checkpoint else None
+    content = look(model, ids, text, folder)
+    c = model.config
+    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    content["about"] = (f"{opened.source}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} layers, "
+                        f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context, "
+                        f"{opened.step:,} steps of training")
+    path = Path(args.out or "look.html")
+    write_page(content, path)
+    expected = content["sections"]["expects"]["places"][-1]
+    total = sum(n * math.exp(height) for n, height in [(1, height) for _, height in expected["likely"]]
+                + expected["tail"])
+    likely = [f"{content['texts'][token]!r} {math.exp(height) / total:.0%}"
+              for token, height in expected["likely"][:5]]
+    say(f"wrote   {path}, {path.stat().st_size / 1000:.0f} KB: how {opened.source} reads "
+        f"{len(content['prompt'])} tokens")
+    say(f"next    it expects {', '.join(likely)}")
+    say(f"open    {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
@@ -4314,6 +4676,8 @@ def run(args: argparse.Namespace) -> int:
             return run_train(args, backend, stop)
     if args.sample is not None:
         run_sample(args, backend)
+    elif args.look is not None:
+        run_look(args, backend)
     elif args.eval_only:
         run_eval(args, backend)
     elif args.export:
