@@ -3864,19 +3864,20 @@ def as_shares(logits: np.ndarray) -> np.ndarray:
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
-def guesses_on_the_way(model: GPT, seen: Watched, n: int) -> dict:
-    """The likeliest token and its probability, at each of the first `n` places, if the final norm and the head
-    read the stream before the first block, and after each block. ValueError if what they read at the end is
-    not what the model says."""
+def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int]) -> dict:
+    """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
+    norm and the head read the stream before the first block, and after each. ValueError if what they read at
+    the end is not what the model says."""
     read = model.ops.record(lambda x: (model.head(model.ln_f(x)).realize(),))
-    layers = []
-    for stream in seen.streams:
-        logits = read(stream[None])[0][0, :n]                         # (n, V)
-        p = as_shares(logits)
-        layers.append([[int(row.argmax()), round(float(row.max()), 3)] for row in p])
-    if not np.allclose(logits, seen.logits[0, :n], rtol=1e-3, atol=1e-3):
-        raise ValueError("the last block's stream does not lead to the model's logits")
-    return {"layers": layers}
+    rows = [["it reads", [[token] for token in prompt]]]
+    for i, stream in enumerate(seen.streams):
+        logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)
+        guesses = [[int(p.argmax()), round(float(p.max()), 3)] for p in as_shares(logits)]
+        rows.append([f"after block {i}" if i else "at the start", guesses])
+    if not np.allclose(logits, seen.logits[0, :len(prompt)], rtol=1e-3, atol=1e-3):
+        raise ValueError("the stream after the last block does not lead to the model's logits")
+    rows.append(["what came", [[token] for token in prompt[1:]]])
+    return {"rows": rows}
 
 # The surprises are those of windows that overlap by half, of which all but the first count only their second
 # half: so each token has at least half a window before it.
@@ -3890,22 +3891,20 @@ def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
     return half * np.arange(max(0, more) + 1)
 
 def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
-    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens`, the `bits` that each
-    took, and the `guesses`, what was likeliest. (Nothing is said about the first, which nothing comes
-    before.)"""
+    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first, which
+    nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
     if not len(starts):
         raise ValueError("the validation text is not at hand (--data FILE brings it), or is too short")
     T = logits.shape[1]
-    tokens = text[:starts[-1] + T + 1]
-    bits = np.zeros(len(tokens))
-    guesses = np.zeros(len(tokens), int)
+    bits = []
+    guesses = []
     for start, rows in zip(starts, logits, strict=True):
-        first = 0 if start == 0 else T // 2
-        places = np.arange(start + first, start + T) + 1
+        first = T // 2 if bits else 0
         p = as_shares(rows[first:])
-        bits[places] = -np.log2(p[np.arange(len(p)), tokens[places]])
-        guesses[places] = p.argmax(-1)
-    return {"tokens": tokens.tolist(), "bits": bits.round(2).tolist(), "guesses": guesses.tolist()}
+        came = text[start + first + 1:start + T + 1]
+        bits += np.log2(1 / p[np.arange(len(came)), came]).round(2).tolist()
+        guesses += p.argmax(-1).tolist()
+    return {"tokens": text[1:len(bits) + 1].tolist(), "bits": bits, "guesses": guesses}
 
 # Tokens whose rows point the same way are alike to the model, so likeness is measured by the cosine of the
 # angle between two rows. And the map is a shadow: of all directions in the space of C dimensions, the two along
@@ -3937,16 +3936,20 @@ def story(folder: Path) -> dict:
         raise ValueError("this model did not come from a run's folder")
     rows = read_log(folder / "log.csv")
     unit = "bpb" if column(rows, "val_bpb") else "loss"
-    curves = {}
+    curves = []
     for name in ("train", "val"):
         points = column(rows, f"{name}_{unit}")
         points = points[::max(1, len(points) // 300)] + points[-1:]
-        curves[name] = [[int(step), round(value, 3)] for step, value in points]
+        curves.append([[int(step), round(value, 3)] for step, value in points])
+    late = [value for step, value in curves[0] + curves[1] if step >= rows[-1]["step"] / 10]
+    if not late:
+        raise ValueError("its log is empty")
     samples = []
     for block in sample_blocks(folder / "samples.txt", 10**9)[-8:]:
         heading, *lines = block.splitlines()
         samples.append([int(heading.split()[1]), "\n".join(line[6:] for line in lines)[:1000]])
-    return {"curves": curves, "unit": "bits a byte" if unit == "bpb" else "nats a token", "samples": samples}
+    unit = "bits a byte" if unit == "bpb" else "nats a token"
+    return {"curves": curves, "low": min(late), "high": max(late), "unit": unit, "samples": samples}
 
 # What the page calls a token is its text; one that is no text, such as half a character, goes by its bytes. How
 # it was merged we find out as the file for Hugging Face does, in chapter 27.
@@ -3991,17 +3994,24 @@ def or_else(what: str, make, *arguments) -> dict:
         return {"missing": f"There is no {what} to be shown: {brief(in_words(error), 200)}."}
 
 def attention_maps(ops: Plain, asked: list, n: int) -> dict:
-    """For the page, the weights of each layer and head on the first `n` tokens in thousandths; a row ends with
-    its last weight that is not zero."""
+    """For the page, the weights of each head on the first `n` tokens, in thousandths. A row ends with its last
+    weight that is not zero."""
     attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
-    layers = []
-    for qkv, y in asked:
-        weights = attention_weights(attention, qkv, y)[:, :n, :n]
-        thousandths = np.rint(1000 * weights).astype(int).tolist()
-        layers.append([[np.trim_zeros(row, "b") for row in head] for head in thousandths])
-    if not layers:
+    heads = []
+    for i, (qkv, y) in enumerate(asked, 1):
+        for j, weights in enumerate(attention_weights(attention, qkv, y)[:, :n, :n], 1):
+            itself = weights.trace() / n
+            before = weights.trace(-1) / n
+            first = weights[:, 0].mean()
+            words = (f"puts, on average, {itself:.0%} of its weight on the token itself, {before:.0%} on the one "
+                     f"before it, and {first:.0%} on the first")
+            rows = [np.trim_zeros(row, "b") for row in np.rint(1000 * weights).astype(int).tolist()]
+            heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
+    if not heads:
         raise ValueError("its layers do not call the backend's attention")
-    return {"layers": layers}
+    # The page begins with the head that is most sure whom, other than the token itself, it looks at.
+    sure = [sum(max(row[:t], default=0) for t, row in enumerate(head["rows"])) for head in heads]
+    return {"heads": heads, "across": len(heads) // len(asked), "chosen": int(np.argmax(sure))}
 
 def tokens_of(prompt: list[int], sections: dict) -> set[int]:
     """The tokens whose texts the page needs."""
@@ -4010,8 +4020,8 @@ def tokens_of(prompt: list[int], sections: dict) -> set[int]:
         found |= {token, *pair}
     for place in sections["expects"]["places"]:
         found |= {token for token, _ in place["likely"]}
-    for layer in sections["grows"].get("layers", []):
-        found |= {token for token, _ in layer}
+    for _, cells in sections["grows"].get("rows", []):
+        found |= {token for token, *_ in cells}
     for token, others in sections["knows"]["near"].items():
         found |= {token, *(other for other, _ in others)}
     return found.union(sections["surprises"].get("tokens", []), sections["surprises"].get("guesses", []))
@@ -4041,7 +4051,7 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
         "tokens": {"parts": parts_of(model.tokenizer, set(shown)), "left_out": len(prompt) - n},
         "expects": {"places": [expectation(row) for row in seen.logits[0, :n]]},
         "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
-        "grows": or_else("growing guess", guesses_on_the_way, model, seen, n),
+        "grows": or_else("growing guess", guesses_on_the_way, model, seen, shown),
         "surprises": or_else("text", surprises, text, starts, seen.logits[1:]),
         "knows": knowledge(model.wte.weight.numpy()[:model.tokenizer.vocab_size], commonest),
         "learned": or_else("log", story, folder)}
