@@ -3872,7 +3872,7 @@ def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int]) -> dict:
     rows = [["it reads", [[token] for token in prompt]]]
     for i, stream in enumerate(seen.streams):
         logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)
-        guesses = [[int(p.argmax()), round(float(p.max()), 3)] for p in as_shares(logits)]
+        guesses = [[int(p.argmax()), float(f"{p.max():.3g}")] for p in as_shares(logits)]
         rows.append([f"after block {i}" if i else "at the start", guesses])
     if not np.allclose(logits, seen.logits[0, :len(prompt)], rtol=1e-3, atol=1e-3):
         raise ValueError("the stream after the last block does not lead to the model's logits")
@@ -3900,7 +3900,7 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
     guesses = []
     for start, rows in zip(starts, logits, strict=True):
         first = T // 2 if bits else 0
-        p = as_shares(rows[first:])
+        p = as_shares(rows[first:].astype(np.float64))
         came = text[start + first + 1:start + T + 1]
         bits += np.log2(1 / p[np.arange(len(came)), came]).round(2).tolist()
         guesses += p.argmax(-1).tolist()
@@ -4004,7 +4004,7 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
             before = weights.trace(-1) / n
             first = weights[:, 0].mean()
             words = (f"puts, on average, {itself:.0%} of its weight on the token itself, {before:.0%} on the one "
-                     f"before it, and {first:.0%} on the first")
+                     f"before it, and {first:.0%} on the first.")
             rows = [np.trim_zeros(row, "b") for row in np.rint(1000 * weights).astype(int).tolist()]
             heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
     if not heads:
