@@ -2261,6 +2261,7 @@ GPT.generate = generate
 
 import argparse
 import codecs
+import copy
 import dataclasses
 import json
 import signal
@@ -3756,15 +3757,15 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
 
 # === Chapter 29. Looking inside
 #
-# A model is a million numbers, and nobody can read them. But one can watch them at work. `--look` passes a
-# prompt through the model and writes down what happens on the way: which tokens it reads, what it expects after
-# each, whom each head looks at, how the guess grows from block to block. All of it goes into one page,
+# A model is a million numbers, which nobody can read. But one can watch them at work. `--look` passes a
+# prompt through the model and writes down what happens on the way: which tokens it reads, what it expects
+# after each, whom each head looks at, how the guess grows from block to block. All of it goes into one page,
 # look.html, which a browser draws without a server, a network or a library.
 #
-# *How does one watch a model without changing it?* Its layers call a backend, so we give them one that does the
-# same and takes notes. And a model runs its blocks one after the other, so each block is put into a function
-# that notes what comes out. The twin that has both computes with the model's own tensors and its own `hidden`,
-# whatever a reader has made of them.
+# *How does one watch a model without changing it?* Its layers call a backend, so a copy of it gets one that
+# does the same and takes notes. And a model runs its blocks one after the other, so in the copy each block is
+# put into a function that notes what comes out. The copy has the model's own tensors and computes with its
+# own methods, whatever a reader has made of them.
 
 class Watching:
     """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
@@ -3793,15 +3794,15 @@ def noting(block, streams: list):
 Watched = namedtuple("Watched", "logits streams asked")
 
 def watch(model: GPT, idx: np.ndarray) -> Watched:
-    """Pass ids (B, T) int32 through a model. Returns float32 arrays: the logits (B, T, V); for the first row
-    the stream before, between and after the blocks, (T, C) each; and what each attention got and answered,
-    (T, 3, H, D) and (T, H, D)."""
+    """Pass ids (B, T) int32 through a model. Returns float32 arrays: the logits (B, T, V); and of the first
+    row the stream before, between and after the blocks, (T, C) each, and what each attention got and
+    answered, (T, 3, H, D) and (T, H, D)."""
     model.parameters()
-    named = get_state_dict(model)
     ops = Watching(model.ops)
-    twin = type(model)(model.config, ops, seed=None)
-    for name, tensor in get_state_dict(twin).items():
-        tensor.replace(named[name])
+    # What stands in the memo of a deep copy is not copied, but replaced.
+    memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
+    memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
+    twin = copy.deepcopy(model, memo)
     blocks = twin.h
     streams = []
 
@@ -3819,14 +3820,14 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
 
 # Flash attention never has its weights in memory, so how can we see them? An answer is the average of the
-# values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere, then channel 5 of an answer
-# is the weight of token 5. So we ask once more, with such values in the place of the model's. There are D
+# values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere, then channel 5 of an
+# answer is the weight of token 5. So we ask once more, with such values in place of the model's. There are D
 # channels, so D tokens at a time can be asked for, and the pieces go side by side as a batch.
 
 def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` takes
-    arrays, as `record` makes it; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it answered. ValueError
-    if the answer is no such average."""
+    """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
+    operation as `record` makes it, for arrays; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it
+    answered. ValueError if that is no average."""
     T, _, H, D = qkv.shape
     t = np.arange(T)
     asking = np.repeat(qkv[None], math.ceil(T / D), axis=0)           # (pieces, T, 3, H, D)
@@ -3839,21 +3840,19 @@ def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
         raise ValueError("an answer is no average of the values")
     return weights
 
-# The page lets a reader turn the dials of chapter 10, so it needs the logits of all tokens, and 50,000 of them
-# at each place would be too many. It gets the likeliest 100 one by one, and the others in groups of nearly the
-# same logit, by their number and an average that makes the sum of their probabilities right.
-
-LIKELIEST = 100
+# The page lets a reader turn the dials of chapter 10. That takes the logits of all tokens, and 50,000 of them
+# at each place would be too many. It gets the likeliest 100 one by one, and the others in groups of nearly
+# the same logit: how many they are, and an average that makes the sum of their probabilities right.
 
 def expectation(logits: np.ndarray) -> dict:
-    """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and `tail`,
-    [how many, height]."""
+    """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and
+    `tail`, [how many, height]."""
     order = np.argsort(-logits, kind="stable")
     heights = (logits[order] - logits.max()).astype(np.float64)
-    likely = [[int(token), round(height, 3)] for token, height in zip(order[:LIKELIEST], heights, strict=False)]
-    others = heights[LIKELIEST:]
+    likely = [[int(token), round(height, 3)] for token, height in zip(order[:100], heights, strict=False)]
     tail = []
-    for group in np.split(others, np.flatnonzero(np.diff(np.floor(others * 2))) + 1):  # (half a nat each)
+    others = heights[100:]
+    for group in np.split(others, np.flatnonzero(np.diff(np.floor(2 * others))) + 1):  # (half a nat each)
         if len(group):
             mean = group[0] + np.log(np.exp(group - group[0]).mean())
             tail.append([len(group), round(float(mean), 3)])
@@ -3879,20 +3878,21 @@ def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int]) -> dict:
     rows.append(["what came", [[token] for token in prompt[1:]]])
     return {"rows": rows}
 
-# The surprises are those of windows that overlap by half, of which all but the first count only their second
-# half: so each token has at least half a window before it.
+# The surprises are those in windows that overlap by half. Of all but the first only the second half counts,
+# so that each token has at least half a window before it.
 
-PASSAGE = 288  # tokens of the validation text that the page has, or a window more
+PASSAGE = 288  # tokens of the validation text that the page shows
 
 def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
-    """Where the windows of T tokens begin, (n,), that cover a passage at the beginning of `text`."""
+    """Where the windows of T tokens begin, (n,), that cover the passage at the beginning of `text`, or what
+    there is of it."""
     half = max(1, T // 2)
     more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
     return half * np.arange(max(0, more) + 1)
 
 def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
-    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first, which
-    nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
+    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first,
+    which nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
     if not len(starts):
         raise ValueError("the validation text is not at hand (--data FILE brings it), or is too short")
     T = logits.shape[1]
@@ -3900,15 +3900,17 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
     guesses = []
     for start, rows in zip(starts, logits, strict=True):
         first = T // 2 if bits else 0
-        p = as_shares(rows[first:].astype(np.float64))
+        heights = (rows[first:] - rows[first:].max(-1, keepdims=True)).astype(np.float64)
         came = text[start + first + 1:start + T + 1]
-        bits += np.log2(1 / p[np.arange(len(came)), came]).round(2).tolist()
-        guesses += p.argmax(-1).tolist()
-    return {"tokens": text[1:len(bits) + 1].tolist(), "bits": bits, "guesses": guesses}
+        nats = np.log(np.exp(heights).sum(-1)) - heights[np.arange(len(came)), came]
+        bits += (nats / math.log(2)).round(2).tolist()
+        guesses += heights.argmax(-1).tolist()
+    tokens = text[1:len(bits) + 1].tolist()
+    return {"tokens": tokens[:PASSAGE], "bits": bits[:PASSAGE], "guesses": guesses[:PASSAGE]}
 
 # Tokens whose rows point the same way are alike to the model, so likeness is measured by the cosine of the
-# angle between two rows. And the map is a shadow: of all directions in the space of C dimensions, the two along
-# which the commonest tokens are spread most, which the singular value decomposition finds.
+# angle between two rows. And the map is a shadow: of all directions in the space of C dimensions, the two
+# along which the commonest tokens are spread most, which the singular value decomposition finds.
 
 def knowledge(table: np.ndarray, commonest: list[int]) -> dict:
     """What the page says about an embedding table (V, C): for up to 1000 tokens the eight nearest others,
@@ -3951,8 +3953,8 @@ def story(folder: Path) -> dict:
     unit = "bits a byte" if unit == "bpb" else "nats a token"
     return {"curves": curves, "low": min(late), "high": max(late), "unit": unit, "samples": samples}
 
-# What the page calls a token is its text; one that is no text, such as half a character, goes by its bytes. How
-# it was merged we find out as the file for Hugging Face does, in chapter 27.
+# On the page a token is its text; one that is no text, such as half a character, goes by its bytes. How it
+# was merged we find out as the files for Hugging Face do, in chapter 27.
 
 def in_letters(tokenizer: BPETokenizer, token: int) -> str:
     """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
@@ -3978,8 +3980,8 @@ def parts_of(tokenizer: BPETokenizer, tokens: set[int]) -> dict[int, list[int]]:
     return parts
 
 # The page takes at most 64 tokens of a prompt, the last ones, and fewer if the model has many heads, each of
-# which has a weight for each pair of tokens. And a section may be impossible: a file is not there any more, or
-# a reader's own model has nothing of the kind. Then the page has it said in that place, and shows the others.
+# which has a weight for each pair of tokens. And a section may be impossible: a file is not there any more,
+# or a reader's own model has nothing of the kind. Then the page says so in that place, and shows the others.
 
 def tokens_shown(config: GPTConfig) -> int:
     """How many tokens of a prompt the page takes: their weights are 150,000 numbers at most."""
@@ -3994,8 +3996,8 @@ def or_else(what: str, make, *arguments) -> dict:
         return {"missing": f"There is no {what} to be shown: {brief(in_words(error), 200)}."}
 
 def attention_maps(ops: Plain, asked: list, n: int) -> dict:
-    """For the page, the weights of each head on the first `n` tokens, in thousandths. A row ends with its last
-    weight that is not zero."""
+    """For the page, the weights of each head on the first `n` tokens, in thousandths. A row ends with its
+    last weight that is not zero."""
     attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
     heads = []
     for i, (qkv, y) in enumerate(asked, 1):
@@ -4003,8 +4005,8 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
             itself = weights.trace() / n
             before = weights.trace(-1) / n
             first = weights[:, 0].mean()
-            words = (f"puts, on average, {itself:.0%} of its weight on the token itself, {before:.0%} on the one "
-                     f"before it, and {first:.0%} on the first.")
+            words = (f"puts, on average, {itself:.0%} of its weight on the token itself, {before:.0%} on the "
+                     f"one before it, and {first:.0%} on the first.")
             rows = [np.trim_zeros(row, "b") for row in np.rint(1000 * weights).astype(int).tolist()]
             heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
     if not heads:
@@ -4027,46 +4029,52 @@ def tokens_of(prompt: list[int], sections: dict) -> set[int]:
     return found.union(sections["surprises"].get("tokens", []), sections["surprises"].get("guesses", []))
 
 def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: Path | None = None) -> dict:
-    """What the page says, for JSON, about a model with a tokenizer and a prompt of one token or more. `text`,
-    token ids (N,), begins as the validation text does, `folder` is that of the run. UserError if the logits are
-    not finite."""
-    config = model.config
-    T = min(config.block_size, 256)
-    shown = prompt[-tokens_shown(config):]
+    """What the page says, for JSON, about a model with a tokenizer, and a prompt of one token or more.
+    `text`, token ids (N,), begins as the validation text does; `folder` is that of the run. UserError if the
+    logits are not finite."""
+    tokenizer = model.tokenizer
+    T = min(model.config.block_size, 256)
+    shown = prompt[-tokens_shown(model.config):]
     n = len(shown)
-    enough = text is not None and len(text) > T
-    starts = passage_windows(text, T) if enough else []
-    idx = np.zeros((1 + len(starts), T), np.int32)  # the prompt, and zeros, which come after it; the windows
+    text = np.zeros(0, np.int32) if text is None else text
+    starts = passage_windows(text, T) if len(text) > T else []
+    # One pass for all: the prompt, with zeros behind it, which it cannot see, and the windows of the passage.
+    idx = np.zeros((1 + len(starts), T), np.int32)
     idx[0, :n] = shown
     for row, start in enumerate(starts, 1):
         idx[row] = text[start:start + T]
     seen = watch(model, idx)
     if not np.isfinite(seen.logits).all():
         raise UserError("this model's logits are not finite: there is nothing to look at")
-    counts = np.bincount(np.zeros(0, int) if text is None else text, minlength=model.tokenizer.vocab_size)
-    # A learned vocabulary has its commonest pieces first, after the 256 bytes; that decides between equals.
-    order = np.roll(np.arange(model.tokenizer.vocab_size), -256)
+    # Which tokens are common? A learned vocabulary, after the 256 bytes, has its commonest pieces first, and
+    # that decides between those which the text has equally often, or not at all.
+    counts = np.bincount(text, minlength=tokenizer.vocab_size)
+    order = np.roll(np.arange(tokenizer.vocab_size), -256)
     commonest = order[np.argsort(-counts[order], kind="stable")].tolist()
     sections = {
-        "tokens": {"parts": parts_of(model.tokenizer, set(shown)), "left_out": len(prompt) - n},
+        "tokens": {"parts": parts_of(tokenizer, set(shown))},
         "expects": {"places": [expectation(row) for row in seen.logits[0, :n]]},
         "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
-        "grows": or_else("growing guess", guesses_on_the_way, model, seen, shown),
+        "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown),
         "surprises": or_else("text", surprises, text, starts, seen.logits[1:]),
-        "knows": knowledge(model.wte.weight.numpy()[:model.tokenizer.vocab_size], commonest),
+        "knows": knowledge(model.wte.weight.numpy()[:tokenizer.vocab_size], commonest),
         "learned": or_else("log", story, folder)}
-    texts = {token: in_letters(model.tokenizer, token) for token in tokens_of(shown, sections)}
+    texts = {token: in_letters(tokenizer, token) for token in tokens_of(shown, sections)}
     return {"prompt": shown, "texts": texts, "sections": sections}
 
+# The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
+# anything; so every sign that could end the script or begin a tag is written by its number, which JSON
+# allows.
+
 def write_page(content: dict, path: Path) -> None:
-    """Write look.html with this content, whole or not at all. What could be markup is escaped, as JSON can."""
+    """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
+    it."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     template = read_text(DATA / "look.html").decode()
     with whole(path) as file:
         file.write(template.replace("DATA", text, 1).encode())
-
 
 # === Chapter 30. Proving and measuring it
 #
@@ -4619,22 +4627,23 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     for number in range(n_samples):
         sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
 
-# *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, for
-# which tokens are common, and as the prompt where none is given.
+# *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
+# know which tokens are common, and as the prompt where none is given.
 
 def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
-    """The first tokens of the text that --data names, or that the model learned from; None if it names none, or
-    that is gone."""
-    name, sha256 = opened.model.source or ("", "")
-    if not (args.data or name):
+    """The first token ids (N,) of the validation part of the text that --data names, or that the model
+    learned from; None if neither is at hand."""
+    learned, sha256 = opened.model.source or ("", "")
+    name = args.data or learned
+    if not name:
         return None
     try:
-        text, _ = load_text(args.data or name, args.replace_bad_bytes)
+        text, name = load_text(name, args.replace_bad_bytes)
     except UserError:
         if args.data:
             raise
         return None
-    if not args.data and hashlib.sha256(text).hexdigest() != sha256:
+    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
         say(f"{name} has changed since {opened.source} was saved")
     validation = split_text(text)[1]
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
@@ -4645,28 +4654,27 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     model = opened.model
     text = validation_opening(args, opened)
     ids = model.tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
-    if not ids and (text is None or len(text) == 0):
-        raise UserError('there is no validation text to begin with: give a prompt, as in --look "ROMEO:", or '
-                        "bring the text with --data")
-    ids = ids or text[:40].tolist()
-    folder = opened.checkpoint.path.parent if opened.checkpoint else None
-    content = look(model, ids, text, folder)
-    c = model.config
+    if not ids and text is None:
+        raise UserError("the text that the model learned from is not at hand: bring it with --data, or give "
+                        'a prompt, as in --look "ROMEO:"')
+    ids = ids or text[:40].tolist() or model.tokenizer.encode("\n")
+    content = look(model, ids, text, opened.checkpoint.path.parent if opened.checkpoint else None)
+    shown = f"the last {len(content['prompt'])} of {len(ids)} tokens"
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
-    content["about"] = (f"{opened.source}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} layers, "
-                        f"{c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context, "
-                        f"{opened.step:,} steps of training")
+    c = model.config
+    content["about"] = (f"{brief(opened.source)}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} "
+                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context; it "
+                        f"reads {shown}")
     path = Path(args.out or "look.html")
     write_page(content, path)
+    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
     expected = content["sections"]["expects"]["places"][-1]
-    total = sum(n * math.exp(height) for n, height in [(1, height) for _, height in expected["likely"]]
-                + expected["tail"])
-    likely = [f"{content['texts'][token]!r} {math.exp(height) / total:.0%}"
-              for token, height in expected["likely"][:5]]
-    say(f"wrote   {path}, {path.stat().st_size / 1000:.0f} KB: how {opened.source} reads "
-        f"{len(content['prompt'])} tokens")
+    powers = [math.exp(height) for _, height in expected["likely"]]
+    total = sum(powers) + sum(number * math.exp(height) for number, height in expected["tail"])
+    likely = [f"{content['texts'][token]!r} {power / total:.1%}"
+              for (token, _), power in zip(expected["likely"][:5], powers, strict=False)]
     say(f"next    it expects {', '.join(likely)}")
-    say(f"open    {path.resolve().as_uri()} in a browser")
+    say(f"to see  open {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
