@@ -4659,12 +4659,14 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
                         'a prompt, as in --look "ROMEO:"')
     ids = ids or text[:40].tolist() or model.tokenizer.encode("\n")
     content = look(model, ids, text, opened.checkpoint.path.parent if opened.checkpoint else None)
-    shown = f"the last {len(content['prompt'])} of {len(ids)} tokens"
+    shown = f"{len(ids)} tokens"
+    if len(content["prompt"]) < len(ids):
+        shown = f"the last {len(content['prompt'])} of {shown}"
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     c = model.config
     content["about"] = (f"{brief(opened.source)}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} "
-                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context; it "
-                        f"reads {shown}")
+                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
+                        f"It reads {shown}.")
     path = Path(args.out or "look.html")
     write_page(content, path)
     say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
