@@ -3943,15 +3943,17 @@ def story(folder: Path) -> dict:
         points = column(rows, f"{name}_{unit}")
         points = points[::max(1, len(points) // 300)] + points[-1:]
         curves.append([[int(step), round(value, 3)] for step, value in points])
-    late = [value for step, value in curves[0] + curves[1] if step >= rows[-1]["step"] / 10]
-    if not late:
+    last = max([step for step, _ in curves[0] + curves[1]], default=0)
+    late = [value for step, value in curves[0] + curves[1] if step >= last / 10]
+    if not last:
         raise ValueError("its log is empty")
     samples = []
     for block in sample_blocks(folder / "samples.txt", 10**9)[-8:]:
         heading, *lines = block.splitlines()
         samples.append([int(heading.split()[1]), "\n".join(line[6:] for line in lines)[:1000]])
     unit = "bits a byte" if unit == "bpb" else "nats a token"
-    return {"curves": curves, "low": min(late), "high": max(late), "unit": unit, "samples": samples}
+    return {"curves": curves, "last": last, "low": min(late), "high": max(late), "unit": unit,
+            "samples": samples}
 
 # On the page a token is its text; one that is no text, such as half a character, goes by its bytes. How it
 # was merged we find out as the files for Hugging Face do, in chapter 27.
@@ -4271,6 +4273,7 @@ EXAMPLES = """examples:
   python minimiggy.py --train --data my.txt               learn from your own text
   python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
   python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
+  python minimiggy.py --look "ROMEO: But soft"            see what goes on in it, in a browser
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
 class Parser(argparse.ArgumentParser):
