@@ -3899,7 +3899,7 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
     bits = []
     guesses = []
     for start, rows in zip(starts, logits, strict=True):
-        first = T // 2 if bits else 0
+        first = T - max(1, T // 2) if bits else 0
         heights = (rows[first:] - rows[first:].max(-1, keepdims=True)).astype(np.float64)
         came = text[start + first + 1:start + T + 1]
         nats = np.log(np.exp(heights).sum(-1)) - heights[np.arange(len(came)), came]
@@ -4653,6 +4653,9 @@ def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray |
 
 def run_look(args: argparse.Namespace, backend: Plain) -> None:
     """--look."""
+    path = Path(args.out or "look.html")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name the file that the page is to be")
     opened = open_model(args, backend)
     model = opened.model
     text = validation_opening(args, opened)
@@ -4670,7 +4673,6 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     content["about"] = (f"{brief(opened.source)}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} "
                         f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
                         f"It reads {shown}.")
-    path = Path(args.out or "look.html")
     write_page(content, path)
     say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
     expected = content["sections"]["expects"]["places"][-1]

@@ -2035,6 +2035,15 @@ def test_every_probability_in_the_page_is_the_models(ops, config):
             assert 2 ** -found["bits"][start + t] == pytest.approx(p[t, text[start + t + 1]], rel=5e-3)
             assert found["guesses"][start + t] == p[t].argmax()
 
+@pytest.mark.parametrize("T", [1, 2, 5, 8])
+def test_each_token_of_a_passage_is_counted_once_and_in_its_place(T):
+    text = np.arange(20)
+    starts = minimiggy.passage_windows(text, T)
+    logits = np.eye(20)[starts[:, None] + np.arange(T)]  # what is likeliest says where it was said
+    found = minimiggy.surprises(text, starts, logits)
+    n = len(found["guesses"])
+    assert found["guesses"] == list(range(n)) and found["tokens"] == list(range(1, n + 1)) and n >= 18
+
 def weights_in_numpy(model, prompt):
     """The weights (H, T, T) of the first layer's heads, by the formula of chapter 6."""
     p = in_float64(model)
@@ -2159,8 +2168,9 @@ def test_without_a_text_a_log_or_a_prompt_it_says_what_is_missing(run, tmp_path,
     content = content_of(Path("look.html"))
     assert content["prompt"] == opening[-8:] and "tokens" in content["sections"]["surprises"]
     capsys.readouterr()
-    assert main(["--eval-only", "--init-from", "export", "--data", "my.txt", "--out", "x"]) == 2
-    assert "--out-dir" in capsys.readouterr().err
+    for flags, words in ((["--eval-only", "--out", "x"], "--out-dir"), (["--look", "--out", "."], "folder")):
+        assert main(flags) == 2
+        assert words in capsys.readouterr().err
 
 # In a browser: these tests speak with chromedriver as the W3C's WebDriver says, and are skipped without it.
 
