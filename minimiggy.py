@@ -3765,7 +3765,7 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
 # *How does one watch a model without changing it?* Its layers call a backend, so a copy of it gets one that
 # does the same and takes notes. And a model runs its blocks one after the other, so in the copy each block is
 # put into a function that notes what comes out. The copy has the model's own tensors and computes with its
-# own methods, whatever a reader has made of them.
+# own methods, whatever a reader has made of them; nothing here repeats how a GPT computes.
 
 class Watching:
     """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
@@ -3782,8 +3782,8 @@ class Watching:
         return y
 
 def noting(block, streams: list):
-    """A function that does what `block` does, and adds its result to `streams`; the first adds its input,
-    too."""
+    """A function that does what `block` does, and adds its result to `streams`; the first block's adds the
+    stream that comes in, too: what the model knows before any block has been asked."""
     def watched(x, *others):
         if not streams:
             streams.append(x)
@@ -3799,7 +3799,8 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     answered, (T, 3, H, D) and (T, H, D)."""
     model.parameters()
     ops = Watching(model.ops)
-    # What stands in the memo of a deep copy is not copied, but replaced.
+    # What stands in the memo of a deep copy is not copied. There, we say what to take in its place: for a
+    # tensor the tensor itself, and for the backend the one that watches it.
     memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
     memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
     twin = copy.deepcopy(model, memo)
@@ -3807,22 +3808,31 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     streams = []
 
     def forward(idx: Tensor) -> tuple[Tensor, ...]:
+        # This may run more than once before it is recorded, so the notes of an earlier run are thrown away.
         streams.clear()
         ops.asked.clear()
         twin.h = [noting(block, streams) for block in blocks]
+        # Some of what has been noted is a mere view, or would vanish in a fused program: it gets memory of
+        # its own, all in one go, so that nothing is computed twice.
         results = [twin(idx), *streams, *itertools.chain(*ops.asked)]
         results = [result.contiguous() for result in results]
         Tensor.realize(*results)
         return tuple(results)
     logits, *rest = model.ops.record(forward)(idx)
+    # Only the first row is a prompt that somebody asks about; of the others, the logits are enough.
     rest = [array[0] for array in rest]
     pairs = rest[len(streams):]
     return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
 
-# Flash attention never has its weights in memory, so how can we see them? An answer is the average of the
-# values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere, then channel 5 of an
-# answer is the weight of token 5. So we ask once more, with such values in place of the model's. There are D
-# channels, so D tokens at a time can be asked for, and the pieces go side by side as a batch.
+# *Whom does it look at?* Flash attention never has its weights in memory, so how can we see them? An answer
+# is the average of the values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere,
+# then channel 5 of an answer is the weight of token 5. So we ask once more, with such values in place of the
+# model's. There are D channels, so D tokens at a time can be asked for, and the pieces go side by side as a
+# batch: for T = 64 and D = 32, two of them. And we make the check: the average of the true values with these
+# weights must be the true answer.
+#
+# So the weights come out of the operation that runs, flash attention or a reader's own, and not from a second
+# version of the formula, which might say something else.
 
 def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
@@ -3840,46 +3850,76 @@ def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
         raise ValueError("an answer is no average of the values")
     return weights
 
-# The page lets a reader turn the dials of chapter 10. That takes the logits of all tokens, and 50,000 of them
-# at each place would be too many. It gets the likeliest 100 one by one, and the others in groups of nearly
-# the same logit: how many they are, and an average that makes the sum of their probabilities right.
+def attention_maps(ops: Plain, asked: list, n: int) -> dict:
+    """For the page, the weights of each head on the first `n` tokens, in thousandths (a row ends with its
+    last one that is not zero), a line about its habits, and which head to begin with: the one that is most
+    sure whom, other than the token itself, it looks at."""
+    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
+    heads = []
+    sure = []
+    for i, (qkv, y) in enumerate(asked, 1):
+        for j, weights in enumerate(attention_weights(attention, qkv, y)[:, :n, :n], 1):
+            words = (f"puts, on average, {weights.trace() / n:.0%} of its weight on the token itself, "
+                     f"{weights.trace(-1) / n:.0%} on the one before it, and {weights[:, 0].mean():.0%} on "
+                     "the first.")
+            thousandths = np.rint(1000 * weights).astype(int).tolist()
+            rows = [np.trim_zeros(row, "b") for row in thousandths]
+            heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
+            sure.append(np.tril(weights, -1).max(-1).mean())
+    if not heads:
+        raise ValueError("its layers do not call the backend's attention")
+    return {"heads": heads, "across": len(heads) // len(asked), "chosen": int(np.argmax(sure))}
 
-def expectation(logits: np.ndarray) -> dict:
+# *What does it expect?* The page lets a reader turn the dials of chapter 10. That takes the logits of all
+# tokens, and 50,000 of them at each place would be too many. It gets the likeliest 100 one by one, and the
+# others in groups of nearly the same logit: how many they are, and an average that makes the sum of their
+# probabilities right at temperature 1, and nearly so at others. The average is that of exp(logit), since it
+# is the powers that are added up: two tokens with the logits 0 and 0.2 weigh as much as two with 0.105.
+
+def expectation(logits: np.ndarray, names: list[str]) -> dict:
     """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and
     `tail`, [how many, height]."""
     order = np.argsort(-logits, kind="stable")
     heights = (logits[order] - logits.max()).astype(np.float64)
-    likely = [[int(token), round(height, 3)] for token, height in zip(order[:100], heights, strict=False)]
+    likely = [[names[token], round(height, 3)] for token, height in zip(order[:100], heights, strict=False)]
     tail = []
     others = heights[100:]
-    for group in np.split(others, np.flatnonzero(np.diff(np.floor(2 * others))) + 1):  # (half a nat each)
+    for group in np.split(others, np.flatnonzero(np.diff(np.floor(5 * others))) + 1):  # (0.2 nats each)
         if len(group):
             mean = group[0] + np.log(np.exp(group - group[0]).mean())
             tail.append([len(group), round(float(mean), 3)])
     return {"likely": likely, "tail": tail}
 
 def as_shares(logits: np.ndarray) -> np.ndarray:
-    """Softmax: logits (..., V) -> probabilities (..., V)."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    """Softmax: logits (..., V) -> probabilities (..., V), in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
-def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int]) -> dict:
+# *How does a guess grow?* The final norm and the head are meant for the stream after the last block, but they
+# can read it at any place: all blocks only add to it, so a direction means nearly the same everywhere. At the
+# start, the stream is hardly more than the token's own row, and which row is most like it? Itself. So at
+# first most tokens "expect" themselves, and the first block has to talk them out of it. ("The logit lens":
+# nostalgebraist 2020.)
+
+def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list[str]) -> dict:
     """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
     norm and the head read the stream before the first block, and after each. ValueError if what they read at
     the end is not what the model says."""
     read = model.ops.record(lambda x: (model.head(model.ln_f(x)).realize(),))
-    rows = [["it reads", [[token] for token in prompt]]]
+    rows = [["it reads", [[names[token]] for token in prompt]]]
     for i, stream in enumerate(seen.streams):
         logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)
-        guesses = [[int(p.argmax()), float(f"{p.max():.3g}")] for p in as_shares(logits)]
+        guesses = [[names[p.argmax()], float(f"{p.max():.3g}")] for p in as_shares(logits)]
         rows.append([f"after block {i}" if i else "at the start", guesses])
     if not np.allclose(logits, seen.logits[0, :len(prompt)], rtol=1e-3, atol=1e-3):
         raise ValueError("the stream after the last block does not lead to the model's logits")
-    rows.append(["what came", [[token] for token in prompt[1:]]])
+    rows.append(["what came", [[names[token]] for token in prompt[1:]]])
     return {"rows": rows}
 
-# The surprises are those in windows that overlap by half. Of all but the first only the second half counts,
-# so that each token has at least half a window before it.
+# *What surprises it?* A token at the beginning of a window has little before it and is hard for that reason
+# alone. So the windows overlap by half, and of all but the first only the second half counts: each token is
+# seen with at least half a window before it. With T = 64, eight windows at 0, 32, 64 and so on have 288
+# tokens.
 
 PASSAGE = 288  # tokens of the validation text that the page shows
 
@@ -3890,7 +3930,7 @@ def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
     more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
     return half * np.arange(max(0, more) + 1)
 
-def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
+def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: list[str]) -> dict:
     """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first,
     which nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
     if not len(starts):
@@ -3900,21 +3940,23 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray) -> dict:
     guesses = []
     for start, rows in zip(starts, logits, strict=True):
         first = T - max(1, T // 2) if bits else 0
-        heights = (rows[first:] - rows[first:].max(-1, keepdims=True)).astype(np.float64)
+        p = as_shares(rows[first:])
         came = text[start + first + 1:start + T + 1]
-        nats = np.log(np.exp(heights).sum(-1)) - heights[np.arange(len(came)), came]
-        bits += (nats / math.log(2)).round(2).tolist()
-        guesses += heights.argmax(-1).tolist()
-    tokens = text[1:len(bits) + 1].tolist()
+        bits += np.log2(1 / np.maximum(p[np.arange(len(came)), came], 1e-300)).round(2).tolist()
+        guesses += [names[token] for token in p.argmax(-1)]
+    tokens = [names[token] for token in text[1:len(bits) + 1]]
     return {"tokens": tokens[:PASSAGE], "bits": bits[:PASSAGE], "guesses": guesses[:PASSAGE]}
 
-# Tokens whose rows point the same way are alike to the model, so likeness is measured by the cosine of the
-# angle between two rows. And the map is a shadow: of all directions in the space of C dimensions, the two
-# along which the commonest tokens are spread most, which the singular value decomposition finds.
+# *What does it know about tokens?* Those whose rows point the same way are alike to the model, so likeness is
+# measured by the cosine of the angle between two rows. And the map is a shadow: of all directions in the
+# space of C dimensions, it takes the two along which the commonest tokens are spread most. The singular value
+# decomposition finds them. Two of 128 directions are a small part of what there is, so tokens can be close on
+# the map and yet differ; but in ours, capitals, endings and whole words fall apart as clearly as continents.
 
-def knowledge(table: np.ndarray, commonest: list[int]) -> dict:
-    """What the page says about an embedding table (V, C): for up to 1000 tokens the eight nearest others,
-    [token, cosine]; and a map of up to 100, [token, x, y] in percent."""
+def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
+    """What the page says about a model's embedding table: `near`, for up to 1000 tokens the eight that are
+    most alike, [token, cosine]; and a map, `atlas`, of up to 100, [token, x, y] in percent."""
+    table = model.wte.weight.numpy()[:len(commonest)]                 # (V, C), for the tokens that there are
     units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
     near = {}
     for start in range(0, min(1000, len(commonest)), 50):  # (50 at a time: all at once would take 200 MB)
@@ -3923,40 +3965,42 @@ def knowledge(table: np.ndarray, commonest: list[int]) -> dict:
         cosines[np.arange(len(tokens)), tokens] = -2                  # (itself comes last)
         best = np.argpartition(-cosines, range(8))[:, :8]
         for token, row, others in zip(tokens, cosines, best, strict=True):
-            near[token] = [[int(other), round(float(row[other]), 2)] for other in others]
+            near[names[token]] = [[names[other], round(float(row[other]), 2)] for other in others]
     rows = units[commonest[:100]]
     rows = rows - rows.mean(0)
     directions = np.linalg.svd(rows, full_matrices=False)[2][:2]      # (2, C)
     shadow = rows @ directions.T                                      # (100, 2)
     shadow = (shadow - shadow.min(0)) / np.maximum(np.ptp(shadow, axis=0), 1e-9) * 100
     places = shadow.round(1).tolist()
-    return {"near": near, "atlas": [[token, *place] for token, place in zip(commonest, places, strict=False)]}
+    atlas = [[names[token], *place] for token, place in zip(commonest, places, strict=False)]
+    return {"near": near, "atlas": atlas}
 
-def story(folder: Path) -> dict:
-    """The curves of a run's log and what it wrote on the way, for the page; UserError if it has no log."""
+# *How did it learn?* That stands in the run's folder. The first tenth of the run may leave the picture at the
+# top, as in the pictures of chapter 28, and what was written on the way is shown as it was kept.
+
+def story(folder: Path | None) -> dict:
+    """A run's curves, [step, loss], for both texts, and its samples; UserError if it has no log."""
     if folder is None:
         raise ValueError("this model did not come from a run's folder")
     rows = read_log(folder / "log.csv")
-    unit = "bpb" if column(rows, "val_bpb") else "loss"
+    in_bits = bool(column(rows, "val_bpb"))
     curves = []
     for name in ("train", "val"):
-        points = column(rows, f"{name}_{unit}")
+        points = column(rows, f"{name}_{'bpb' if in_bits else 'loss'}")
+        # A long run has a hundred thousand rows, and a curve of more points than the screen has is no finer.
         points = points[::max(1, len(points) // 300)] + points[-1:]
         curves.append([[int(step), round(value, 3)] for step, value in points])
     last = max([step for step, _ in curves[0] + curves[1]], default=0)
     late = [value for step, value in curves[0] + curves[1] if step >= last / 10]
     if not last:
         raise ValueError("its log is empty")
-    samples = []
-    for block in sample_blocks(folder / "samples.txt", 10**9)[-8:]:
-        heading, *lines = block.splitlines()
-        samples.append([int(heading.split()[1]), "\n".join(line[6:] for line in lines)[:1000]])
-    unit = "bits a byte" if unit == "bpb" else "nats a token"
-    return {"curves": curves, "last": last, "low": min(late), "high": max(late), "unit": unit,
-            "samples": samples}
+    blocks = sample_blocks(folder / "samples.txt", 10**9)[-8:]
+    samples = [re.sub(r"(?m)^    \| ", "", block)[:1000] for block in blocks]
+    return {"curves": curves, "last": last, "low": min(late), "high": max(late),
+            "unit": "bits a byte" if in_bits else "nats a token", "samples": samples}
 
-# On the page a token is its text; one that is no text, such as half a character, goes by its bytes. How it
-# was merged we find out as the files for Hugging Face do, in chapter 27.
+# *How do we write a token?* As its text; one that is no text, such as half a character, by its bytes. How a
+# token was merged is found out as it is for Hugging Face's files, in chapter 27.
 
 def in_letters(tokenizer: BPETokenizer, token: int) -> str:
     """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
@@ -3967,80 +4011,45 @@ def in_letters(tokenizer: BPETokenizer, token: int) -> str:
             return text
     return f"<{raw.hex(' ')}>" if raw else f"#{token}"
 
-def parts_of(tokenizer: BPETokenizer, tokens: set[int]) -> dict[int, list[int]]:
-    """For these tokens, and for their parts in turn, the two tokens that they were merged from."""
+def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> dict[str, list]:
+    """For these tokens, and their parts in turn: its number, and the two tokens that it was merged from."""
     ids = vocabulary(tokenizer)
     words = list(ids)
-    parts = {}
+    merges = {}
     waiting = [token for token in tokens if token < len(words)]
     while waiting:
         token = waiting.pop()
-        pair = [ids[part] for part in last_parts(words[token], ids)]
-        if token not in parts and len(pair) == 2:
-            parts[token] = pair
-            waiting += pair
-    return parts
+        parts = [ids[part] for part in last_parts(words[token], ids)]
+        if names[token] not in merges and len(parts) == 2:
+            merges[names[token]] = [token, names[parts[0]], names[parts[1]]]
+            waiting += parts
+    return merges
 
-# The page takes at most 64 tokens of a prompt, the last ones, and fewer if the model has many heads, each of
-# which has a weight for each pair of tokens. And a section may be impossible: a file is not there any more,
-# or a reader's own model has nothing of the kind. Then the page says so in that place, and shows the others.
-
-def tokens_shown(config: GPTConfig) -> int:
-    """How many tokens of a prompt the page takes: their weights are 150,000 numbers at most."""
-    heads = config.n_layer * config.n_head
-    return max(1, min(64, config.block_size, int(math.sqrt(300_000 / heads))))
+# Now all of it comes together. The page takes at most 64 tokens of a prompt, the last ones, and fewer if the
+# model has many heads, since each head has a weight for each pair of tokens: 150,000 weights take half a
+# megabyte. And a section may be impossible: a file is not there any more, or a reader's own model has nothing
+# of the kind. Then the page says so in that place, and shows the others.
 
 def or_else(what: str, make, *arguments) -> dict:
-    """What `make` gives; if that fails, what to say in its place: `what` is missing, and why."""
+    """What `make` gives, a section for the page; if that fails, what to say in its place: that `what` is
+    missing, and why."""
     try:
         return make(*arguments)
     except Exception as error:  # (what a changed model may raise, nobody knows)
         return {"missing": f"There is no {what} to be shown: {brief(in_words(error), 200)}."}
 
-def attention_maps(ops: Plain, asked: list, n: int) -> dict:
-    """For the page, the weights of each head on the first `n` tokens, in thousandths. A row ends with its
-    last weight that is not zero."""
-    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
-    heads = []
-    for i, (qkv, y) in enumerate(asked, 1):
-        for j, weights in enumerate(attention_weights(attention, qkv, y)[:, :n, :n], 1):
-            itself = weights.trace() / n
-            before = weights.trace(-1) / n
-            first = weights[:, 0].mean()
-            words = (f"puts, on average, {itself:.0%} of its weight on the token itself, {before:.0%} on the "
-                     f"one before it, and {first:.0%} on the first.")
-            rows = [np.trim_zeros(row, "b") for row in np.rint(1000 * weights).astype(int).tolist()]
-            heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
-    if not heads:
-        raise ValueError("its layers do not call the backend's attention")
-    # The page begins with the head that is most sure whom, other than the token itself, it looks at.
-    sure = [sum(max(row[:t], default=0) for t, row in enumerate(head["rows"])) for head in heads]
-    return {"heads": heads, "across": len(heads) // len(asked), "chosen": int(np.argmax(sure))}
-
-def tokens_of(prompt: list[int], sections: dict) -> set[int]:
-    """The tokens whose texts the page needs."""
-    found = set(prompt)
-    for token, pair in sections["tokens"]["parts"].items():
-        found |= {token, *pair}
-    for place in sections["expects"]["places"]:
-        found |= {token for token, _ in place["likely"]}
-    for _, cells in sections["grows"].get("rows", []):
-        found |= {token for token, *_ in cells}
-    for token, others in sections["knows"]["near"].items():
-        found |= {token, *(other for other, _ in others)}
-    return found.union(sections["surprises"].get("tokens", []), sections["surprises"].get("guesses", []))
-
 def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: Path | None = None) -> dict:
     """What the page says, for JSON, about a model with a tokenizer, and a prompt of one token or more.
     `text`, token ids (N,), begins as the validation text does; `folder` is that of the run. UserError if the
     logits are not finite."""
-    tokenizer = model.tokenizer
-    T = min(model.config.block_size, 256)
-    shown = prompt[-tokens_shown(model.config):]
+    c = model.config
+    T = min(c.block_size, 256)
+    shown = prompt[-max(1, min(T, 64, int(math.sqrt(2 * 150_000 / (c.n_layer * c.n_head))))):]
     n = len(shown)
     text = np.zeros(0, np.int32) if text is None else text
     starts = passage_windows(text, T) if len(text) > T else []
-    # One pass for all: the prompt, with zeros behind it, which it cannot see, and the windows of the passage.
+    # One pass is enough for everything, and its programs are compiled once, for one shape: the first row is
+    # the prompt, with zeros behind it, which it cannot see; the others are the windows of the passage.
     idx = np.zeros((1 + len(starts), T), np.int32)
     idx[0, :n] = shown
     for row, start in enumerate(starts, 1):
@@ -4048,25 +4057,28 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
     seen = watch(model, idx)
     if not np.isfinite(seen.logits).all():
         raise UserError("this model's logits are not finite: there is nothing to look at")
+    names = [in_letters(model.tokenizer, token) for token in range(c.vocab_size)]
     # Which tokens are common? A learned vocabulary, after the 256 bytes, has its commonest pieces first, and
     # that decides between those which the text has equally often, or not at all.
-    counts = np.bincount(text, minlength=tokenizer.vocab_size)
-    order = np.roll(np.arange(tokenizer.vocab_size), -256)
+    V = model.tokenizer.vocab_size
+    counts = np.bincount(text, minlength=V)
+    order = np.roll(np.arange(V), -256)
     commonest = order[np.argsort(-counts[order], kind="stable")].tolist()
     sections = {
-        "tokens": {"parts": parts_of(tokenizer, set(shown))},
-        "expects": {"places": [expectation(row) for row in seen.logits[0, :n]]},
+        "tokens": {"merges": merges_of(model.tokenizer, shown, names), "ids": shown},
+        "expects": {"places": [expectation(row, names) for row in seen.logits[0, :n]]},
         "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
-        "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown),
-        "surprises": or_else("text", surprises, text, starts, seen.logits[1:]),
-        "knows": knowledge(model.wte.weight.numpy()[:tokenizer.vocab_size], commonest),
+        "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown, names),
+        "surprises": or_else("text", surprises, text, starts, seen.logits[1:], names),
+        "knows": or_else("embedding table", knowledge, model, commonest, names),
         "learned": or_else("log", story, folder)}
-    texts = {token: in_letters(tokenizer, token) for token in tokens_of(shown, sections)}
-    return {"prompt": shown, "texts": texts, "sections": sections}
+    p = as_shares(seen.logits[0, n - 1])
+    likeliest = [[names[token], float(p[token])] for token in np.argsort(-p)[:5]]
+    return {"prompt": [names[token] for token in shown], "next": likeliest, "sections": sections}
 
 # The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
 # anything; so every sign that could end the script or begin a tag is written by its number, which JSON
-# allows.
+# allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
 
 def write_page(content: dict, path: Path) -> None:
     """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
@@ -4631,17 +4643,17 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
         sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
 
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
-# know which tokens are common, and as the prompt where none is given.
+# know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
+# what the model expects next, and how to see the rest.
 
 def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
     learned, sha256 = opened.model.source or ("", "")
-    name = args.data or learned
-    if not name:
+    if not (args.data or learned):
         return None
     try:
-        text, name = load_text(name, args.replace_bad_bytes)
+        text, name = load_text(args.data or learned, args.replace_bad_bytes)
     except UserError:
         if args.data:
             raise
@@ -4652,7 +4664,8 @@ def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray |
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
 def run_look(args: argparse.Namespace, backend: Plain) -> None:
-    """--look."""
+    """--look: read the prompt, or the opening of the validation text, write the page, and say so.
+    UserError if there is neither, or if the page has nowhere to go."""
     path = Path(args.out or "look.html")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: name the file that the page is to be")
@@ -4668,19 +4681,13 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     shown = f"{len(ids)} tokens"
     if len(content["prompt"]) < len(ids):
         shown = f"the last {len(content['prompt'])} of {shown}"
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     c = model.config
-    content["about"] = (f"{brief(opened.source)}: {n_parameters / 1e6:.2f} million parameters, {c.n_layer} "
+    content["about"] = (f"{brief(opened.source)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
                         f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
                         f"It reads {shown}.")
     write_page(content, path)
     say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
-    expected = content["sections"]["expects"]["places"][-1]
-    powers = [math.exp(height) for _, height in expected["likely"]]
-    total = sum(powers) + sum(number * math.exp(height) for number, height in expected["tail"])
-    likely = [f"{content['texts'][token]!r} {power / total:.1%}"
-              for (token, _), power in zip(expected["likely"][:5], powers, strict=False)]
-    say(f"next    it expects {', '.join(likely)}")
+    say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
     say(f"to see  open {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do

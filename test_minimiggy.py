@@ -2007,42 +2007,49 @@ def in_shares(logits):
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
-@pytest.mark.parametrize(("ops", "config"), [(FAST, TINY), (PLAIN, SMALLEST)], ids=["fast", "plain"])
-def test_every_probability_in_the_page_is_the_models(ops, config):
-    small = BPETokenizer.train(TEXT[:5000], config.vocab_size)
-    model = shake(GPT(config, ops, tokenizer=small))
-    text = small.encode_array(TEXT[:2000].encode())
-    prompt = text[7:7 + config.block_size].tolist()
-    content = minimiggy.look(model, prompt, text)
+def named(tokenizer, tokens):
+    return [minimiggy.in_letters(tokenizer, token) for token in tokens]
+
+def test_every_probability_in_the_page_is_the_models(tokenizer, ids):
+    model = shake(GPT(TINY, tokenizer=tokenizer))
+    prompt = ids[7:15].tolist()
+    content = minimiggy.look(model, prompt, ids)
     sections = content["sections"]
-    assert content["prompt"] == prompt
-    p = in_shares(logits(model, [prompt])[0])
-    for row, place in zip(p, sections["expects"]["places"], strict=True):
-        total = sum(math.exp(h) for _, h in place["likely"]) + sum(n * math.exp(h) for n, h in place["tail"])
-        assert [token for token, _ in place["likely"]] == np.argsort(-row, kind="stable")[:100].tolist()
-        assert sum(n for n, _ in place["tail"]) == config.vocab_size - 100
-        for token, height in place["likely"]:
-            assert math.exp(height) / total == pytest.approx(row[token], rel=2e-3)
-    reads, *blocks, came = sections["grows"]["rows"]
-    assert [name for name, _ in blocks] == ["at the start", "after block 1", "after block 2"][:len(blocks)]
-    assert blocks[-1][1] == [[row.argmax(), pytest.approx(row.max(), rel=6e-3)] for row in p]
+    assert content["prompt"] == named(tokenizer, prompt)
+    answer = logits(model, [prompt])[0]
+    p = in_shares(answer)
+    for row, height, place in zip(p, answer, sections["expects"]["places"], strict=True):
+        groups = [(1, h) for _, h in place["likely"]] + place["tail"]
+        for temperature in (0.5, 1, 2):
+            total = np.exp((height - height.max()) / temperature).sum()
+            got = sum(n * math.exp(h / temperature) for n, h in groups)
+            assert got == pytest.approx(total, rel=1e-3 if temperature == 1 else 1e-2)
+        order = np.argsort(-row, kind="stable")[:100]
+        assert [token for token, _ in place["likely"]] == named(tokenizer, order)
+        likely = [row.max() * math.exp(h) for _, h in place["likely"]]
+        assert likely == pytest.approx(row[order], rel=2e-3)
+        assert sum(n for n, _ in groups) == 300
+    best = [[name, pytest.approx(row.max(), rel=6e-3)]
+            for row, name in zip(p, named(tokenizer, p.argmax(-1)), strict=True)]
+    reads, start, first, second, came = sections["grows"]["rows"]
+    assert second == ["after block 2", best] and [*content["next"][0]] == best[-1]
+    assert start[1] != first[1] != second[1]
     found = sections["surprises"]
-    assert found["tokens"] == text[1:289].tolist()
-    T = config.block_size
-    for start in (0, 3 * T, 4 * T):  # where a window begins
-        p = in_shares(logits(model, [text[start:start + T].tolist()])[0])
-        for t in range(T // 2 if start else 0, T):
-            assert 2 ** -found["bits"][start + t] == pytest.approx(p[t, text[start + t + 1]], rel=5e-3)
-            assert found["guesses"][start + t] == p[t].argmax()
+    assert found["tokens"] == named(tokenizer, ids[1:289])
+    for start in (0, 12, 16):  # where a window begins; but for the first, the second half counts
+        p = in_shares(logits(model, [ids[start:start + 8].tolist()])[0])
+        for t in range(4 if start else 0, 8):
+            assert 2 ** -found["bits"][start + t] == pytest.approx(p[t, ids[start + t + 1]], rel=5e-3)
+            assert [found["guesses"][start + t]] == named(tokenizer, [p[t].argmax()])
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
 def test_each_token_of_a_passage_is_counted_once_and_in_its_place(T):
     text = np.arange(20)
     starts = minimiggy.passage_windows(text, T)
-    logits = np.eye(20)[starts[:, None] + np.arange(T)]  # what is likeliest says where it was said
-    found = minimiggy.surprises(text, starts, logits)
+    answers = np.eye(20)[starts[:, None] + np.arange(T)]  # what is likeliest says where it was said
+    found = minimiggy.surprises(text, starts, answers, list(range(20)))
     n = len(found["guesses"])
-    assert found["guesses"] == list(range(n)) and found["tokens"] == list(range(1, n + 1)) and n >= 18
+    assert found["guesses"] == list(range(n)) and found["tokens"] == list(range(1, n + 1)) and n >= 16
 
 def weights_in_numpy(model, prompt):
     """The weights (H, T, T) of the first layer's heads, by the formula of chapter 6."""
@@ -2110,22 +2117,23 @@ def test_no_prompt_becomes_markup(prompt, run, tmp_path, capsys):
     page = tmp_path / "look.html"
     assert main(["--look", prompt, "--out-dir", str(run[2]), "--out", str(page)]) == 0
     template = (HERE / "data" / "look.html").read_text()
-    for sign in ("<", ">", "\u2028", "\u2029", "<script", "</script"):
+    for sign in ("<", ">", "\u2028", "\u2029"):
         assert page.read_text().count(sign) == template.count(sign), sign
     content = content_of(page)
     tokens = run[0].tokenizer.encode(prompt)
-    assert content["prompt"] == tokens[-8:] and f"the last 8 of {len(tokens)} tokens" in content["about"]
+    assert content["sections"]["tokens"]["ids"] == tokens[-8:]
+    assert f"the last 8 of {len(tokens)} tokens" in content["about"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["wrote", "next", "to"] and page.as_uri() in lines[2]
 
 def test_tokens_come_with_their_merges_and_those_that_are_no_text_with_their_bytes(tokenizer):
     model = GPT(TINY, tokenizer=tokenizer)
-    prompt = tokenizer.encode("the é")
-    content = minimiggy.look(model, prompt)
-    parts = content["sections"]["tokens"]["parts"]
-    assert parts and all(pair == list(tokenizer.merges[token - 256]) for token, pair in parts.items())
-    assert [content["texts"][token] for token in prompt[-2:]] == ["<c3>", "<a9>"]
-    assert "".join(content["texts"][token] for token in prompt[:-2]) == "the "
+    content = minimiggy.look(model, tokenizer.encode("the é"))
+    merges = content["sections"]["tokens"]["merges"]
+    names = named(tokenizer, range(300))
+    assert merges and all([names[part] for part in tokenizer.merges[number - 256]] == parts
+                          for number, *parts in merges.values())
+    assert "".join(content["prompt"]) == "the <c3><a9>" and content["prompt"][-2:] == ["<c3>", "<a9>"]
 
 def test_neighbours_and_map_are_those_of_the_table(tokenizer):
     model = shake(GPT(TINY, tokenizer=tokenizer))
@@ -2133,14 +2141,16 @@ def test_neighbours_and_map_are_those_of_the_table(tokenizer):
     knows = minimiggy.look(model, [1], text)["sections"]["knows"]
     table = model.wte.weight.numpy().astype(np.float64)
     table /= np.linalg.norm(table, axis=1, keepdims=True)
+    names = named(tokenizer, range(300))
     common = [token for token, _ in Counter(text.tolist()).most_common(5)]
-    assert [token for token, _, _ in knows["atlas"]][:5] == common and len(knows["atlas"]) == 100
+    places = [names.index(name) for name, _, _ in knows["atlas"]]
+    assert places[:5] == common and len(places) == 100 and len(knows["near"]) == 300
     for token in common:
         cosines = np.delete(table @ table[token], token)
-        got = [cosine for _, cosine in knows["near"][token]]
+        got = [cosine for _, cosine in knows["near"][names[token]]]
         assert got == pytest.approx(sorted(cosines)[:-9:-1], abs=0.006)
-    rows = table[[token for token, _, _ in knows["atlas"]]]
-    values, vectors = np.linalg.eigh(np.cov(rows.T))
+    rows = table[places]
+    _, vectors = np.linalg.eigh(np.cov(rows.T))
     for i in (1, 2):
         shadow = [place[i] for place in knows["atlas"]]
         assert abs(np.corrcoef(shadow, rows @ vectors[:, -i])[0, 1]) > 0.999
@@ -2165,8 +2175,8 @@ def test_without_a_text_a_log_or_a_prompt_it_says_what_is_missing(run, tmp_path,
     Path("my.txt").write_text(TEXT[:5000])
     assert main(["--look", "--init-from", "export", "--data", "my.txt"]) == 0
     opening = run[0].tokenizer.encode(TEXT[4500:5000])[:40]
-    content = content_of(Path("look.html"))
-    assert content["prompt"] == opening[-8:] and "tokens" in content["sections"]["surprises"]
+    sections = content_of(Path("look.html"))["sections"]
+    assert sections["tokens"]["ids"] == opening[-8:] and "bits" in sections["surprises"]
     capsys.readouterr()
     for flags, words in ((["--eval-only", "--out", "x"], "--out-dir"), (["--look", "--out", "."], "folder")):
         assert main(flags) == 2
@@ -2245,10 +2255,10 @@ def test_a_browser_draws_each_section_without_an_error(browser, page, run):
 
 def test_the_sliders_give_the_probabilities_of_draw(browser, page):
     places = content_of(page)["sections"]["expects"]["places"]
-    heights = dict(places[0]["likely"])
-    for n, height in places[0]["tail"]:  # the others have these heights, as far as the page knows
-        heights |= {1000 + len(heights) + i: height for i in range(n)}
-    line = np.array(list(heights.values()))
+    line = [height for _, height in places[0]["likely"]]
+    for n, height in places[0]["tail"]:  # (the others have these heights, as far as the page knows)
+        line += [height] * n
+    line = np.array(line)
     for how in [(1, 0, 1), (0.5, 0, 1), (2, 7, 1), (1, 0, 0.3), (0.8, 50, 0.9), (1, 0, 0.98)]:
         got = browser.script("return chances(sections.expects.places[0], ...arguments)", *how)
         temperature, top_k, top_p = how
