@@ -3854,7 +3854,7 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
     """For the page, the weights of each head on the first `n` tokens, in thousandths (a row ends with its
     last one that is not zero), a line about its habits, and which head to begin with: the one that is most
     sure whom, other than the token itself, it looks at."""
-    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).realize(),))
+    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).contiguous().realize(),))
     heads = []
     sure = []
     for i, (qkv, y) in enumerate(asked, 1):
@@ -3905,7 +3905,7 @@ def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list
     """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
     norm and the head read the stream before the first block, and after each. ValueError if what they read at
     the end is not what the model says."""
-    read = model.ops.record(lambda x: (model.head(model.ln_f(x)).realize(),))
+    read = model.ops.record(lambda x: (model.head(model.ln_f(x)).contiguous().realize(),))
     rows = [["it reads", [[names[token]] for token in prompt]]]
     for i, stream in enumerate(seen.streams):
         logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)

@@ -2068,6 +2068,10 @@ class Sharp(Plain):
     def attention(self, qkv, position, cache=None):
         return super().attention(Tensor.cat(3 * qkv[:, :, :1], qkv[:, :, 1:], dim=2), position, cache)
 
+class Mixed(Fast):
+    """Part II's programs around an attention that a reader has changed."""
+    attention = Plain.attention
+
 class Odd(Plain):
     """An attention whose answer is no average."""
     def attention(self, qkv, position, cache=None):
@@ -2090,8 +2094,9 @@ def test_attention_in_the_page_is_the_weights_of_the_operation_that_runs(tokeniz
 def test_a_changed_model_is_shown_as_it_is_or_what_cannot_be_is_said(tokenizer):
     small = BPETokenizer.train(TEXT[:5000], 260)
     prompt = small.encode("to b")
-    models = [shake(GPT(SMALLEST, ops, tokenizer=small)) for ops in (Sharp(), Odd())]
-    sharp, odd = [minimiggy.look(model, prompt)["sections"] for model in models]
+    models = [shake(GPT(SMALLEST, ops, tokenizer=small)) for ops in (Sharp(), Odd(), Mixed(2))]
+    sharp, odd, mixed = [minimiggy.look(model, prompt)["sections"] for model in models]
+    assert "heads" in mixed["looks"] and "rows" in mixed["grows"]
     for tensor in (models[0].h[0].attn.c_attn.weight, models[0].h[0].attn.c_attn.bias):
         load_array(tensor, tensor.numpy() * np.repeat(np.float32([3, 1]), [8, 16]))  # three times the query
     for head, rows in zip(sharp["looks"]["heads"], weights_in_numpy(models[0], prompt), strict=True):
