@@ -2497,6 +2497,7 @@ GPT.generate = generate
 
 import argparse
 import codecs
+import copy
 import dataclasses
 import json
 import signal
@@ -3078,7 +3079,7 @@ GPT.load_checkpoint = load_checkpoint
 # out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
 
 def size_of(config: GPTConfig) -> int:
-    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 29 counts them), and
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
     a row of C for each token and each position."""
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
@@ -3989,7 +3990,342 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
     axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
     return learned + named
 
-# === Chapter 29. Proving and measuring it
+# === Chapter 29. Looking inside
+#
+# A model is a million numbers, which nobody can read. But one can watch them at work. `--look` passes a
+# prompt through the model and writes down what happens on the way: which tokens it reads, what it expects
+# after each, whom each head looks at, how the guess grows from block to block. All of it goes into one page,
+# look.html, which a browser draws without a server, a network or a library.
+#
+# *How does one watch a model without changing it?* Its layers call a backend, so a copy of it gets one that
+# does the same and takes notes. And a model runs its blocks one after the other, so in the copy each block is
+# put into a function that notes what comes out. The copy has the model's own tensors and computes with its
+# own methods, whatever a reader has made of them; nothing here repeats how a GPT computes.
+
+class Watching:
+    """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
+    def __init__(self, ops: Plain):
+        self.ops = ops
+        self.asked = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.ops, name)
+
+    def attention(self, qkv: Tensor, *others):
+        y = self.ops.attention(qkv, *others)
+        self.asked.append((qkv, y))
+        return y
+
+def noting(block, streams: list):
+    """A function that does what `block` does, and adds its result to `streams`; the first block's adds the
+    stream that comes in, too: what the model knows before any block has been asked."""
+    def watched(x, *others):
+        if not streams:
+            streams.append(x)
+        streams.append(block(x, *others))
+        return streams[-1]
+    return watched
+
+Watched = namedtuple("Watched", "logits streams asked")
+
+def watch(model: GPT, idx: np.ndarray) -> Watched:
+    """Pass ids (B, T) int32 through a model. Returns float32 arrays: the logits (B, T, V); and of the first
+    row the stream before, between and after the blocks, (T, C) each, and what each attention got and
+    answered, (T, 3, H, D) and (T, H, D)."""
+    model.parameters()
+    ops = Watching(model.ops)
+    # What stands in the memo of a deep copy is not copied. There, we say what to take in its place: for a
+    # tensor the tensor itself, and for the backend the one that watches it.
+    memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
+    memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
+    twin = copy.deepcopy(model, memo)
+    blocks = twin.h
+    streams = []
+
+    def forward(idx: Tensor) -> tuple[Tensor, ...]:
+        # This may run more than once before it is recorded, so the notes of an earlier run are thrown away.
+        streams.clear()
+        ops.asked.clear()
+        twin.h = [noting(block, streams) for block in blocks]
+        # Some of what has been noted is a mere view, or would vanish in a fused program: it gets memory of
+        # its own, all in one go, so that nothing is computed twice.
+        results = [twin(idx), *streams, *itertools.chain(*ops.asked)]
+        results = [result.contiguous() for result in results]
+        Tensor.realize(*results)
+        return tuple(results)
+    logits, *rest = model.ops.record(forward)(idx)
+    # Only the first row is a prompt that somebody asks about; of the others, the logits are enough.
+    rest = [array[0] for array in rest]
+    pairs = rest[len(streams):]
+    return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
+
+# *Whom does it look at?* Flash attention never has its weights in memory, so how can we see them? An answer
+# is the average of the values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere,
+# then channel 5 of an answer is the weight of token 5. So we ask once more, with such values in place of the
+# model's. There are D channels, so D tokens at a time can be asked for, and the pieces go side by side as a
+# batch: for T = 64 and D = 32, two of them. And we make the check: the average of the true values with these
+# weights must be the true answer.
+#
+# So the weights come out of the operation that runs, flash attention or a reader's own, and not from a second
+# version of the formula, which might say something else.
+
+def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
+    operation as `record` makes it, for arrays; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it
+    answered. ValueError if that is no average."""
+    T, _, H, D = qkv.shape
+    t = np.arange(T)
+    asking = np.repeat(qkv[None], math.ceil(T / D), axis=0)           # (pieces, T, 3, H, D)
+    asking[:, :, 2] = 0
+    asking[t // D, t, 2, :, t % D] = 1
+    answers = attention(asking, t.astype(np.int32))[0]                # (pieces, T, H, D)
+    weights = answers.transpose(2, 1, 0, 3).reshape(H, T, -1)[:, :, :T]
+    again = np.einsum("hts,shd->thd", weights, qkv[:, 2])
+    if not np.allclose(again, y, rtol=1e-3, atol=1e-3 * np.abs(y).max()):
+        raise ValueError("an answer is no average of the values")
+    return weights
+
+def attention_maps(ops: Plain, asked: list, n: int) -> dict:
+    """For the page, the weights of each head on the first `n` tokens, in thousandths (a row ends with its
+    last one that is not zero), a line about its habits, and which head to begin with: the one that is most
+    sure whom, other than the token itself, it looks at."""
+    attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).contiguous().realize(),))
+    heads = []
+    sure = []
+    for i, (qkv, y) in enumerate(asked, 1):
+        for j, weights in enumerate(attention_weights(attention, qkv, y)[:, :n, :n], 1):
+            words = (f"puts, on average, {weights.trace() / n:.0%} of its weight on the token itself, "
+                     f"{weights.trace(-1) / n:.0%} on the one before it, and {weights[:, 0].mean():.0%} on "
+                     "the first.")
+            thousandths = np.rint(1000 * weights).astype(int).tolist()
+            rows = [np.trim_zeros(row, "b") for row in thousandths]
+            heads.append({"name": f"layer {i}, head {j}", "words": words, "rows": rows})
+            sure.append(np.tril(weights, -1).max(-1).mean())
+    if not heads:
+        raise ValueError("its layers do not call the backend's attention")
+    return {"heads": heads, "across": len(heads) // len(asked), "chosen": int(np.argmax(sure))}
+
+# *What does it expect?* The page lets a reader turn the dials of chapter 10. That takes the logits of all
+# tokens, and 50,000 of them at each place would be too many. It gets the likeliest 100 one by one, and the
+# others in groups of nearly the same logit: how many they are, and an average that makes the sum of their
+# probabilities right at temperature 1, and nearly so at others. The average is that of exp(logit), since it
+# is the powers that are added up: two tokens with the logits 0 and 0.2 weigh as much as two with 0.105.
+
+def expectation(logits: np.ndarray, names: list[str]) -> dict:
+    """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and
+    `tail`, [how many, height]."""
+    order = np.argsort(-logits, kind="stable")
+    heights = (logits[order] - logits.max()).astype(np.float64)
+    likely = [[names[token], round(height, 3)] for token, height in zip(order[:100], heights, strict=False)]
+    tail = []
+    others = heights[100:]
+    for group in np.split(others, np.flatnonzero(np.diff(np.floor(5 * others))) + 1):  # (0.2 nats each)
+        if len(group):
+            mean = group[0] + np.log(np.exp(group - group[0]).mean())
+            tail.append([len(group), round(float(mean), 3)])
+    return {"likely": likely, "tail": tail}
+
+def as_shares(logits: np.ndarray) -> np.ndarray:
+    """Softmax: logits (..., V) -> probabilities (..., V), in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+# *How does a guess grow?* The final norm and the head are meant for the stream after the last block, but they
+# can read it at any place: all blocks only add to it, so a direction means nearly the same everywhere. At the
+# start, the stream is hardly more than the token's own row, and which row is most like it? Itself. So at
+# first most tokens "expect" themselves, and the first block has to talk them out of it. ("The logit lens":
+# nostalgebraist 2020.)
+
+def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list[str]) -> dict:
+    """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
+    norm and the head read the stream before the first block, and after each. ValueError if what they read at
+    the end is not what the model says."""
+    read = model.ops.record(lambda x: (model.head(model.ln_f(x)).contiguous().realize(),))
+    rows = [["it reads", [[names[token]] for token in prompt]]]
+    for i, stream in enumerate(seen.streams):
+        logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)
+        guesses = [[names[p.argmax()], float(f"{p.max():.3g}")] for p in as_shares(logits)]
+        rows.append([f"after block {i}" if i else "at the start", guesses])
+    if not np.allclose(logits, seen.logits[0, :len(prompt)], rtol=1e-3, atol=1e-3):
+        raise ValueError("the stream after the last block does not lead to the model's logits")
+    rows.append(["what came", [[names[token]] for token in prompt[1:]]])
+    return {"rows": rows}
+
+# *What surprises it?* A token at the beginning of a window has little before it and is hard for that reason
+# alone. So the windows overlap by half, and of all but the first only the second half counts: each token is
+# seen with at least half a window before it. With T = 64, eight windows at 0, 32, 64 and so on have 288
+# tokens.
+
+PASSAGE = 288  # tokens of the validation text that the page shows
+
+def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
+    """Where the windows of T tokens begin, (n,), that cover the passage at the beginning of `text`, or what
+    there is of it."""
+    half = max(1, T // 2)
+    more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
+    return half * np.arange(max(0, more) + 1)
+
+def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: list[str]) -> dict:
+    """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first,
+    which nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
+    if not len(starts):
+        raise ValueError("the validation text is not at hand (--data FILE brings it), or is too short")
+    T = logits.shape[1]
+    bits = []
+    guesses = []
+    for start, rows in zip(starts, logits, strict=True):
+        first = T - max(1, T // 2) if bits else 0
+        p = as_shares(rows[first:])
+        came = text[start + first + 1:start + T + 1]
+        bits += np.log2(1 / np.maximum(p[np.arange(len(came)), came], 1e-300)).round(2).tolist()
+        guesses += [names[token] for token in p.argmax(-1)]
+    tokens = [names[token] for token in text[1:len(bits) + 1]]
+    return {"tokens": tokens[:PASSAGE], "bits": bits[:PASSAGE], "guesses": guesses[:PASSAGE]}
+
+# *What does it know about tokens?* Those whose rows point the same way are alike to the model, so likeness is
+# measured by the cosine of the angle between two rows. And the map is a shadow: of all directions in the
+# space of C dimensions, it takes the two along which the commonest tokens are spread most. The singular value
+# decomposition finds them. Two of 128 directions are a small part of what there is, so tokens can be close on
+# the map and yet differ; but in ours, capitals, endings and whole words fall apart as clearly as continents.
+
+def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
+    """What the page says about a model's embedding table: `near`, for up to 1000 tokens the eight that are
+    most alike, [token, cosine]; and a map, `atlas`, of up to 100, [token, x, y] in percent."""
+    table = model.wte.weight.numpy()[:len(commonest)]                 # (V, C), for the tokens that there are
+    units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+    near = {}
+    for start in range(0, min(1000, len(commonest)), 50):  # (50 at a time: all at once would take 200 MB)
+        tokens = commonest[start:start + 50]
+        cosines = units[tokens] @ units.T                             # (50, V)
+        cosines[np.arange(len(tokens)), tokens] = -2                  # (itself comes last)
+        best = np.argpartition(-cosines, range(8))[:, :8]
+        for token, row, others in zip(tokens, cosines, best, strict=True):
+            near[names[token]] = [[names[other], round(float(row[other]), 2)] for other in others]
+    rows = units[commonest[:100]]
+    rows = rows - rows.mean(0)
+    directions = np.linalg.svd(rows, full_matrices=False)[2][:2]      # (2, C)
+    shadow = rows @ directions.T                                      # (100, 2)
+    shadow = (shadow - shadow.min(0)) / np.maximum(np.ptp(shadow, axis=0), 1e-9) * 100
+    places = shadow.round(1).tolist()
+    atlas = [[names[token], *place] for token, place in zip(commonest, places, strict=False)]
+    return {"near": near, "atlas": atlas}
+
+# *How did it learn?* That stands in the run's folder. The first tenth of the run may leave the picture at the
+# top, as in the pictures of chapter 28, and what was written on the way is shown as it was kept.
+
+def story(folder: Path | None) -> dict:
+    """A run's curves, [step, loss], for both texts, and its samples; UserError if it has no log."""
+    if folder is None:
+        raise ValueError("this model did not come from a run's folder")
+    rows = read_log(folder / "log.csv")
+    in_bits = bool(column(rows, "val_bpb"))
+    curves = []
+    for name in ("train", "val"):
+        points = column(rows, f"{name}_{'bpb' if in_bits else 'loss'}")
+        # A long run has a hundred thousand rows, and a curve of more points than the screen has is no finer.
+        points = points[::max(1, len(points) // 300)] + points[-1:]
+        curves.append([[int(step), round(value, 3)] for step, value in points])
+    last = max([step for step, _ in curves[0] + curves[1]], default=0)
+    late = [value for step, value in curves[0] + curves[1] if step >= last / 10]
+    if not last:
+        raise ValueError("its log is empty")
+    blocks = sample_blocks(folder / "samples.txt", 10**9)[-8:]
+    samples = [re.sub(r"(?m)^    \| ", "", block)[:1000] for block in blocks]
+    return {"curves": curves, "last": last, "low": min(late), "high": max(late),
+            "unit": "bits a byte" if in_bits else "nats a token", "samples": samples}
+
+# *How do we write a token?* As its text; one that is no text, such as half a character, by its bytes. How a
+# token was merged is found out as it is for Hugging Face's files, in chapter 27.
+
+def in_letters(tokenizer: BPETokenizer, token: int) -> str:
+    """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
+    raw = tokenizer.decode_bytes(token)
+    with suppress(UnicodeDecodeError):
+        text = raw.decode()
+        if text and text == printable(text):
+            return text
+    return f"<{raw.hex(' ')}>" if raw else f"#{token}"
+
+def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> dict[str, list]:
+    """For these tokens, and their parts in turn: its number, and the two tokens that it was merged from."""
+    ids = vocabulary(tokenizer)
+    words = list(ids)
+    merges = {}
+    waiting = [token for token in tokens if token < len(words)]
+    while waiting:
+        token = waiting.pop()
+        parts = [ids[part] for part in last_parts(words[token], ids)]
+        if names[token] not in merges and len(parts) == 2:
+            merges[names[token]] = [token, names[parts[0]], names[parts[1]]]
+            waiting += parts
+    return merges
+
+# Now all of it comes together. The page takes at most 64 tokens of a prompt, the last ones, and fewer if the
+# model has many heads, since each head has a weight for each pair of tokens: 150,000 weights take half a
+# megabyte. And a section may be impossible: a file is not there any more, or a reader's own model has nothing
+# of the kind. Then the page says so in that place, and shows the others.
+
+def or_else(what: str, make, *arguments) -> dict:
+    """What `make` gives, a section for the page; if that fails, what to say in its place: that `what` is
+    missing, and why."""
+    try:
+        return make(*arguments)
+    except Exception as error:  # (what a changed model may raise, nobody knows)
+        return {"missing": f"There is no {what} to be shown: {brief(in_words(error), 200)}."}
+
+def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: Path | None = None) -> dict:
+    """What the page says, for JSON, about a model with a tokenizer, and a prompt of one token or more.
+    `text`, token ids (N,), begins as the validation text does; `folder` is that of the run. UserError if the
+    logits are not finite."""
+    c = model.config
+    T = min(c.block_size, 256)
+    shown = prompt[-max(1, min(T, 64, int(math.sqrt(2 * 150_000 / (c.n_layer * c.n_head))))):]
+    n = len(shown)
+    text = np.zeros(0, np.int32) if text is None else text
+    starts = passage_windows(text, T) if len(text) > T else []
+    # One pass is enough for everything, and its programs are compiled once, for one shape: the first row is
+    # the prompt, with zeros behind it, which it cannot see; the others are the windows of the passage.
+    idx = np.zeros((1 + len(starts), T), np.int32)
+    idx[0, :n] = shown
+    for row, start in enumerate(starts, 1):
+        idx[row] = text[start:start + T]
+    seen = watch(model, idx)
+    if not np.isfinite(seen.logits).all():
+        raise UserError("this model's logits are not finite: there is nothing to look at")
+    names = [in_letters(model.tokenizer, token) for token in range(c.vocab_size)]
+    # Which tokens are common? A learned vocabulary, after the 256 bytes, has its commonest pieces first, and
+    # that decides between those which the text has equally often, or not at all.
+    V = model.tokenizer.vocab_size
+    counts = np.bincount(text, minlength=V)
+    order = np.roll(np.arange(V), -256)
+    commonest = order[np.argsort(-counts[order], kind="stable")].tolist()
+    sections = {
+        "tokens": {"merges": merges_of(model.tokenizer, shown, names), "ids": shown},
+        "expects": {"places": [expectation(row, names) for row in seen.logits[0, :n]]},
+        "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
+        "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown, names),
+        "surprises": or_else("text", surprises, text, starts, seen.logits[1:], names),
+        "knows": or_else("embedding table", knowledge, model, commonest, names),
+        "learned": or_else("log", story, folder)}
+    p = as_shares(seen.logits[0, n - 1])
+    likeliest = [[names[token], float(p[token])] for token in np.argsort(-p)[:5]]
+    return {"prompt": [names[token] for token in shown], "next": likeliest, "sections": sections}
+
+# The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
+# anything; so every sign that could end the script or begin a tag is written by its number, which JSON
+# allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
+
+def write_page(content: dict, path: Path) -> None:
+    """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
+    it."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    template = read_text(DATA / "look.html").decode()
+    with whole(path) as file:
+        file.write(template.replace("DATA", text, 1).encode())
+
+# === Chapter 30. Proving and measuring it
 #
 # Are the gradients right? A derivative is defined as what happens to the loss if one parameter is moved a
 # little, so one can simply do that: move it up by h, move it down by h, and divide the difference of the two
@@ -4168,7 +4504,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
     raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
                     f"are free: choose a smaller {remedy}")
 
-# === Chapter 30. The command line
+# === Chapter 31. The command line
 #
 # Every field of the configs is a flag. Where a flag is not given, the command line has some defaults of its
 # own, for a first run of about a minute that ends with verse; part I's are for whoever uses the file as a
@@ -4185,6 +4521,7 @@ EXAMPLES = """examples:
   python minimiggy.py --train --data my.txt               learn from your own text
   python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
   python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
+  python minimiggy.py --look "ROMEO: But soft"            see what goes on in it, in a browser
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
 class Parser(argparse.ArgumentParser):
@@ -4224,6 +4561,8 @@ def add_actions(parser: Parser) -> None:
          "takes the prompt from a file, - from standard input)")
     flag("--eval-only", action="store_true", help="the loss on the whole validation text")
     flag("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
+    flag("--look", metavar="PROMPT", nargs="?", const="", help="write look.html, a page that shows how the "
+         "newest checkpoint reads PROMPT (or, without one, the opening of the validation text)")
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -4241,6 +4580,7 @@ def add_files(parser: Parser) -> None:
     flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
     flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
          f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
 def add_knobs(group, kind: type) -> None:
@@ -4263,13 +4603,15 @@ def add_knobs(group, kind: type) -> None:
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
-        if value == "" and name not in ("sample", "stop"):
+        if value == "" and name not in ("sample", "look", "stop"):
             raise UserError(f"{flag_of(name)} is empty")
         if name in KNOBS and value is not None:
             check_value(name, value, type(value))
     if args.train and args.checkpoint or args.resume and args.init_from:
         raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
                         "--checkpoint")
+    if args.out and args.look is None:
+        raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
@@ -4533,20 +4875,72 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", 
         waiting += decoder.decode(b"", final=True)  # a character that was never finished
     print(printable(waiting))
 
+def prompt_of(asked: str, replace: bool) -> str:
+    """The prompt that somebody asks for: FILE:name takes it from a file, - from standard input."""
+    if asked.startswith("FILE:"):
+        return read_text(Path(asked[5:]), replace).decode()
+    if asked == "-":
+        return sys.stdin.buffer.read().decode("utf-8", "replace")
+    return asked
+
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     """--sample."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     model = open_model(args, backend).model
-    prompt = args.sample
-    if prompt.startswith("FILE:"):
-        prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
-    elif prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    prompt = prompt_of(args.sample, args.replace_bad_bytes)
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model)
     for number in range(n_samples):
         sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
+
+# *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
+# know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
+# what the model expects next, and how to see the rest.
+
+def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
+    """The first token ids (N,) of the validation part of the text that --data names, or that the model
+    learned from; None if neither is at hand."""
+    learned, sha256 = opened.model.source or ("", "")
+    if not (args.data or learned):
+        return None
+    try:
+        text, name = load_text(args.data or learned, args.replace_bad_bytes)
+    except UserError:
+        if args.data:
+            raise
+        return None
+    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
+        say(f"{name} has changed since {opened.source} was saved")
+    validation = split_text(text)[1]
+    return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
+
+def run_look(args: argparse.Namespace, backend: Plain) -> None:
+    """--look: read the prompt, or the opening of the validation text, write the page, and say so.
+    UserError if there is neither, or if the page has nowhere to go."""
+    path = Path(args.out or "look.html")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: name the file that the page is to be")
+    opened = open_model(args, backend)
+    model = opened.model
+    text = validation_opening(args, opened)
+    ids = model.tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
+    if not ids and text is None:
+        raise UserError("the text that the model learned from is not at hand: bring it with --data, or give "
+                        'a prompt, as in --look "ROMEO:"')
+    ids = ids or text[:40].tolist() or model.tokenizer.encode("\n")
+    content = look(model, ids, text, opened.checkpoint.path.parent if opened.checkpoint else None)
+    shown = f"{len(ids)} tokens"
+    if len(content["prompt"]) < len(ids):
+        shown = f"the last {len(content['prompt'])} of {shown}"
+    c = model.config
+    content["about"] = (f"{brief(opened.source)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
+                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
+                        f"It reads {shown}.")
+    write_page(content, path)
+    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
+    say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
+    say(f"to see  open {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
@@ -4566,6 +4960,8 @@ def run(args: argparse.Namespace) -> int:
             return run_train(args, backend, stop)
     if args.sample is not None:
         run_sample(args, backend)
+    elif args.look is not None:
+        run_look(args, backend)
     elif args.eval_only:
         run_eval(args, backend)
     elif args.export:

@@ -37,8 +37,8 @@ import numpy as np
 import pytest
 
 import minimiggy  # (before tinygrad, which it tells where to compute)
-from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, TrainConfig, UserError, Writer,
-                       load_array, main, train, write)
+from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, Plain, TrainConfig, UserError,
+                       Writer, load_array, main, train, write)
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import safe_load
 
@@ -2124,6 +2124,339 @@ def test_the_readmes_python_runs_as_written(tmp_path, monkeypatch):
     (tmp_path / "my.txt").write_text(TEXT[:20_000])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+
+# ------------------------------------------------------------------------------------------------ --look
+
+HOSTILE = "</script><script>alert(1)</script><!-- \"'`${x}& \u2028\u2029 \u202e \0 é👩‍👩‍👧"
+
+def content_of(path):
+    """What a page has been given to show."""
+    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', path.read_text(),
+                                re.DOTALL)[1])
+
+@pytest.fixture(scope="session")
+def page(run, tmp_path_factory):
+    """The page of the short run, for a prompt of five tokens or more that would be markup."""
+    folder = tmp_path_factory.mktemp("look")
+    (folder / "my.txt").write_text(TEXT[:30_000])
+    flags = ["--out-dir", str(run[2]), "--data", str(folder / "my.txt"), "--out", str(folder / "page.html")]
+    assert main(["--look", "<b>\n to be", *flags]) == 0
+    return folder / "page.html"
+
+def in_shares(logits):
+    """Softmax, in float64."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+def named(tokenizer, tokens):
+    return [minimiggy.in_letters(tokenizer, token) for token in tokens]
+
+def test_every_probability_in_the_page_is_the_models(tokenizer, ids):
+    model = shake(GPT(TINY, tokenizer=tokenizer))
+    prompt = ids[7:15].tolist()
+    content = minimiggy.look(model, prompt, ids)
+    sections = content["sections"]
+    assert content["prompt"] == named(tokenizer, prompt)
+    answer = logits(model, [prompt])[0]
+    p = in_shares(answer)
+    for row, height, place in zip(p, answer, sections["expects"]["places"], strict=True):
+        groups = [(1, h) for _, h in place["likely"]] + place["tail"]
+        for temperature in (0.5, 1, 2):
+            total = np.exp((height - height.max()) / temperature).sum()
+            got = sum(n * math.exp(h / temperature) for n, h in groups)
+            assert got == pytest.approx(total, rel=1e-3 if temperature == 1 else 1e-2)
+        order = np.argsort(-row, kind="stable")[:100]
+        assert [token for token, _ in place["likely"]] == named(tokenizer, order)
+        likely = [row.max() * math.exp(h) for _, h in place["likely"]]
+        assert likely == pytest.approx(row[order], rel=2e-3)
+        assert sum(n for n, _ in groups) == 300
+    best = [[name, pytest.approx(row.max(), rel=6e-3)]
+            for row, name in zip(p, named(tokenizer, p.argmax(-1)), strict=True)]
+    reads, start, first, second, came = sections["grows"]["rows"]
+    assert second == ["after block 2", best] and [*content["next"][0]] == best[-1]
+    assert start[1] != first[1] != second[1]
+    found = sections["surprises"]
+    assert found["tokens"] == named(tokenizer, ids[1:289])
+    for start in (0, 12, 16):  # where a window begins; but for the first, the second half counts
+        p = in_shares(logits(model, [ids[start:start + 8].tolist()])[0])
+        for t in range(4 if start else 0, 8):
+            assert 2 ** -found["bits"][start + t] == pytest.approx(p[t, ids[start + t + 1]], rel=5e-3)
+            assert [found["guesses"][start + t]] == named(tokenizer, [p[t].argmax()])
+
+@pytest.mark.parametrize("T", [1, 2, 5, 8])
+def test_each_token_of_a_passage_is_counted_once_and_in_its_place(T):
+    text = np.arange(20)
+    starts = minimiggy.passage_windows(text, T)
+    answers = np.eye(20)[starts[:, None] + np.arange(T)]  # what is likeliest says where it was said
+    found = minimiggy.surprises(text, starts, answers, list(range(20)))
+    n = len(found["guesses"])
+    assert found["guesses"] == list(range(n)) and found["tokens"] == list(range(1, n + 1)) and n >= 16
+
+def weights_in_numpy(model, prompt):
+    """The weights (H, T, T) of the first layer's heads, by the formula of chapter 6."""
+    p = in_float64(model)
+    T = len(prompt)
+    x = p["wte.weight"][prompt] + p["wpe.weight"][:T]
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["h.0.ln_1.weight"] + p["h.0.ln_1.bias"]
+    qkv = x @ p["h.0.attn.c_attn.weight"] + p["h.0.attn.c_attn.bias"]
+    q, k, _ = qkv.reshape(T, 3, model.config.n_head, -1).transpose(1, 2, 0, 3)
+    scores = q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1])
+    return in_shares(np.where(np.tri(T), scores, -math.inf))
+
+class Sharp(Plain):
+    """An attention that a reader has changed."""
+    def attention(self, qkv, position, cache=None):
+        return super().attention(Tensor.cat(3 * qkv[:, :, :1], qkv[:, :, 1:], dim=2), position, cache)
+
+class Mixed(Fast):
+    """Part II's programs around an attention that a reader has changed."""
+    attention = Plain.attention
+
+class Odd(Plain):
+    """An attention whose answer is no average."""
+    def attention(self, qkv, position, cache=None):
+        return super().attention(qkv, position, cache).exp()
+
+def test_attention_in_the_page_is_the_weights_of_the_operation_that_runs(tokenizer):
+    prompt = tokenizer.encode("to be, or not")[:8]
+    model = shake(GPT(TINY, tokenizer=tokenizer))
+    looks = minimiggy.look(model, prompt)["sections"]["looks"]
+    assert len(looks["heads"]) == 4 and looks["across"] == 2
+    want = weights_in_numpy(model, prompt)
+    for got, rows in zip(looks["heads"], want, strict=False):
+        for t, row in enumerate(got["rows"]):
+            whole = np.array(row + [0] * (len(prompt) - len(row))) / 1000
+            assert np.abs(whole - rows[t]).max() <= 0.001 and len(row) <= t + 1
+    second = looks["heads"][1]
+    before = want[1].trace(-1) / len(prompt)
+    assert second["name"] == "layer 1, head 2" and f"{before:.0%} on the one" in second["words"]
+
+def test_a_changed_model_is_shown_as_it_is_or_what_cannot_be_is_said(tokenizer):
+    small = BPETokenizer.train(TEXT[:5000], 260)
+    prompt = small.encode("to b")
+    models = [shake(GPT(SMALLEST, ops, tokenizer=small)) for ops in (Sharp(), Odd(), Mixed(2))]
+    sharp, odd, mixed = [minimiggy.look(model, prompt)["sections"] for model in models]
+    assert "heads" in mixed["looks"] and "rows" in mixed["grows"]
+    for tensor in (models[0].h[0].attn.c_attn.weight, models[0].h[0].attn.c_attn.bias):
+        load_array(tensor, tensor.numpy() * np.repeat(np.float32([3, 1]), [8, 16]))  # three times the query
+    for head, rows in zip(sharp["looks"]["heads"], weights_in_numpy(models[0], prompt), strict=True):
+        for t, row in enumerate(head["rows"]):
+            assert np.abs(np.array(row) / 1000 - rows[t, :len(row)]).max() <= 0.001
+    assert "no average" in odd["looks"]["missing"] and "rows" in odd["grows"]
+
+    class Twice(GPT):
+        def hidden(self, *arguments):
+            return super().hidden(*arguments) * 2
+    sections = minimiggy.look(shake(Twice(SMALLEST, PLAIN, tokenizer=small)), prompt)["sections"]
+    assert "does not lead to" in sections["grows"]["missing"] and "heads" in sections["looks"]
+    assert "not at hand" in sections["surprises"]["missing"] and "folder" in sections["learned"]["missing"]
+
+def test_looking_changes_nothing_in_the_model(run, tokenizer):
+    model = run[0]
+    before = weights(model)
+    minimiggy.look(model, tokenizer.encode("to be"))
+    assert same(before, weights(model)) and type(model.ops) is Fast and model.h[0].attn.ops is model.ops
+
+@pytest.mark.parametrize("prompt", [HOSTILE, "x" * 3000], ids=["hostile", "long"])
+def test_no_prompt_becomes_markup(prompt, run, tmp_path, capsys):
+    page = tmp_path / "look.html"
+    assert main(["--look", prompt, "--out-dir", str(run[2]), "--out", str(page)]) == 0
+    template = (HERE / "data" / "look.html").read_text()
+    for sign in ("<", ">", "\u2028", "\u2029"):
+        assert page.read_text().count(sign) == template.count(sign), sign
+    content = content_of(page)
+    tokens = run[0].tokenizer.encode(prompt)
+    assert content["sections"]["tokens"]["ids"] == tokens[-8:]
+    assert f"the last 8 of {len(tokens)} tokens" in content["about"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["wrote", "next", "to"] and page.as_uri() in lines[2]
+
+def test_tokens_come_with_their_merges_and_those_that_are_no_text_with_their_bytes(tokenizer):
+    model = GPT(TINY, tokenizer=tokenizer)
+    content = minimiggy.look(model, tokenizer.encode("the é"))
+    merges = content["sections"]["tokens"]["merges"]
+    names = named(tokenizer, range(300))
+    assert merges and all([names[part] for part in tokenizer.merges[number - 256]] == parts
+                          for number, *parts in merges.values())
+    assert "".join(content["prompt"]) == "the <c3><a9>" and content["prompt"][-2:] == ["<c3>", "<a9>"]
+
+def test_neighbours_and_map_are_those_of_the_table(tokenizer):
+    model = shake(GPT(TINY, tokenizer=tokenizer))
+    text = tokenizer.encode_array(TEXT[:20_000].encode())
+    knows = minimiggy.look(model, [1], text)["sections"]["knows"]
+    table = model.wte.weight.numpy().astype(np.float64)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    names = named(tokenizer, range(300))
+    common = [token for token, _ in Counter(text.tolist()).most_common(5)]
+    places = [names.index(name) for name, _, _ in knows["atlas"]]
+    assert places[:5] == common and len(places) == 100 and len(knows["near"]) == 300
+    for token in common:
+        cosines = np.delete(table @ table[token], token)
+        got = [cosine for _, cosine in knows["near"][names[token]]]
+        assert got == pytest.approx(sorted(cosines)[:-9:-1], abs=0.006)
+    rows = table[places]
+    _, vectors = np.linalg.eigh(np.cov(rows.T))
+    for i in (1, 2):
+        shadow = [place[i] for place in knows["atlas"]]
+        assert abs(np.corrcoef(shadow, rows @ vectors[:, -i])[0, 1]) > 0.999
+        assert (min(shadow), max(shadow)) == (0, 100)
+
+def test_a_page_of_gpt2s_depth_stays_below_a_megabyte(tokenizer, tmp_path):
+    config = GPTConfig(block_size=64, vocab_size=300, n_layer=12, n_head=12, n_embd=12)
+    model = GPT(config, tokenizer=tokenizer)
+    text = tokenizer.encode_array(TEXT[:9000].encode())
+    content = minimiggy.look(model, text[:64].tolist(), text)
+    assert len(content["prompt"]) == 45 and "heads" in content["sections"]["looks"]
+    minimiggy.write_page(content | {"about": ""}, tmp_path / "look.html")
+    assert (tmp_path / "look.html").stat().st_size < 700_000  # (with 50257 tokens their texts add 200 KB)
+
+def test_without_a_text_a_log_or_a_prompt_it_says_what_is_missing(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    minimiggy.export(run[0], Path("export"))
+    assert main(["--look", "--init-from", "export"]) == 2 and "--data" in capsys.readouterr().err
+    assert main(["--look", "to", "--init-from", "export"]) == 0
+    sections = content_of(Path("look.html"))["sections"]
+    assert "--data" in sections["surprises"]["missing"] and "folder" in sections["learned"]["missing"]
+    Path("my.txt").write_text(TEXT[:5000])
+    assert main(["--look", "--init-from", "export", "--data", "my.txt"]) == 0
+    opening = run[0].tokenizer.encode(TEXT[4500:5000])[:40]
+    sections = content_of(Path("look.html"))["sections"]
+    assert sections["tokens"]["ids"] == opening[-8:] and "bits" in sections["surprises"]
+    capsys.readouterr()
+    for flags, words in ((["--eval-only", "--out", "x"], "--out-dir"), (["--look", "--out", "."], "folder")):
+        assert main(flags) == 2
+        assert words in capsys.readouterr().err
+
+# In a browser: these tests speak with chromedriver as the W3C's WebDriver says, and are skipped without it.
+
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--window-size=1000,900"]
+
+class Browser:
+    """A session of chromedriver, at its address."""
+    def __init__(self, address, folder):
+        self.address = address
+        options = {"args": [*CHROMIUM, f"--user-data-dir={folder}"]}
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        session = self.post("/session", {"capabilities": {"alwaysMatch": wanted}})
+        self.address += "/session/" + session["sessionId"]
+
+    def post(self, path, body):
+        import requests
+        answer = requests.post(self.address + path, json=body, timeout=60).json()["value"]
+        assert not (isinstance(answer, dict) and "error" in answer), answer
+        return answer
+
+    def script(self, code, *arguments):
+        return self.post("/execute/sync", {"script": code, "args": arguments})
+
+    def point_at(self, selector, number):
+        element = self.script("const found = document.querySelectorAll(arguments[0])[arguments[1]];"
+                              "found.scrollIntoView({block: 'center'}); return found", selector, number)
+        move = {"type": "pointerMove", "duration": 0, "origin": element, "x": 0, "y": 0}
+        self.post("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
+
+    def press(self, *keys):
+        codes = {"Tab": "\ue004", "Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015"}
+        actions = [{"type": kind, "value": codes[key]} for key in keys for kind in ("keyDown", "keyUp")]
+        self.post("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
+
+    def see(self, what, **parameters):
+        self.post("/goog/cdp/execute", {"cmd": f"Emulation.{what}", "params": parameters})
+
+@pytest.fixture(scope="session")
+def browser(page, tmp_path_factory):
+    if not shutil.which("chromedriver"):
+        pytest.skip("there is no chromedriver (Debian: apt-get install chromium chromium-driver)")
+    driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in driver.stdout if "successfully on port" in line)
+        port = re.search(r"port (\d+)", said)[1]
+        found = Browser(f"http://localhost:{port}", tmp_path_factory.mktemp("profile"))
+        found.post("/url", {"url": page.as_uri()})
+        yield found
+        import requests
+        requests.delete(found.address, timeout=60)
+    finally:
+        driver.terminate()
+        driver.wait()
+
+def test_a_browser_draws_each_section_without_an_error(browser, page, run):
+    content = content_of(page)
+    samples = content["sections"]["learned"]["samples"]
+    want = {"#bars .bar": 10, "#heads canvas": 4, "#layers tr": 5, "#surprises button": 288,
+            "#atlas button": 100, "polyline": 2, "#learned pre": len(samples), ".missing": 0, "script": 2}
+    for selector, number in want.items():
+        assert browser.script("return document.querySelectorAll(arguments[0]).length", selector) == number
+    assert len(samples) >= 1
+    text = browser.script("return document.querySelector('#tokens .strip').textContent")
+    assert text == "<b>↵␣to␣be" and browser.script("return document.querySelector('#tokens b')") is None
+    for selector in ("#about", "#history", "#others", "#head", "#bits", "#alike"):
+        assert browser.script("return document.querySelector(arguments[0]).textContent", selector), selector
+    painted = "return document.querySelector('#map').getContext('2d').getImageData(0, 0, 1, 1).data[3]"
+    assert browser.script(painted) == 255  # the first token can look at itself only
+    assert browser.post("/se/log", {"type": "browser"}) == []
+
+def test_the_sliders_give_the_probabilities_of_draw(browser, page):
+    places = content_of(page)["sections"]["expects"]["places"]
+    line = [height for _, height in places[0]["likely"]]
+    for n, height in places[0]["tail"]:  # (the others have these heights, as far as the page knows)
+        line += [height] * n
+    line = np.array(line)
+    for how in [(1, 0, 1), (0.5, 0, 1), (2, 7, 1), (1, 0, 0.3), (0.8, 50, 0.9), (1, 0, 0.98)]:
+        got = browser.script("return chances(sections.expects.places[0], ...arguments)", *how)
+        temperature, top_k, top_p = how
+        p = np.exp(line / temperature)
+        p[top_k or len(p):] = 0
+        share = np.cumsum(p) / p.sum()
+        p[1 + int((share < top_p).sum()):] = 0
+        assert got == pytest.approx((p / p.sum())[:100].tolist(), rel=1e-9)
+        drawn = {minimiggy.draw(line, np.random.default_rng(i), *how) for i in range(300)}
+        assert all(token >= 100 or got[token] > 0 for token in drawn)
+    assert browser.script("return chances(sections.expects.places[0], 0, 0, 1)") == [1] + [0] * 99
+    widths = "return [...document.querySelectorAll('#bars .bar div')].map((bar) => bar.style.backgroundSize)"
+    before = browser.script(widths)
+    browser.script("document.querySelector('#temperature').focus()")
+    browser.press("Left", "Left", "Left", "Left")
+    assert browser.script("return document.querySelector('#temperature').value") == "0.8"
+    assert browser.script(widths) != before
+    browser.press("Right", "Right", "Right", "Right")
+    assert browser.script(widths) == before
+
+PLACE = """return [...document.querySelectorAll('section')].slice(0, 3).map((section) =>
+    [...section.querySelectorAll('.strip button')].findIndex((button) => button.ariaPressed === 'true'))"""
+
+def test_pointing_and_keys_choose_tokens_and_heads(browser):
+    lines = "return [...document.querySelectorAll('#lines path')].map((line) => line.getAttribute('d'))"
+    browser.point_at("#looks .strip button", 3)
+    assert browser.script(PLACE) == [3, 3, 3] and len(browser.script(lines)) == 4
+    browser.point_at("#looks .strip button", 1)
+    assert browser.script(PLACE) == [1, 1, 1] and len(browser.script(lines)) == 2
+    browser.script("document.querySelector('#looks .strip [aria-pressed=true]').focus()")
+    browser.press("Right", "Right", "Left")
+    assert browser.script(PLACE) == [2, 2, 2]
+    browser.press("Tab")  # one step leads past all tokens, to the heads
+    before = browser.script("return document.querySelector('#head').textContent")
+    browser.press("Down" if before.startswith("layer 1") else "Up")
+    after = browser.script("return document.querySelector('#head').textContent")
+    assert before[5:7] != after[5:7] and before[8:16] == after[8:16]
+    assert browser.script("return document.activeElement.getAttribute('aria-label')") in after
+    here = "return [...document.querySelectorAll('#layers .here')].map((cell) => cell.cellIndex)"
+    assert browser.script(here) == [3] * 5
+    browser.point_at("#surprises button", 5)
+    assert " bits" in browser.script("return document.querySelector('#bits').textContent")
+
+def test_the_page_fits_a_phone_and_the_night(browser):
+    colour = "return getComputedStyle(document.body).backgroundColor"
+    day = browser.script(colour)
+    browser.see("setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+    assert browser.script("return [innerWidth, document.documentElement.scrollWidth]") == [360, 360]
+    browser.see("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    night = browser.script(colour)
+    assert sum(map(int, re.findall(r"\d+", day))) > 600 > 100 > sum(map(int, re.findall(r"\d+", night)))
+    assert browser.post("/se/log", {"type": "browser"}) == []
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as room:
