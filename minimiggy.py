@@ -1,7 +1,7 @@
 """MiniMiggy: a GPT that you can train, sample, change and read, in one file, on tinygrad.
 
     python minimiggy.py --train                  # learn to write verse, in about a minute on a laptop
-    python minimiggy.py --sample "ROMEO:"        # let the newest checkpoint write
+    python minimiggy.py --sample "ROMEO:"        # let the best checkpoint write
 
 Part I. The GPT (for everyone; stop after it and you know how a GPT works)
      1. What a language model does     2. A text              3. Tokens: bytes and merges
@@ -3124,8 +3124,11 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT
     checkpoint = read_checkpoint(Path(path))
     return *model_of(checkpoint, backend), checkpoint.step
 
-# In a folder there are several checkpoints. The newest one that is whole is the one to use, and not all of
-# them need be kept: the last few, for whoever has to go back a little, and the one whose exam went best.
+# In a folder there are several checkpoints. Not all of them need be kept: the last few, for whoever has to go
+# back a little, and the one whose exam went best. A run goes on from the newest. But to write, the best one
+# is taken. On a short text they are two different ones: a model that has read the same 100 KB thirty times
+# begins to know them by heart, and from then on each exam on unknown text goes worse than the one before.
+# Which one was the best is not marked in the files; the log says it, and so nothing has to be kept in step.
 
 def step_of(path: Path) -> int | None:
     """The step in the name of a checkpoint; None for any other file."""
@@ -3141,10 +3144,31 @@ def checkpoints(out_dir: Path) -> dict[int, Path]:
         raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
     return dict(sorted(found.items()))
 
-def open_newest(out_dir: Path, backend: Plain | None = None) -> tuple[Checkpoint, GPT, TrainConfig]:
-    """The newest checkpoint of a folder that is whole, and its model. What is skipped is named; UserError if
-    all are damaged."""
-    for path in reversed(checkpoints(out_dir).values()):
+def best_step(rows: list[str], steps) -> int | None:
+    """Which of these `steps` has the lowest validation loss, which stands in the third column of the log's
+    `rows`; None if no exam was held at any of them."""
+    losses = {}
+    for row in rows:
+        step, _, val_loss, *_ = row.split(",")
+        if val_loss and int(step) in steps and math.isfinite(float(val_loss)):
+            losses[int(step)] = float(val_loss)
+    return min(losses, key=losses.get, default=None)
+
+def newest_first(out_dir: Path) -> list[Path]:
+    """The checkpoints of a folder in the order in which `--resume` wants them; UserError if it has none."""
+    return list(reversed(checkpoints(out_dir).values()))
+
+def best_first(out_dir: Path) -> list[Path]:
+    """The same with the best one, if there was an exam, before all others: the order for writing."""
+    found = checkpoints(out_dir)
+    best = best_step(log_rows(out_dir / "log.csv", max(found)), found)
+    paths = list(reversed(found.values()))
+    return sorted(paths, key=lambda path: path != found.get(best))  # (`sorted` leaves the order of equals)
+
+def open_first(paths: list[Path], backend: Plain | None = None) -> tuple[Checkpoint, GPT, TrainConfig]:
+    """The first of these checkpoints that is whole, and its model. What is skipped is named; UserError if all
+    are damaged."""
+    for path in paths:
         try:
             checkpoint = read_checkpoint(path)
             return checkpoint, *model_of(checkpoint, backend)
@@ -3155,21 +3179,13 @@ def open_newest(out_dir: Path, backend: Plain | None = None) -> tuple[Checkpoint
 
 def newest(out_dir: Path, backend: Plain | None = None) -> tuple[Path, GPT, TrainConfig, int]:
     """The path of the newest checkpoint that is whole, its model, its config and its step."""
-    checkpoint, model, config = open_newest(out_dir, backend)
+    checkpoint, model, config = open_first(newest_first(out_dir), backend)
     return checkpoint.path, model, config, checkpoint.step
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest validation loss, which stands
-    in the third column of the log's `rows`."""
+    """Delete all checkpoints but the newest `keep` and the best one, by the log's `rows`."""
     found = checkpoints(out_dir)
-    losses = {}
-    for row in rows:
-        step, _, val_loss, *_ = row.split(",")
-        if val_loss and int(step) in found:
-            losses[int(step)] = float(val_loss)
-    kept = set(list(found)[-keep:])
-    if losses:
-        kept.add(min(losses, key=losses.get))
+    kept = {*list(found)[-keep:], best_step(rows, found)}
     for step, path in found.items():
         if step not in kept:
             with suppress(OSError):  # one too many does no harm
@@ -3186,10 +3202,11 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 # last digits differ.)
 #
 # An exam measures the loss on the part of the text that was not learned from. The model sees windows of T
-# tokens, and a token at the beginning of a window is harder than one at its end, which has more before it. On
-# the way, a few windows will do, evenly spread and always the same ones, so that two exams can be compared.
-# At the end the windows lie side by side and every token is counted once: then the result depends on the
-# model and the text alone, and not on how many windows are computed at a time.
+# tokens, and a token at the beginning of a window is harder than one at its end, which has more before it. At
+# the end of a run the windows lie side by side and every token is counted once: then the result depends on
+# the model and the text alone, and not on how many windows are computed at a time. On the way that is done,
+# too, as long as it takes no more than 80 batches: 110 KB, a tenth of tiny Shakespeare, take 61. In a longer
+# text a few windows have to do, evenly spread and always the same ones, so that two exams can be compared.
 
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
@@ -3315,6 +3332,8 @@ class Run:
             self.optimizer.config = config
             self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
+        windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
+        self.val_batches = math.ceil(windows / config.batch_size)  # in all of the validation text
         self.writer = None  # made when the first sample is written
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
@@ -3330,6 +3349,7 @@ class Run:
         self.lap = (start, self.began)  # since which step, and when, the speed is measured
         self.last_shown = 0.0
         self.speed = 0.0  # tokens a second
+        self.warm_since = 0.0  # when the first steps, which compile and record, were over
         self.unsaved = None  # what to say about a save that failed
 
     @property
@@ -3352,21 +3372,34 @@ class Run:
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
              f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
 
+    def say_how_long(self, step: int, start: int) -> None:
+        """Say, after ten steps, how long the rest is going to take. The first four of them compile and
+        record, so the other six are measured. A batch of an exam is a third of a step: it has no way back."""
+        c = self.config
+        if step == start + 4:
+            self.warm_since = time.perf_counter()
+        if step != start + 10 or step == c.max_iters:
+            return
+        a_step = (time.perf_counter() - self.warm_since) / 6
+        in_exam = min(self.val_batches, 4 * c.eval_iters) + c.eval_iters
+        exams = c.max_iters // c.eval_interval - step // c.eval_interval
+        seconds = a_step * (c.max_iters - step + exams * in_exam / 3)
+        say(f"time       {1e3 * a_step:,.0f} ms a step; the rest takes about {clock(seconds)} min if nothing "
+            "else runs\n")
+
     def examine(self, step: int) -> dict[str, float]:
-        """The losses on both texts, by the log's columns, and a line about them. On the way, some batches of
-        each will do. At the end all of the validation text is read, or of a very long one 50 times as much as
-        before."""
+        """The losses on both texts, by the log's columns, and a line about them. Of the training text some
+        batches will do. The validation text is read whole if that is no more than four times as much, or at
+        the end of a run 50 times; of a longer one, as much as of the other, or at the end those 50 times."""
         c = self.config
         found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
         line = f"step {step:5}  train {found['train_loss']:.3f}"
         if self.val is not None:
-            batches = math.ceil(len(self.val) / (c.batch_size * self.model.config.block_size))
-            if step < c.max_iters:
-                found["val_loss"] = self.evaluator.mean(self.val, c.eval_iters)
-            elif batches <= 50 * c.eval_iters:
+            last = step == c.max_iters
+            if self.val_batches <= (50 if last else 4) * c.eval_iters:
                 found["val_loss"] = self.evaluator.whole(self.val)
             else:
-                found["val_loss"] = self.evaluator.mean(self.val, 50 * c.eval_iters)
+                found["val_loss"] = self.evaluator.mean(self.val, (50 if last else 1) * c.eval_iters)
             line += f"  val {found['val_loss']:.3f}"
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
@@ -3429,6 +3462,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         new_lap = logging or step == start + 1
         if new_lap:
             run.measure_speed(step)
+        run.say_how_long(step, start)
         run.show_progress(step, loss, norm, rate)
         row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
         if examining:
@@ -4516,11 +4550,33 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
 
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200,
             "learning_rate": 4e-3}
+
+# Ten minutes are worth another model than one: a larger one, which learns more from each token but takes
+# longer over it. Which one, nobody who begins knows, and seven numbers would have to be right together. So
+# there are three recipes for a text of about a megabyte, found by experiment on two cores; they replace
+# defaults, and a flag that is given still counts more. All of them let the step size fall to zero: the last
+# tenth of a run, where it is nearly there, is worth 0.1 bits a byte.
+#
+# The longer a run, the more often it reads the same text, and the better it knows that by heart. *Dropout*
+# (chapter 6) is the remedy: whoever never sees all of a line cannot learn it as it stands. But it slows
+# learning down, and is a waste where a text is read once. So the share is no number of a recipe; it follows
+# from how often the text is read: 1 % for each time, up to 30 %. And 40 times are enough for any text, so a
+# short one gets fewer steps.
+
+RECIPES = {
+    "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
+    "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
+    "lunch": {"n_embd": 384, "block_size": 256, "batch_size": 8, "learning_rate": 1e-3, "max_iters": 7600,
+              "n_layer": 6, "n_head": 6}}
+REACHES = {"quick": 2.20, "coffee": 2.10, "lunch": 2.05}  # bits a byte, on tiny Shakespeare
+MOST_READINGS = 40
+
 EXAMPLES = """examples:
   python minimiggy.py --train                             learn from tiny Shakespeare
+  python minimiggy.py --train --effort coffee             learn for about ten minutes, and better
   python minimiggy.py --train --data my.txt               learn from your own text
   python minimiggy.py --resume --max-iters 4000           go on where the newest checkpoint left off
-  python minimiggy.py --sample "ROMEO:" --top-k 40        let the newest checkpoint write
+  python minimiggy.py --sample "ROMEO:" --top-k 40        let the best checkpoint write
   python minimiggy.py --look "ROMEO: But soft"            see what goes on in it, in a browser
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
@@ -4557,12 +4613,12 @@ def add_actions(parser: Parser) -> None:
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--train", action="store_true", help="train a model from the start")
     flag("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
-    flag("--sample", metavar="PROMPT", help="write on after PROMPT, with the newest checkpoint (FILE:name "
+    flag("--sample", metavar="PROMPT", help="write on after PROMPT, with the best checkpoint (FILE:name "
          "takes the prompt from a file, - from standard input)")
-    flag("--eval-only", action="store_true", help="the loss on the whole validation text")
-    flag("--export", metavar="DIR", help="write the newest checkpoint for Hugging Face's transformers")
+    flag("--eval-only", action="store_true", help="the best checkpoint's loss on the whole validation text")
+    flag("--export", metavar="DIR", help="write the best checkpoint for Hugging Face's transformers")
     flag("--look", metavar="PROMPT", nargs="?", const="", help="write look.html, a page that shows how the "
-         "newest checkpoint reads PROMPT (or, without one, the opening of the validation text)")
+         "best checkpoint reads PROMPT (or, without one, the opening of the validation text)")
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -4577,10 +4633,13 @@ def add_files(parser: Parser) -> None:
          help="learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     flag("--out-dir", metavar="DIR", default="checkpoints",
          help="where checkpoints, log.csv and samples.txt are (default: %(default)s)")
-    flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the newest in --out-dir")
+    flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the best in --out-dir (with "
+         "--resume: instead of the newest)")
     flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
          f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
     flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
+    flag("--effort", choices=list(RECIPES), help="train for about 1.5 minutes, 10 minutes or an hour on two "
+         "cores, with a model of the size that is best for that (other flags still count)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
 def add_knobs(group, kind: type) -> None:
@@ -4612,6 +4671,9 @@ def check_flags(args: argparse.Namespace) -> None:
                         "--checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
+    if args.effort and (args.init_from or not (args.train or args.bench)):
+        raise UserError("--effort chooses the size of a new model and how it learns: it goes with --train, "
+                        "and not with a model that is there")
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
@@ -4631,14 +4693,16 @@ def choose_backend(args: argparse.Namespace) -> Plain:
         print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
     return Fast(cores=min(args.devices, CORES))
 
-# *With which numbers?* Four sources are asked in turn. What a user has typed counts most. A checkpoint comes
-# next: a resumed run goes on as it began. Then come the defaults of this chapter, and last those of part I.
-# The smallest learning rate, unless it is given, is a tenth of the largest.
+# *With which numbers?* Five sources are asked in turn. What a user has typed counts most. A checkpoint comes
+# next: a resumed run goes on as it began. Then come the recipe of an --effort, the defaults of this chapter,
+# and last those of part I. The smallest learning rate, unless it is given, is a tenth of the largest, or with
+# a recipe zero.
 
 def chosen(args: argparse.Namespace, kind: type, saved=None):
-    """A config of a `kind`: each field from the user's flag, else from a `saved` config, else the command
-    line's default, else part I's. UserError if a value cannot be."""
+    """A config of a `kind`: each field from the user's flag, else from a `saved` config, else from the recipe
+    of --effort, else the command line's default, else part I's. UserError if a value cannot be."""
     values = {}
+    defaults = DEFAULTS | RECIPES.get(args.effort, {})
     for field in dataclasses.fields(kind):
         given = getattr(args, field.name)
         if given is not None:
@@ -4646,16 +4710,16 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
         elif saved:
             values[field.name] = getattr(saved, field.name)
         else:
-            values[field.name] = DEFAULTS.get(field.name, field.default)
+            values[field.name] = defaults.get(field.name, field.default)
     if kind is TrainConfig and not saved and args.min_lr is None:
-        values["min_lr"] = values["learning_rate"] / 10
+        values["min_lr"] = 0.0 if args.effort else values["learning_rate"] / 10
     config = kind(**values)
     check_config(config)
     return config
 
-# *Which model?* Writing, examining and exporting all need one: the newest checkpoint of a folder, a certain
-# one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag that speaks of another size was
-# meant for another model, and to ignore it would be worse than to refuse.
+# *Which model?* Writing, examining and exporting all need one: the best checkpoint of a folder (or, to go on
+# training, the newest), a certain one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag
+# that speaks of another size was meant for another model, and to ignore it would be worse than to refuse.
 
 Opened = namedtuple("Opened", "source model config step checkpoint")
 
@@ -4670,7 +4734,8 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
         checkpoint = read_checkpoint(Path(args.checkpoint))
         opened = Opened(args.checkpoint, *model_of(checkpoint, backend), checkpoint.step, checkpoint)
     else:
-        checkpoint, model, config = open_newest(Path(args.out_dir), backend)
+        order = newest_first if args.resume else best_first
+        checkpoint, model, config = open_first(order(Path(args.out_dir)), backend)
         opened = Opened(checkpoint.path, model, config, checkpoint.step, checkpoint)
     # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
@@ -4719,8 +4784,23 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
 
 # *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
 # text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
-# wrong text or the wrong size, one sees it before an hour has passed. The time that a run will take is a
-# guess from this machine's speed, of which part II reaches about half.
+# wrong text or the wrong size, one sees it before an hour has passed. How long it will take is said a moment
+# later, when a few steps have been measured (chapter 26).
+
+def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
+    """How often a run reads its text of so many tokens, in passages of T."""
+    return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
+
+def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainConfig, n_tokens: int) -> None:
+    """Give a recipe the steps and the dropout that a text of `n_tokens` needs, unless flags have."""
+    times = readings(config, gpt_config.block_size, n_tokens)
+    if times > MOST_READINGS and args.max_iters is None:
+        config.max_iters = math.ceil(config.max_iters * MOST_READINGS / times)
+    if args.eval_interval is None:
+        config.eval_interval = math.ceil(config.max_iters / 10)
+    if args.dropout is None:
+        times = readings(config, gpt_config.block_size, n_tokens)
+        gpt_config.dropout = min(0.3, round(times / 100, 2))
 
 def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
     """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
@@ -4733,6 +4813,8 @@ def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, N
         return model, config, None, 0, read_corpus(args, args.data, model.tokenizer)
     corpus = read_corpus(args, args.data)
     gpt_config.vocab_size = corpus.tokenizer.vocab_size
+    if args.effort:
+        fit_recipe(args, gpt_config, config, len(corpus.train))
     check_memory(gpt_config, config, backend)
     model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
     return model, config, None, 0, corpus
@@ -4768,15 +4850,14 @@ def unused_gpu(root: Path = Path("/")) -> str:
     has_gpu = (root / "dev/dri/renderD128").exists() and any("pocl" not in name for name in vendors)
     return "CL" if has_gpu else ""  # (pocl is OpenCL on the CPU)
 
-def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit: float) -> None:
-    """Say what is going to be trained, on what. `limit`: numpy's operations a second on this machine."""
+def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effort: str | None) -> None:
+    """Say what is going to be trained, on what, and what to expect of it."""
     c = model.config
     ids = len(corpus.train) + len(corpus.val)
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     where = f"on {Device.DEFAULT}"
-    if isinstance(model.ops, Fast):  # it reaches about half of that rate
-        seconds = (config.max_iters - start) * step_flops(c, config) / limit / 0.5
-        where += f" ({model.ops.cores} cores); about {clock(seconds)} min if nothing else runs"
+    if isinstance(model.ops, Fast):
+        where += f" ({model.ops.cores} cores)"
     say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
         f"{corpus.n_bytes / ids:.2f} bytes each on average")
@@ -4784,6 +4865,10 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
         f"{c.n_embd} channels, {c.block_size} tokens of context")
     say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x "
         f"{c.block_size} tokens each, {where}")
+    if effort:
+        times = readings(config, c.block_size, len(corpus.train))
+        say(f"effort     {effort}: the text is read {times:.0f} times, with {c.dropout:.0%} dropout; on tiny "
+            f"Shakespeare, {REACHES[effort]:.2f} bits a byte are to be expected")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
     if os.environ["DEV"] == "CPU" and unused_gpu():
@@ -4794,7 +4879,6 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, limit
     names = [] if is_as_in_part_one(model) else untrained(model)
     if names:
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
-    say()
 
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
@@ -4809,6 +4893,9 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
         "machine's rate for a matrix product in numpy")
     if config.keep:
         path = out_dir / f"ckpt_{config.max_iters}.safetensors"
+        best = best_first(out_dir)[0]
+        if best != path:
+            say(f"\nthe best on the validation text was {best.name}: that is what --sample takes")
         say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{flags}')
 
 def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
@@ -4821,7 +4908,7 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     set_aside(out_dir, start)
     model.source = (corpus.name, corpus.sha256)
     limit = 1e9 * blas_gflops()
-    introduce(model, config, start, corpus, limit)
+    introduce(model, config, start, corpus, args.effort)
     train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
           stop=stop)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
@@ -4883,11 +4970,22 @@ def prompt_of(asked: str, replace: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8", "replace")
     return asked
 
+def why_this_one(opened: Opened, args: argparse.Namespace) -> str:
+    """What to add to the name of a checkpoint that is not the newest of its folder."""
+    if args.init_from or args.checkpoint:
+        return ""
+    newest_path = newest_first(Path(args.out_dir))[0]
+    if newest_path == opened.source:
+        return ""
+    return f", the best on the validation text (the newest is {newest_path.name})"
+
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     """--sample."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
-    model = open_model(args, backend).model
+    opened = open_model(args, backend)
+    model = opened.model
+    print(f"written by {opened.source}{why_this_one(opened, args)}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model)

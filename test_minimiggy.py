@@ -1293,6 +1293,37 @@ def test_train_sample_and_resume_from_the_command_line(tmp_path, capsys):
     assert main(["--resume", "--max-iters", "7", *out]) == 0
     assert "has changed" in capsys.readouterr().out
 
+def test_an_effort_sets_what_no_flag_says_and_fits_the_text():
+    def planned(n_tokens, *flags):
+        args = minimiggy.make_parser().parse_args(["--train", *flags])
+        gpt_config, config = minimiggy.chosen(args, GPTConfig), minimiggy.chosen(args, TrainConfig)
+        minimiggy.fit_recipe(args, gpt_config, config, n_tokens)
+        return gpt_config, config
+    for effort, recipe in minimiggy.RECIPES.items():
+        gpt_config, config = planned(10**9, "--effort", effort)
+        assert recipe.items() <= (dataclasses.asdict(gpt_config) | dataclasses.asdict(config)).items()
+        assert config.min_lr == gpt_config.dropout == 0  # (a text that is read once)
+        short_gpt_config, short = planned(20_000, "--effort", effort)
+        tokens = short.max_iters * short.batch_size * gpt_config.block_size
+        assert tokens / 20_000 <= minimiggy.MOST_READINGS + 1 and short_gpt_config.dropout > 0.1
+        assert short.eval_interval <= short.max_iters / 5
+    given = ["--dropout", "0.5", "--max-iters", "9", "--n-embd", "12", "--min-lr", "1e-5"]
+    gpt_config, config = planned(1000, "--effort", "lunch", *given)
+    assert [gpt_config.dropout, config.max_iters, gpt_config.n_embd, config.min_lr] == [0.5, 9, 12, 1e-5]
+    assert planned(10**9, "--effort", "lunch")[0].n_embd > planned(10**9, "--effort", "quick")[0].n_embd
+
+def test_a_run_says_what_to_expect_and_resume_keeps_the_recipe(tmp_path, capsys):
+    assert main(training_play(tmp_path, "--effort", "coffee", "--max-iters", "12")) == 0
+    output = capsys.readouterr().out
+    assert "coffee: the text is read" in output and "ms a step" in output
+    made = minimiggy.open_checkpoint(tmp_path / "ckpt_12.safetensors")[1]
+    assert main(["--resume", "--out-dir", str(tmp_path), "--max-iters", "13"]) == 0
+    again = minimiggy.open_checkpoint(tmp_path / "ckpt_13.safetensors")[1]
+    assert made.min_lr == 0 and again == dataclasses.replace(made, max_iters=13)
+    for flags in (["--resume"], ["--sample", "x"], ["--train", "--init-from", "x"]):
+        assert main([*flags, "--effort", "quick", "--out-dir", str(tmp_path)]) == 2
+        assert "--effort" in capsys.readouterr().err
+
 # --------------------------------------------------------------------------------------- nothing is ever lost
 
 def child(flags, out, rng, die_at=0):
@@ -1533,6 +1564,35 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     minimiggy.prune(tmp_path, 2, ["1,4.0,4.1,,,,,", "2,3.0,3.1,,,,,", "3,2.0,,,,,,", "4,2.0,3.5,,,,,",
                                   "9,1.0,1.0,,,,,"])
     assert list(minimiggy.checkpoints(tmp_path)) == [2, 6, 7]
+
+def test_writing_takes_the_best_checkpoint_and_going_on_the_newest(run, tmp_path, capsys):
+    shutil.copytree(run[2], tmp_path, dirs_exist_ok=True)
+    found = list(minimiggy.checkpoints(tmp_path))
+    rows = [f"{step},1.0,{loss},,,,," for step, loss in zip(found, (3.0, *[4.0] * len(found)), strict=False)]
+    (tmp_path / "log.csv").write_text("\n".join(rows))
+    out = ["--out-dir", str(tmp_path)]
+    assert main(["--sample", "x", "--max-tokens", "1", *out]) == 0
+    said = capsys.readouterr().err
+    assert f"ckpt_{found[0]}.safetensors, the best" in said and f"the newest is ckpt_{found[-1]}" in said
+    assert main(["--eval-only", "--data", "play", *out]) == 0
+    assert f"ckpt_{found[0]}.safetensors: " in capsys.readouterr().out
+    assert main(["--resume", *out, "--max-iters", "1"]) == 2
+    assert f"ckpt_{found[-1]}.safetensors has all" in capsys.readouterr().err
+    (tmp_path / f"ckpt_{found[0]}.safetensors").write_bytes(b"half of a fi")
+    assert minimiggy.best_first(tmp_path)[0].name == f"ckpt_{found[0]}.safetensors"
+    assert main(["--sample", "x", "--max-tokens", "1", *out]) == 0 and "skipped" in capsys.readouterr().out
+    (tmp_path / "log.csv").unlink()
+    assert minimiggy.best_first(tmp_path) == minimiggy.newest_first(tmp_path)
+
+def test_exams_read_a_short_validation_text_whole_and_samples_of_a_long_one(tokenizer, ids, tmp_path):
+    for n, whole in ((200, True), (3000, False)):
+        model = GPT(TINY, tokenizer=tokenizer)
+        config = dataclasses.replace(QUICK, keep=9)
+        train(model, config, ids, ids[:n], out_dir=tmp_path / str(n))
+        row = (tmp_path / str(n) / "log.csv").read_text().splitlines()[1].split(",")
+        model.load_checkpoint(tmp_path / str(n) / "ckpt_3.safetensors")
+        exact = minimiggy.Evaluator(model, 4).whole(ids[:n])
+        assert row[0] == "3" and (abs(float(row[2]) - exact) < 1e-6) == whole
 
 def test_a_full_disk_stops_nothing_and_loses_nothing(tokenizer, ids, tmp_path, monkeypatch, capsys):
     save = minimiggy.save_run
