@@ -874,7 +874,6 @@ except ImportError as error:
     WHY_PLAIN = f"part II's programs are not used, since {error}: pip install tinygrad=={TINYGRAD}"
 
 # 13.1 The machine
-
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
 
@@ -930,7 +929,6 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 # A compiler that is found need not work: on a Mac, clang is a stub until Xcode's tools are installed; a disk
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
-
 def own_folders():
     """Yield folders for what can be made again at any time: in the home's cache, and among the temporary
     files, under our own name, where nobody else may write."""
@@ -1015,7 +1013,6 @@ def open_device() -> None:
 # the next start. The file's name says for which tinygrad, Python and processor it is. Each addition begins
 # with its checksum and its length. Where that is wrong, or the file cannot be read or written, we do without:
 # a cache must never be the reason why something fails.
-
 def programs_file() -> Path:
     """Where the compiled programs for this machine are kept."""
     machine = [TINYGRAD, sys.version, describe_processor()]
@@ -1065,7 +1062,6 @@ def keep_programs() -> None:
 # and answers through another. It ends when we do, or after a minute without work. Should it end before,
 # because somebody has killed it, say, then what it has not done is done here. It has a session of its own, so
 # that Ctrl-C or a closed terminal, which reach all processes of a session, do not end it in the middle.
-
 HELPER = """
 import pickle, signal, sys
 from tinygrad.codegen import to_program
@@ -1114,7 +1110,6 @@ def compile_together(trees: list) -> None:
 # TinyJit runs a function once before it records, as a precaution; we record at the first call (`cnt` counts
 # its calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over
 # new numbers.
-
 def memory_of(tensor: Tensor) -> np.ndarray:
     """The memory of a computed or empty tensor on the CPU, as an array that shares it."""
     memory = tensor.uop.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
@@ -1194,7 +1189,6 @@ class Recording:
 # `k.share(n)` is a loop whose turns are shared out among the cores. (It gives the C function one argument
 # more, `core_id`; whoever runs the kernel calls it once for each core, with 0, 1, 2, ...) Kernels can be
 # differentiated only if we say how; chapter 15.2 tells it.
-
 class Array:
     """An argument of a kernel, or memory of its own. The first index counts through all leading dimensions:
     of an array (B, T, C), a[i, c] is in row i of all B * T rows, and a[i] is number i of all numbers."""
@@ -1402,7 +1396,6 @@ def exp(x):
 # registers of 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. What matters is that sums, one vector of B and the
 # numbers of A all find a register; one too many, and clang writes some to memory in the innermost loop. So
 # one shape for each kind of processor serves all. (The picture above has 4 x 64, which is easier to draw.)
-
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 1 << 17     # numbers of B that are packed at a time: half a megabyte
@@ -1535,7 +1528,6 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
 # result and the call itself, and returns a gradient for each argument of the kernel, results first, None for
 # those that need none. (`call.src[0]` is the kernel, and its arguments follow; `call.src[1].after(call)` is
 # the first of them as the kernel left it.)
-
 def weights_back(k, dw, x, dy, *, db=None):
     """dw (I, O) = x^T @ dy, for x (..., I) and dy (..., O)."""
     matmul(k, dw, x, dy, a_transposed=True, column_sums=db)
@@ -1549,7 +1541,6 @@ def weights_and_bias_back(k, dw, db, x, dy):
 # When writing, there is one token at a time: x has a single row, and every weight is used once. All depends
 # on how quickly weights come from memory. Eight rows, far apart, are read side by side, since the processor
 # follows several streams at once: 26 GB a second instead of 17, on one core.
-
 def matvec(k, y, x, w, bias=None):
     """y (N,) = x (K,) @ w (K, N), plus a bias (N,)."""
     K, N = w.shape
@@ -1589,7 +1580,6 @@ def dot_rows(k, y, x, table):
 # So memory grows with T and not with its square. All is transposed in here, `query` (D, Q) and `score` (keys,
 # queries): the last index is always the query. So the queries of a block lie across the lanes of the vector
 # registers, and no step of the softmax needs a sum across lanes.
-
 LANES = TILE[1]  # queries in a block
 
 def flash(k, y, lse, qkv, keys=None, values=None):
@@ -1650,7 +1640,6 @@ def flash(k, y, lse, qkv, keys=None, values=None):
 # and the last sum is dy . (sum of p_j v_j) = dy . y. So one number for each query, dy . y, replaces a sum
 # over all keys. With s = q . k / sqrt(D), dq and dk follow as for any product. The weights are computed again
 # from the saved lse, p = exp(s - lse): quicker than reading them from memory.
-
 def flash_back(k, dqkv, dy, y, lse, qkv):
     """The gradient of qkv from that of y (both shaped as in `flash`)."""
     B, T, _, H, D = qkv.shape
@@ -1696,7 +1685,6 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
 #
 # `gelu` is computed as u * s with s = sigmoid(z), z = 2 sqrt(2/pi) (u + 0.044715 u^3), which is part I's
 # formula with tanh written as a sigmoid. As s' = s (1 - s) z', the slope of u * s is s + u s (1 - s) z'.
-
 def gelu(k, out, u, dout=None):
     """u (...) -> out (...); or, given the gradient of gelu(u), that of u."""
     c = 2 * math.sqrt(2 / math.pi)
@@ -1713,7 +1701,6 @@ def gelu(k, out, u, dout=None):
 # stretch mean(g * hat):
 #
 #     dx = (g - mean(g) - hat * mean(g * hat)) * scale,    dw = sum over rows of dy * hat,    db = sum of dy
-
 def layer_norm(k, y, stats, x, w, b=None):
     """y (M, C); stats (M, 2) keeps the mean of each row of x (M, C), and one over its standard deviation."""
     C = x.columns
@@ -1758,7 +1745,6 @@ def layer_norm_weights_back(k, dw, *rest):
 
 # Looking up a row is copying it; the way back adds each row's gradient to its row in the table. A number that
 # is no row's (part I would give zeros, or count from the end) becomes NaN, which nobody can overlook.
-
 def embed(k, x, table, idx):
     """x (..., C): for each of idx (...) its row of the table (N, C)."""
     N, C = table.shape
@@ -1783,7 +1769,6 @@ def embed_back(k, dtable, dx, idx):
 # Cross-entropy is lse - logit of the target, where lse = ln(sum of exp(logits)). lse rises with a logit by
 # exp(logit) / sum, which is its softmax: so the gradient is the probabilities, minus 1 at the target. It
 # says: less of everything, in proportion to how much you believed in it, and more of what came.
-
 def cross_entropy(k, loss, lse, logits, targets):
     """loss (M,) and lse (M,) of logits (M, V) and targets (M,)."""
     V = logits.columns
@@ -1810,7 +1795,6 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 # Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core. The length of
 # the gradient is another matter: adding up the 100 million squares of GPT-2 one by one in float32 loses
 # digits, as each is tiny next to the sum; so they are summed in float64.
-
 def square_sums(k, after, before, *gradients):
     """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
     cores = after.rows * after.columns
@@ -1869,7 +1853,6 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #
 # That takes 1.4 microseconds a kernel. `volatile` below says that others change this memory; a BARRIER, that
 # what was written before it can be seen by them.
-
 WIDTH = 64  # words in a line: the program, at most 62 arguments, and the address of C's sched_yield
 
 def replay_program(threads: int):
@@ -1922,7 +1905,6 @@ class Crew:
 
 # To wake a second thread takes 50 microseconds, in which a small model has written its token. So for a short
 # recording we try both, a few times each, and stay with what was faster.
-
 class Replay:
     """Calls a recording again and again, in the quickest way."""
     def __init__(self, recording: Recording, cores: int):
@@ -1963,7 +1945,6 @@ class Replay:
 # kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
 # operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
 # is computed. It does so, too, if somebody puts another function into Plain while the program runs.
-
 def sources() -> dict:
     """What part I defines, by name ("GPT", "Plain.gelu"): its source without comments and docstrings."""
     found = {}
@@ -2196,7 +2177,6 @@ def check(operation: str, fits: bool, *tensors: Tensor) -> None:
 # thread of its own, which takes one key after the other, with the fading sums of chapter 16. Nothing has to
 # be added up between threads. (Ordinary operations on some keys at a time would not do: tinygrad keeps what
 # they compute until all is done, on OpenCL to the last block, and then it is T x T again.)
-
 def attend_by_threads(k, y, lse, qkv):
     """What `flash` computes: qkv (B, T, 3, H, D) -> y (B, T, H, D) and lse (B, H, T)."""
     B, T, _, H, D = qkv.shape
@@ -2230,7 +2210,6 @@ def attend_by_threads(k, y, lse, qkv):
 
 # On the way back thread i is first query i, with the i + 1 keys that it sees, and then key i, with the T - i
 # queries that see it. So all threads have the same to do, and none writes where another does.
-
 def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
     """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
     B, T, _, H, D = qkv.shape
@@ -2315,7 +2294,6 @@ if KNOWN:
 # When block_size tokens are there, the older half is let go and the newer half read again, at once, from
 # place 0 on. So at least half a context is always remembered, and the extra work stays small. What comes out
 # must be what `write` writes; the tests compare.
-
 def attend(k, y, keys, values, qkv, position):
     """Attention of one new token, qkv (B, 1, 3, H, D), at position (1,) -> y (B, 1, H, D). Its key and value
     first take their place in the caches (B, H, S, D)."""
@@ -2380,7 +2358,6 @@ class Cache:
 # keys and values knows of. So where part I's layers have been changed, a Writer compares: it reads some
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
 # way.
-
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
 LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "fbdd843e2b28" and not CHANGED
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
@@ -2518,7 +2495,6 @@ from contextlib import contextmanager, suppress
 # `whole` is for a `with` block. `@contextmanager` makes that of a function with one `yield`: what stands
 # before it is done when the block begins, and what stands after it when the block ends. If the block ends
 # with an error, the error comes out of the `yield`, and then only `finally` is done.
-
 VERSION = "2.0"
 
 @contextmanager
@@ -2544,7 +2520,6 @@ def whole(path: Path):
 # what we print comes from elsewhere: a model can write any byte, and a file can have any name. Control
 # characters in it could move the cursor or recolour the terminal, so they are replaced by U+FFFD, the sign
 # for "not readable".
-
 def say(line: str = "", end: str = "\n") -> None:
     """Print a line that stays. If the terminal is gone, or the disk behind it is full, training goes on."""
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # wipe what `show` has left there
@@ -2587,7 +2562,6 @@ def in_words(error: Exception) -> str:
 # bytes=1000-` we ask for the file from its thousandth byte on. A server that understands answers 206 and
 # sends the rest; one that does not answers 200 and sends everything; and 416 means that nothing comes after
 # that byte.
-
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = {
     "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -2662,7 +2636,6 @@ def trouble(error: OSError) -> str:
 # read a megabyte at a time, so that a text of 200 MB takes 200 MB of memory and no more. Python decodes it on
 # the way and tells us if a byte cannot be UTF-8, but counts from the beginning of the piece that it is
 # decoding just then. The piece ends where Python has read to, so its beginning is that place less its length.
-
 def read_text(path: Path, replace: bool = False) -> bytearray:
     """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. Bytes that are not UTF-8
     are a UserError that says where they are, or become U+FFFD with `replace`; so is a file that cannot be
@@ -2688,7 +2661,6 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
 # on a million blanks, and the lists of numbers that it returns take ten times the memory of an array. So a
 # long text is encoded in pieces. They must end where the pattern of chapter 3 cuts in any case, or a token
 # would be torn apart: after the letters of a word, or before white space.
-
 SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)"
 
 def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
@@ -2726,7 +2698,6 @@ def gpt2_tokenizer() -> BPETokenizer:
 # And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
 # so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
 # name.
-
 def find_file(name: str) -> Path | None:
     """The file of that name, or None, also if no file can have it: too long, say, or a link to itself."""
     try:
@@ -2760,7 +2731,6 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
 # value of each, and a line of help. The command line makes its flags from it, and a checkpoint's configs are
 # held against it, so that neither can drift away from the other. (A field that you add to a config needs no
 # entry: it becomes a flag that takes any value.)
-
 @dataclasses.dataclass
 class SampleConfig:
     """How text is written."""
@@ -2799,7 +2769,6 @@ KNOBS = {
     "num_samples": (1, 1_000_000, "texts to write, one after the other")}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
-
 def flag_of(name: str) -> str:
     """n_layer -> --n-layer."""
     return "--" + name.replace("_", "-")
@@ -2837,7 +2806,6 @@ def check_config(config) -> None:
 # Unlike Python's own format, pickle, it cannot contain a program that runs when the file is opened. In the
 # header, under the name "__metadata__", there is room for texts, and one of ours is a SHA-256 of everything
 # else in the file. It cannot count itself, so it is computed without its own entry.
-
 def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
     """The SHA-256 of a file's header, of its metadata other than "sha256", and of its `numbers`, pieces of
     bytes."""
@@ -2878,7 +2846,6 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
 # The numbers are not read at all, at first. `np.memmap` makes an array of a file, and the system fetches
 # those of its pages that somebody looks at: to let a model write, the third of the file that is the model is
 # enough. Only for the SHA-256 everything has to be read once, a megabyte at a time.
-
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2",
           "I8": "i1", "U8": "u1", "BOOL": "?"}  # their names in a file, and numpy's
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
@@ -2948,7 +2915,6 @@ def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
 
 # The numbers then have to fit the model. All are looked at before the first one is used: a model that is half
 # the old one and half the new one would be worse than either.
-
 def load_array(tensor: Tensor, array: np.ndarray) -> None:
     """Write the numbers of `array` into the memory of `tensor`, of the same shape, where recordings look for
     them."""
@@ -2987,7 +2953,6 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) 
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
 # whatever you add to it is saved as well. `read_checkpoint` reads and checks a file once; `restore` and
 # `model_of` use what it has found.
-
 FORMAT = "minimiggy 3"
 Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
 
@@ -3010,8 +2975,8 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; ValueError if the text is not of that kind. (Merges from an enemy could double the length
-    of a token forty times, and so take all memory.)"""
+    """The opposite; ValueError if the text is not of that kind. (Merges in a hostile file could double the
+    length of a token forty times, and so take all memory.)"""
     try:
         saved = json.loads(text)
         if saved["name"] == "gpt2":
@@ -3028,11 +2993,15 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
         raise ValueError("its tokenizer is none of ours") from error
     return BPETokenizer("bpe", merges)
 
+# The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say, all
+# shapes are the same. So a file also has a checksum of part I's operations and layers.
+PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ for layer in LAYERS))
+
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
     disk does not take it."""
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
-    metadata = {"format": FORMAT, "iter_num": str(iter_num)}
+    metadata = {"format": FORMAT, "iter_num": str(iter_num), "made_by": PART_ONE}
     metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
     if model.tokenizer:
         metadata["tokenizer"] = tokenizer_to_json(model.tokenizer)
@@ -3059,6 +3028,9 @@ def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) 
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
             raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
     fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path)
+    if checkpoint.metadata.get("made_by", PART_ONE) != PART_ONE:
+        print(f"minimiggy: {checkpoint.path} was saved while part I had other layers or operations than it has "
+              "now: what this model computes may be something else", file=sys.stderr)
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
@@ -3073,11 +3045,10 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 GPT.save_checkpoint = save_checkpoint
 GPT.load_checkpoint = load_checkpoint
 
-# A checkpoint also says which model to make, and a file from an enemy could ask for a thousand layers of
+# A checkpoint also says which model to make, and a hostile file could ask for a thousand layers of
 # 65536 channels. So before one is made, we compare how many numbers it would take with how many there are.
 # The comparison is a rough one, since your model may be another than GPT-2; what really fits, `restore` finds
-# out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
-
+# out.
 def size_of(config: GPTConfig) -> int:
     """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
     a row of C for each token and each position."""
@@ -3091,7 +3062,7 @@ def config_from(kind: type, text: str):
         check_config(config)
         return config
     except UserError as error:
-        raise Damaged(f"its {kind.__name__} says that {error}") from error
+        raise Damaged(f"its {kind.__name__} is impossible: {error}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"its {kind.__name__} has other fields than ours") from error
 
@@ -3129,7 +3100,6 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT
 # is taken. On a short text they are two different ones: a model that has read the same 100 KB thirty times
 # begins to know them by heart, and from then on each exam on unknown text goes worse than the one before.
 # Which one was the best is not marked in the files; the log says it, and so nothing has to be kept in step.
-
 def step_of(path: Path) -> int | None:
     """The step in the name of a checkpoint; None for any other file."""
     match = re.fullmatch("ckpt_([0-9]{1,9})", path.stem)
@@ -3207,7 +3177,6 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 # the model and the text alone, and not on how many windows are computed at a time. On the way that is done,
 # too, as long as it takes no more than 80 batches: 110 KB, a tenth of tiny Shakespeare, take 61. In a longer
 # text a few windows have to do, evenly spread and always the same ones, so that two exams can be compared.
-
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
 
@@ -3252,7 +3221,6 @@ def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
 # What has been measured is kept in a table, log.csv, and what the model has written in samples.txt, which
 # looks as it did on the screen. Both are written anew, whole, at each save. A run that goes on from step 600
 # reads them as far as that step and drops the rest, which it is going to do again.
-
 COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
 
 class TrainingFailed(Exception):
@@ -3280,7 +3248,6 @@ def sample_blocks(file: Path, start: int) -> list[str]:
 
 # A text can be too short for a model that looks at T tokens at once, and token ids that somebody brings along
 # can belong to another tokenizer. Both are noticed before the first step.
-
 def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
     """Token ids as an array; UserError if there are too few for one block, or some that the model does not
     know."""
@@ -3318,7 +3285,6 @@ def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[
 # Speed is measured in laps, from one row of the log to the next; an exam or a save ends a lap, so that its
 # time is not counted. What can wait is made when it is first needed: a run that stops early never compiles an
 # exam.
-
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
 
@@ -3485,7 +3451,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
 
 # A parameter that the loss does not depend on keeps its first numbers for ever. In a model that was changed,
 # that is easily forgotten, and nobody would notice: the loss falls all the same. So it is said.
-
 def untrained(model: GPT) -> list[str]:
     """The names of a model's parameters that have no part in its loss."""
     if is_as_in_part_one(model):
@@ -3501,7 +3466,6 @@ def untrained(model: GPT) -> list[str]:
 # default a signal ends a program on the spot. Ours only notes that it came. The loop above then finishes its
 # step, saves, and leaves. Whoever cannot wait sends a second one, which ends the program at once: the last
 # checkpoint is whole.
-
 @contextmanager
 def finishing_the_step():
     """In the `with` block, signals are put into a list, which it yields, in place of ending the program."""
@@ -3527,7 +3491,6 @@ def finishing_the_step():
 # Two runs in one folder would delete each other's checkpoints, so the first one takes a lock, and the second
 # one is told. The system locks open files, and a folder can be opened like one. It gives a lock back when the
 # program that holds it ends, however it ends; a file named "lock" would still be there after a power cut.
-
 @contextmanager
 def alone(out_dir: Path):
     """In the `with` block, nobody else trains in this folder; UserError if somebody does. What a program that
@@ -3586,7 +3549,6 @@ def set_aside(out_dir: Path, start: int) -> None:
 
 # The sizes of a config say which parameters a GPT-2 has, and of which shapes: per block two norms, and four
 # linear layers with a weight and a bias each.
-
 def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The parameters of a GPT-2 of this size: their shapes by name."""
     C = config.n_embd
@@ -3602,7 +3564,6 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 # And this is what it computes with them. Compare it with part I: it is the same, line by line, in another
 # library and for a single passage. `p` holds the parameters by name.
-
 def gpt2_logits(p: dict[str, np.ndarray], ids: np.ndarray, config: GPTConfig) -> np.ndarray:
     """GPT-2 in numpy: parameters by name and ids (T,) -> logits (T, V), float32."""
     T = len(ids)
@@ -3664,7 +3625,6 @@ def check_is_gpt2(model: GPT) -> None:
 
 # In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
 # written as a character that can be seen, and the token " the" reads "Ġthe".
-
 def letters() -> dict[int, str]:
     """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
     others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
@@ -3707,7 +3667,6 @@ def earlier_parts(token: str, ids: dict[str, int]) -> tuple[int, int]:
 
 # *Which files?* A folder that `from_pretrained` of Hugging Face's transformers loads has the weights, a
 # config.json, and the tokenizer in two forms, an older and a newer one.
-
 GPT2 = {  # what a config.json may say that is true of part I; we write the first of each
     "model_type": ["gpt2"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
     "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
@@ -3755,7 +3714,6 @@ def export(model: GPT, folder: Path) -> None:
 # Coming in, a model is a file of weights with a config.json and perhaps a tokenizer beside it. Large models
 # are cut into several files, and an index says which tensor is in which. Older ones are pickles, which can
 # contain programs and are not opened here.
-
 HUB = "https://huggingface.co/openai-community"
 HUB_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 INDEX = "model.safetensors.index.json"
@@ -3774,7 +3732,6 @@ def read_json(path: Path) -> dict:
 # A tokenizer in the folder can be used if ours would give the same numbers. So we make one from its list of
 # tokens, and compare all that it knows with that list. If they differ, it is of another kind; the model can
 # be used without.
-
 def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
     a model with its 50257 tokens."""
@@ -3831,7 +3788,6 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 # The weights tell nearly everything: V, C and T are the shapes of two tables, and the layers can be counted.
 # But the number of heads stands nowhere in them, and neither does the activation. That is what the
 # config.json is for, and whatever it says must be true of part I.
-
 def check_told(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
@@ -3882,7 +3838,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     for name in arrays:
         mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
         if not mask and name not in tensors:
-            raise UserError(f"{path} has {brief(name, 60)}, which this GPT has not")
+            raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
     fill(tensors, arrays, path)
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
@@ -3896,7 +3852,6 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 # A log is a file like any other: an editor, a full disk or somebody's script may have been at it. A row
 # without a step is a damaged log. A value that is no number only means that the run blew up there, and is
 # left out of the pictures.
-
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError if it is not the log of a
     run."""
@@ -3928,7 +3883,6 @@ def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]
 # A terminal shows letters, but Unicode has letters that are drawings: a braille character is a grid of 4 rows
 # of 2 dots, each of which may be raised or not. Its number is 0x2800 plus one bit for each dot, with the bits
 # as in DOTS. So 56 x 8 characters are a screen of 112 x 32 dots.
-
 DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # for the rows from the top down: the left dot, the right dot
 
 def chart(rows: list[tuple[float, float]]) -> str:
@@ -3960,7 +3914,6 @@ def chart(rows: list[tuple[float, float]]) -> str:
 # things are easy to get wrong. The losses of the first steps are so high that they would press everything
 # else together, so the first tenth of the run may leave the picture at the top. And names of runs that end
 # alike would be printed over each other, so each is moved up until it is clear of the one below.
-
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}
 
@@ -4035,7 +3988,6 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
 # does the same and takes notes. And a model runs its blocks one after the other, so in the copy each block is
 # put into a function that notes what comes out. The copy has the model's own tensors and computes with its
 # own methods, whatever a reader has made of them; nothing here repeats how a GPT computes.
-
 class Watching:
     """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
     def __init__(self, ops: Plain):
@@ -4102,7 +4054,6 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
 #
 # So the weights come out of the operation that runs, flash attention or a reader's own, and not from a second
 # version of the formula, which might say something else.
-
 def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
     operation as `record` makes it, for arrays; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it
@@ -4144,7 +4095,6 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
 # others in groups of nearly the same logit: how many they are, and an average that makes the sum of their
 # probabilities right at temperature 1, and nearly so at others. The average is that of exp(logit), since it
 # is the powers that are added up: two tokens with the logits 0 and 0.2 weigh as much as two with 0.105.
-
 def expectation(logits: np.ndarray, names: list[str]) -> dict:
     """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and
     `tail`, [how many, height]."""
@@ -4169,7 +4119,6 @@ def as_shares(logits: np.ndarray) -> np.ndarray:
 # start, the stream is hardly more than the token's own row, and which row is most like it? Itself. So at
 # first most tokens "expect" themselves, and the first block has to talk them out of it. ("The logit lens":
 # nostalgebraist 2020.)
-
 def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list[str]) -> dict:
     """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
     norm and the head read the stream before the first block, and after each. ValueError if what they read at
@@ -4189,7 +4138,6 @@ def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list
 # alone. So the windows overlap by half, and of all but the first only the second half counts: each token is
 # seen with at least half a window before it. With T = 64, eight windows at 0, 32, 64 and so on have 288
 # tokens.
-
 PASSAGE = 288  # tokens of the validation text that the page shows
 
 def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
@@ -4221,7 +4169,6 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: l
 # space of C dimensions, it takes the two along which the commonest tokens are spread most. The singular value
 # decomposition finds them. Two of 128 directions are a small part of what there is, so tokens can be close on
 # the map and yet differ; but in ours, capitals, endings and whole words fall apart as clearly as continents.
-
 def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
     """What the page says about a model's embedding table: `near`, for up to 1000 tokens the eight that are
     most alike, [token, cosine]; and a map, `atlas`, of up to 100, [token, x, y] in percent."""
@@ -4246,7 +4193,6 @@ def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
 
 # *How did it learn?* That stands in the run's folder. The first tenth of the run may leave the picture at the
 # top, as in the pictures of chapter 28, and what was written on the way is shown as it was kept.
-
 def story(folder: Path | None) -> dict:
     """A run's curves, [step, loss], for both texts, and its samples; UserError if it has no log."""
     if folder is None:
@@ -4270,7 +4216,6 @@ def story(folder: Path | None) -> dict:
 
 # *How do we write a token?* As its text; one that is no text, such as half a character, by its bytes. How a
 # token was merged is found out as it is for Hugging Face's files, in chapter 27.
-
 def in_letters(tokenizer: BPETokenizer, token: int) -> str:
     """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
     raw = tokenizer.decode_bytes(token)
@@ -4298,7 +4243,6 @@ def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> d
 # model has many heads, since each head has a weight for each pair of tokens: 150,000 weights take half a
 # megabyte. And a section may be impossible: a file is not there any more, or a reader's own model has nothing
 # of the kind. Then the page says so in that place, and shows the others.
-
 def or_else(what: str, make, *arguments) -> dict:
     """What `make` gives, a section for the page; if that fails, what to say in its place: that `what` is
     missing, and why."""
@@ -4348,7 +4292,6 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
 # The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
 # anything; so every sign that could end the script or begin a tag is written by its number, which JSON
 # allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
-
 def write_page(content: dict, path: Path) -> None:
     """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
     it."""
@@ -4368,7 +4311,6 @@ def write_page(content: dict, path: Path) -> None:
 # seconds. The losses are part I's, in plain operations; the gradients are those that training uses, from part
 # II's programs where there are any. If you have changed the model, this is the check to run. Each gradient is
 # taken twice, on two batches, since one that was added to another by mistake looks right the first time.
-
 def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, np.ndarray]:
     """The slopes of the plain loss on each batch, by the parameters' names, from finite differences in
     float64: of shape (N, ...) for a parameter of shape (...). `batches` (N, 2, B, T) int32: what is read,
@@ -4399,7 +4341,6 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
     return slopes
 
 # What training uses is a single line of part I: the loss, and its gradient for all parameters at once.
-
 def gradients_of(model: GPT, batch: np.ndarray) -> dict[str, np.ndarray]:
     """The gradients that training uses, by the parameters' names, of the loss on a batch (2, B, T)."""
     named = model.parameters()
@@ -4446,7 +4387,6 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
 # more of its size, one for the gradient of the weights and one for that of the input. So a weight costs 6 for
 # each token. Attention compares each token with T / 2 others on average, C operations for the scores and C
 # for the values: T C.
-
 def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
     """The floating-point operations that a training step cannot do without."""
     tokens = train_config.grad_accum * train_config.batch_size * config.block_size
@@ -4469,7 +4409,6 @@ def peak_memory() -> float:
 
 # The first steps compile and record, so they are not counted. Writing is timed from where the context is
 # full, since from there on it goes on like that for ever.
-
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
     model = GPT(config, backend)
@@ -4500,7 +4439,6 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
 # besides.
-
 def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int) -> tuple:
     """About how many bytes a run takes: for its parameters, in so many copies, and for its batches."""
     L = config.n_layer
@@ -4511,9 +4449,8 @@ def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, 
     passages = 32 * train_config.grad_accum * tokens
     return 4 * copies * size_of(config), a_token * tokens + passages
 
-# How much there is, the system tells: on Linux in a file that is none, /proc/meminfo. A container may be
+# How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container may be
 # allowed less. Where nobody tells, we hope for the best.
-
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
     limits = [math.inf]
@@ -4547,7 +4484,6 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
 # A newcomer's first meeting with a program is often a mistake, and what they see then decides whether they
 # stay. So every mistake gets one line that names the flag or the file and says what to do. Nothing is
 # written, moved or deleted before all flags, files and texts have been looked at.
-
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200,
             "learning_rate": 4e-3}
 
@@ -4562,7 +4498,6 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # learning down, and is a waste where a text is read once. So the share is no number of a recipe; it follows
 # from how often the text is read: 1 % for each time, up to 30 %. And 40 times are enough for any text, so a
 # short one gets fewer steps.
-
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
@@ -4588,7 +4523,6 @@ class Parser(argparse.ArgumentParser):
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
 # configs, whose flags, help texts and defaults are read off chapter 5 and the table of knobs. `argparse` does
 # the rest.
-
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
     parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
@@ -4658,7 +4592,6 @@ def add_knobs(group, kind: type) -> None:
 
 # Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
 # typed one wrong number need not wait for a download to hear of it.
-
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
@@ -4680,7 +4613,6 @@ def check_flags(args: argparse.Namespace) -> None:
 # *With which operations?* With part II's where they run, on all cores, unless the flags say otherwise. There
 # is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
 # model.
-
 def choose_backend(args: argparse.Namespace) -> Plain:
     """The operations that the flags ask for; UserError if --devices is given where it means nothing."""
     backend = PLAIN if args.plain else BACKENDS[-1]
@@ -4697,7 +4629,6 @@ def choose_backend(args: argparse.Namespace) -> Plain:
 # next: a resumed run goes on as it began. Then come the recipe of an --effort, the defaults of this chapter,
 # and last those of part I. The smallest learning rate, unless it is given, is a tenth of the largest, or with
 # a recipe zero.
-
 def chosen(args: argparse.Namespace, kind: type, saved=None):
     """A config of a `kind`: each field from the user's flag, else from a `saved` config, else from the recipe
     of --effort, else the command line's default, else part I's. UserError if a value cannot be."""
@@ -4747,9 +4678,9 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
         wanted = getattr(args, name)
         if wanted not in (None, value):
             raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
-                            "leave the flag away, or --train a new model")
+                            "leave the flag out, or --train a new model")
     if tokenizer is None and not args.export:
-        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot be talked to")
+        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot read or write text")
     return opened
 
 # *Which text?* It is needed as token ids, together with a few facts about it: its name, so that a resumed run
@@ -4786,7 +4717,6 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
 # text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
 # wrong text or the wrong size, one sees it before an hour has passed. How long it will take is said a moment
 # later, when a few steps have been measured (chapter 26).
-
 def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
     return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
@@ -4922,7 +4852,6 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
 
 # *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
 # that other programs can use it.
-
 def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     """--eval-only: the loss on all of the validation text, each token counted once, whatever the batch
     size."""
@@ -4995,7 +4924,6 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
 # know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
 # what the model expects next, and how to see the rest.
-
 def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
@@ -5042,7 +4970,6 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
-
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)
@@ -5079,7 +5006,6 @@ def run(args: argparse.Namespace) -> int:
 # the line says what it was and where, so that whoever mends it has something to go by. Exit codes tell
 # scripts the same: 2 for the user's mistakes, 1 for a run that failed, 70 for our mistakes, 128 and more for
 # signals.
-
 def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     """The exit code and the line for an error."""
     if isinstance(error, KeyboardInterrupt):
