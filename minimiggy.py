@@ -1191,28 +1191,37 @@ class Kernel:
         for block, i, j in self.loop(N // strip, M, strip):
             yield i, block * strip + j
 
-    def fold(self, n: int, first: float, step):
-        """`total = first; for i < n: total = step(total, i)`, in 16 lanes side by side, which a vector
-        register holds. (A compiler may not change the order of a sum by itself.) Returns the lanes'
-        totals."""
+    def fold(self, n: int, first: float, *steps):
+        """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by side,
+        which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns the
+        lanes' totals, a list for each step."""
         width = min(n, 16)
-        lanes = self.array(width)
+        lanes = self.array(len(steps), width)
         for lane in self.loop(width):
-            lanes[lane] = first
+            for number in range(len(steps)):
+                lanes[number, lane] = first
         for i, lane in self.loop(n // width, width):
-            lanes[lane] = step(lanes[lane], i * width + lane)
+            for number, step in enumerate(steps):
+                lanes[number, lane] = step(lanes[number, lane], i * width + lane)
         if n % width:
             for lane in self.loop(n % width):
-                lanes[lane] = step(lanes[lane], n - n % width + lane)
-        return [lanes[lane] for lane in range(width)]
+                for number, step in enumerate(steps):
+                    lanes[number, lane] = step(lanes[number, lane], n - n % width + lane)
+        return [[lanes[number, lane] for lane in range(width)] for number in range(len(steps))]
+
+    def sums(self, n: int, *terms):
+        """The sum of term(i) over i < n, for each of some terms."""
+        steps = [lambda total, i, term=term: total + term(i) for term in terms]
+        return [sum(lanes) for lanes in self.fold(n, 0.0, *steps)]
 
     def sum(self, n: int, term):
         """The sum of term(i) over i < n."""
-        return sum(self.fold(n, 0.0, lambda total, i: total + term(i)))
+        return self.sums(n, term)[0]
 
     def max(self, n: int, term):
         """The largest term(i) over i < n."""
-        return functools.reduce(UOp.maximum, self.fold(n, -1e30, lambda top, i: top.maximum(term(i))))
+        lanes = self.fold(n, -1e30, lambda top, i: top.maximum(term(i)))[0]
+        return functools.reduce(UOp.maximum, lanes)
 
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
@@ -1414,31 +1423,67 @@ def weights_and_bias_back(k, dw, db, x, dy):
     """The same, and db (O,)."""
     weights_back(k, dw, x, dy, db=db)
 
-# 15.3 A single row
+# 15.3 A few rows
 #
-# When writing, there is one token at a time: x has a single row, and every weight is used once. All depends
-# on how quickly weights come from memory. Eight rows, far apart, are read side by side, since the processor
-# follows several streams at once: 26 GB a second instead of 17, on one core.
+# When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight that
+# has come from memory is used once or a few times. So all depends on how quickly weights come. The processor
+# notices when we go straight on, and then fetches ahead. If every core has a part of the rows of w, it goes
+# through one piece of memory from end to end: at 384 x 384, 120 GB a second on two cores (from the second
+# store), and 55 where w is too large for that. When each core had a half of every row, they were 47 and 40.
+#
+# The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
 
-def matvec(k, y, x, w, bias=None):
-    """y (N,) = x (K,) @ w (K, N), plus a bias (N,)."""
-    K, N = w.shape
+FEW = 8  # rows of x for which this is the quicker way
+
+def parts_of(K: int, cores: int) -> tuple[int, int]:
+    """For w of K rows: how many are read side by side, and in how many parts they are shared out."""
     streams = divisor(K, 8)
-    for j in k.share(N):
-        y[j] = 0.0 if bias is None else bias[j]
-    for i in k.loop(K // streams):
-        rows = [i + stream * (K // streams) for stream in range(streams)]
+    return streams, divisor(K // streams, cores)
+
+def matvec(k, parts, x, w):
+    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w."""
+    K, N = w.shape
+    P, R, _ = parts.shape
+    streams, _ = parts_of(K, k.cores)
+    width = divisor(N, 4096 // R)  # columns whose sums stay in the first store
+    steps = K // streams // P
+    for part in k.share(P):
+        for block in k.loop(N // width):
+            for r, j in k.loop(R, width):
+                parts[part, r, block * width + j] = 0.0
+            for i in k.loop(steps):
+                rows = [(part * streams + stream) * steps + i for stream in range(streams)]
+                factors = [[x[r, row] for row in rows] for r in range(R)]
+                for j in k.loop(width):
+                    column = block * width + j
+                    weights = [w[row, column] for row in rows]
+                    for r in range(R):
+                        terms = (a * b for a, b in zip(factors[r], weights, strict=True))
+                        parts[part, r, column] = sum(terms, parts[part, r, column])
+
+def add_parts(k, y, parts, bias=None, *_):
+    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,). (The rest is for the way back.)"""
+    P, R, N = parts.shape
+    for r in range(R):
         for j in k.share(N):
-            y[j] = sum((x[row] * w[row, j] for row in rows), y[j])
+            before = 0.0 if bias is None else bias[j]
+            y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
 def dot_rows(k, y, x, table):
-    """y (V,) = table (V, C) @ x (C,): each row of the table times x."""
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C). A sum must wait for each addition before the next, so
+    some are on their way at a time."""
     V, C = table.shape
-    part = -(-V // k.cores)
-    for core in k.share(k.cores):  # V need not be divisible: the last part steps back
-        first = step_back(core, part, V)
-        for i in k.loop(part):
-            y[first + i] = k.sum(C, lambda c: table[first + i, c] * x[c])
+    R = x.rows
+    size = pieces(V, k.cores)
+    at_once = max(1, 4 // R)
+    for core in k.share(pieces(V, size)):  # the last part steps back where V is not divisible, and so do rows
+        first = step_back(core, size, V)
+        for i in k.loop(pieces(size, at_once)):
+            row = first + (step_back(i, at_once, size) if size > at_once else 0)
+            places = [(r, row + extra) for r in range(R) for extra in range(min(at_once, size))]
+            terms = [lambda c, r=r, v=v: x[r, c] * table[v, c] for r, v in places]
+            for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
+                y[r, v] = total
 
 # === Chapter 16. Flash attention
 #
@@ -1731,14 +1776,17 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #         lines[n].program(lines[n].arguments ..., my core's number);
 #         mine = n + 1;                                  // tell the others that I am done with n + 1 kernels,
 #         for (t = 0; t < threads; t++)                  // and wait until they are, too: the next kernel
-#             while (done[t] < n + 1)                    // may need what they have computed
-#                 let_others_run();
+#             for (turn = 0; done[t] < n + 1; turn++)    // may need what they have computed
+#                 (turn < 4000 ? go_on : rest)();
 #     }
 #
-# That takes 1.4 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
-# compiler.
+# `go_on` is C's abs, which does nothing here, and `rest` its sched_yield, which lets other programs run. Asking
+# the system takes longer than most waits, so it is asked only when one is long: a thread may be off its core.
+# All that takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
+# compiler, and that has no other way of not calling something.
 
-WIDTH = 64  # words in a line: the program, at most 62 arguments, and the address of C's sched_yield
+WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
+PATIENCE = 4000
 
 def replay_program(threads: int):
     """The loop above. Its own arguments are the list, the length of the list, the place of `mine`, and all
@@ -1747,15 +1795,19 @@ def replay_program(threads: int):
     length = UOp.param(1, dtypes.int, (1,))
     mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
     done = UOp.param(3, dtypes.uint64, (8 * threads,), volatile=True)  # 8: each thread has a cache line
+    turns = UOp.placeholder((1,), dtypes.int, 1000, addrspace=AddrSpace.REG)
     n = UOp.range(length[0].load(), 0)
     count = n.cast(dtypes.uint64) + 1
-    line = [lines.after(n)[n * WIDTH + word].load() for word in range(WIDTH - 1)]
+    *line, go_on, rest = [lines.after(n)[n * WIDTH + word].load() for word in range(WIDTH)]
     call = line[0].call(*line[1:], ret_dtype=dtypes.void)
     last = mine.after(UOp(Ops.BARRIER, src=(call,)))[0].store(count)
     for thread in range(threads):
+        last = turns.after(last)[0].store(0)
         loop = UOp.loop(1 + thread)
-        nap = lines.after(last, loop)[n * WIDTH + WIDTH - 1].load().call(ret_dtype=dtypes.void)
-        seen = done.after(last, nap)[thread * 8].load()
+        turn = turns.after(last, loop)[0].load()
+        nap = (turn < PATIENCE).where(go_on, rest).call(ret_dtype=dtypes.void)
+        last = turns.after(nap)[0].store(turn + 1)
+        seen = done.after(last)[thread * 8].load()
         last = seen.end(loop, seen < count)
     end = UOp(Ops.BARRIER, src=(last,)).end(n)
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
@@ -1763,13 +1815,14 @@ def replay_program(threads: int):
 class Crew:
     """Calls all kernels of a recording, on so many threads. The numbers do not depend on how many."""
     def __init__(self, calls: list, threads: int):
-        rest = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+        library = ctypes.CDLL(None)
+        go_on, rest = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.abs, library.sched_yield))
         lists = [[] for _ in range(threads)]
         for address, arguments, shares in calls:
             lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
-            lines += [[rest]] * (-shares % threads)                          # who has no share rests
+            lines += [[go_on]] * (-shares % threads)                         # who has no share waits
             for i, line in enumerate(lines):
-                lists[i % threads].append(line + [0] * (WIDTH - 1 - len(line)) + [rest])
+                lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
         self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
         self.length = np.array([len(lists[0])], np.int32)
         self.done = np.zeros((threads, 8), np.uint64)
@@ -1914,8 +1967,13 @@ class Fast(Plain):
             gradients = self.run(kernel, results, [x, dy])[:len(results)]
             return None, dx.uop, *(gradient.uop for gradient in gradients)
         y = Tensor.empty(*x.shape[:-1], weight.shape[1])
-        kernel = matvec if x.numel() == weight.shape[0] else matmul
-        return self.run(kernel, [y], [x, weight, *biases], back)[0]
+        rows = x.numel() // weight.shape[0]
+        if rows > FEW:
+            return self.run(matmul, [y], [x, weight, *biases], back)[0]
+        _, n = parts_of(weight.shape[0], self.cores)
+        parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
+        back_from_parts = lambda dy, call: (None, *back(dy, call))
+        return self.run(add_parts, [y], [parts, *biases, x, weight], back_from_parts)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
@@ -1975,8 +2033,8 @@ class Fast(Plain):
             dtable = self.run(weights_back, [Tensor.empty(*table.shape)], [dy, x])[0]
             return None, dx.uop, dtable.uop
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
-        if x.numel() == table.shape[1]:
-            return self.run(dot_rows, [y.reshape(-1)], [x, table], back)[0].reshape(y.shape)
+        if x.numel() <= FEW * table.shape[1]:
+            return self.run(dot_rows, [y], [x, table], back)[0]
         return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
 
     @instead_of("cross_entropy", "722afa913ccb")
