@@ -1972,8 +1972,11 @@ class Fast(Plain):
             return self.run(matmul, [y], [x, weight, *biases], back)[0]
         _, n = parts_of(weight.shape[0], self.cores)
         parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
-        back_from_parts = lambda dy, call: (None, *back(dy, call))
-        return self.run(add_parts, [y], [parts, *biases, x, weight], back_from_parts)[0]
+
+        def back_past_parts(dy, call):
+            _, dx, dweight, *dbias = back(dy, call)
+            return None, None, *dbias, dx, dweight
+        return self.run(add_parts, [y], [parts, *biases, x, weight], back_past_parts)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
