@@ -1461,9 +1461,11 @@ def matvec(k, parts, x, w):
                         terms = (a * b for a, b in zip(factors[r], weights, strict=True))
                         parts[part, r, column] = sum(terms, parts[part, r, column])
 
-def add_parts(k, y, parts, bias=None, *_):
-    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,). (The rest is for the way back.)"""
+def add_parts(k, y, parts, *others, biased: bool):
+    """y (R, N): the sum of all parts (P, R, N), plus, if `biased`, a bias (N,), which comes first among the
+    others. (They are here for the way back.)"""
     P, R, N = parts.shape
+    bias = others[0] if biased else None
     for r in range(R):
         for j in k.share(N):
             before = 0.0 if bias is None else bias[j]
@@ -1976,7 +1978,8 @@ class Fast(Plain):
         def back_past_parts(dy, call):
             _, dx, dweight, *dbias = back(dy, call)
             return None, None, *dbias, dx, dweight
-        return self.run(add_parts, [y], [parts, *biases, x, weight], back_past_parts)[0]
+        return self.run(add_parts, [y], [parts, *biases, x, weight], back_past_parts,
+                        biased=bias is not None)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
