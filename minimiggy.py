@@ -820,6 +820,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 import ast
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -831,7 +832,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 from tinygrad import Context, Device
 
@@ -1508,9 +1512,10 @@ def dot_rows(k, y, x, table):
 
 LANES = TILE[1]  # queries in a block
 
-def flash(k, y, lse, qkv, keys=None, values=None):
+def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
-    exponentials. Writing text, B = 1, it also leaves keys and values in the caches (1, H, S, D)."""
+    exponentials. To go on reading a text, B = 1, it puts its keys and values into the caches (1, H, S, D), where
+    the text has a stretch that begins at `start` (1,); those from `position` (T,) on are new."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -1523,10 +1528,16 @@ def flash(k, y, lse, qkv, keys=None, values=None):
     for bh in k.share(B * H):
         b = bh // H
         h = bh % H
+        key = lambda j, d: qkv[b, j, 1, h, d]
+        value = lambda j, d: qkv[b, j, 2, h, d]
+        before = 0  # tokens that the text has before these
         if keys is not None:
+            before = position[0]
             for t, d in k.loop(T, D):
-                keys[b, h, t, d] = qkv[b, t, 1, h, d]
-                values[b, h, t, d] = qkv[b, t, 2, h, d]
+                keys[0, h, start[0] + before + t, d] = key(t, d)
+                values[0, h, start[0] + before + t, d] = value(t, d)
+            key = lambda j, d: keys[0, h, start[0] + j, d]
+            value = lambda j, d: values[0, h, start[0] + j, d]
         for block in k.loop(T // Q):
             i0 = block * Q
             for i in k.loop(Q):
@@ -1535,13 +1546,12 @@ def flash(k, y, lse, qkv, keys=None, values=None):
             for d, i in k.loop(D, Q):
                 query[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5
                 out[d, i] = 0.0
-            for key_block in k.loop(block + 1):  # of those that some query of this block may see
+            for key_block in k.loop((before + i0 + Q - 1) // Q + 1):  # those that some query here may see
                 j0 = key_block * Q
                 for i in k.loop(Q):
                     old_top[i] = top[i]
-                key = lambda j, d: qkv[b, j0 + j, 1, h, d]
-                for j, i, s in product(k, Q, Q, D, key, query.at):
-                    score[j, i] = (j0 + j <= i0 + i).where(s, -1e30)
+                for j, i, s in product(k, Q, Q, D, lambda j, d: key(j0 + j, d), query.at):
+                    score[j, i] = (j0 + j <= before + i0 + i).where(s, -1e30)
                     top[i] = top[i].maximum(score[j, i])
                 for i in k.loop(Q):
                     fade[i] = exp(old_top[i] - top[i])
@@ -1549,8 +1559,7 @@ def flash(k, y, lse, qkv, keys=None, values=None):
                 for j, i in k.loop(Q, Q):
                     score[j, i] = exp(score[j, i] - top[i])
                     total[i] += score[j, i]
-                value = lambda d, j: qkv[b, j0 + j, 2, h, d]
-                for d, i, s in product(k, D, Q, Q, value, score.at):
+                for d, i, s in product(k, D, Q, Q, lambda d, j: value(j0 + j, d), score.at):
                     out[d, i] = out[d, i] * fade[i] + s
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
@@ -2015,10 +2024,12 @@ class Fast(Plain):
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
         if cache is not None:
-            keys, values = cache.room(B, H, D)
-            if T == 1:
-                return self.run(attend, [y, keys, values], [qkv, in_memory(position)])[0]
-            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, keys, values])[0]
+            check("attention", B == 1, qkv)
+            memory = cache.room(H, D)
+            where = in_memory(position), in_memory(cache.start)
+            if cache.start.shape == position.shape:
+                return self.run(attend, [y, *memory], [qkv, *where], most=cache.S)[0]
+            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, *memory, *where])[0]
 
         def back(dy, call):
             y = Tensor(call.src[1].after(call))
@@ -2140,29 +2151,42 @@ if KNOWN:
 # earlier tokens compute does not depend on the later ones: their keys and values are what they were. So we
 # keep these (the *KV cache*) and compute the new token alone: one query against the keys of all before it.
 #
-# When block_size tokens are there, the older half is let go and the newer half read again, at once, from
-# place 0 on. So at least half a context is always remembered, and the extra work stays small. What comes out
-# must be what `write` writes; the tests compare.
+# When block_size tokens are there, the older half is let go and the newer half read again, from place 0 on. So
+# at least half a context is always remembered, and the extra work stays small. What comes out must be what
+# `write` writes; the tests compare.
+#
+# Several texts can be written side by side: then a weight that has come from memory serves all of them. They
+# have different lengths, and soon one of them begins anew while the others go on, so they are no batch (B, T).
+# But for all layers except attention a token is a token. So we hand over one row (1, T) of T tokens, each at a
+# place of its own, and only the cache knows which text each belongs to. It has a long stretch of memory, S
+# places for each text; where the stretch of a token's text begins is its `start`.
+#
+# A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of chapter
+# 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are three: a
+# prompt of 1,000 tokens is read in pieces of 256, and the last piece steps back to end where the prompt does.
+# What it reads twice is the same the second time.
 
-def attend(k, y, keys, values, qkv, position):
-    """Attention of one new token, qkv (B, 1, 3, H, D), at position (1,) -> y (B, 1, H, D). Its key and value
-    first take their place in the caches (B, H, S, D)."""
-    B, H, S, D = keys.shape
-    score = k.array(S)
+def attend(k, y, keys, values, qkv, position, start, *, most: int):
+    """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at place
+    position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and value
+    first take their place."""
+    _, T, _, H, D = qkv.shape
+    score = k.array(most)
     top = k.array(1)
     total = k.array(1)
-    last = position[0] if S > 1 else 0  # (an index that is always 0 vanishes, and would leave a bare load)
-    for bh in k.share(B * H):
-        b = bh // H
-        h = bh % H
+    for th in k.share(T * H):
+        t = th // H
+        h = th % H
+        last = position[t]
+        first = start[t]
         for d in k.loop(D):
-            keys[b, h, last, d] = qkv[b, 0, 1, h, d]
-            values[b, h, last, d] = qkv[b, 0, 2, h, d]
-            y[b, 0, h, d] = 0.0
+            keys[0, h, first + last, d] = qkv[0, t, 1, h, d]
+            values[0, h, first + last, d] = qkv[0, t, 2, h, d]
+            y[0, t, h, d] = 0.0
         top[0] = -1e30
         total[0] = 0.0
         for j in k.loop(last + 1):
-            score[j] = k.sum(D, lambda d: qkv[b, 0, 0, h, d] * keys[b, h, j, d]) * D**-0.5
+            score[j] = k.sum(D, lambda d: qkv[0, t, 0, h, d] * keys[0, h, first + j, d]) * D**-0.5
         for j in k.loop(last + 1):
             top[0] = top[0].maximum(score[j])
         for j in k.loop(last + 1):
@@ -2170,35 +2194,44 @@ def attend(k, y, keys, values, qkv, position):
         for j in k.loop(last + 1):
             total[0] += score[j]
         for j, d in k.loop(last + 1, D):
-            y[b, 0, h, d] += score[j] / total[0] * values[b, h, j, d]
+            y[0, t, h, d] += score[j] / total[0] * values[0, h, first + j, d]
 
 class Cache:
-    """The keys and values of one block, (B, H, S, D) each, S = block_size."""
-    def __init__(self, S: int):
+    """The keys and values of one block, (1, H, texts * S, D) each: S places for each of some texts. `start`
+    says where the text of each new token begins, (T,), or that of all of them, (1,)."""
+    def __init__(self, S: int, texts: int):
         self.S = S
-        self.keys = None
-        self.values = None
+        self.texts = texts
+        self.memory = None
+        self.start = Tensor.zeros(1, dtype=dtypes.int32)
 
-    def room(self, B: int, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    def at(self, start: Tensor) -> Cache:
+        """The same memory, for tokens of other texts."""
+        other = copy(self)
+        other.start = start
+        return other
+
+    def room(self, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
-        if self.keys is None:
-            self.keys = Tensor(np.zeros((B, H, self.S, D), np.float32)).realize()
-            self.values = Tensor(np.zeros((B, H, self.S, width or D), np.float32)).realize()
-        return self.keys, self.values
+        if self.memory is None:
+            shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
+            self.memory = [Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes]
+        return self.memory
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put keys and values (B, H, T, D) to their `position` (T,). Returns all keys and values, (B, H, S,
-        D), and which of them each new token may see, (T, S)."""
-        B, H, T, D = k.shape
-        keys, values = self.room(B, H, D, v.shape[-1])
-        places = Tensor.arange(self.S).reshape(1, self.S)
-        position = position.reshape(T, 1)
-        here = (position == places).transpose(0, 1)                   # (S, T): token t belongs to place s
+        """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H, texts *
+        S, D), and which of them each new token may see, (T, texts * S)."""
+        _, H, T, D = k.shape
+        memory = self.room(H, D, v.shape[-1])
+        places = Tensor.arange(self.texts * self.S).reshape(1, -1)
+        start = self.start.reshape(-1, 1)
+        last = start + position.reshape(T, 1)
+        here = (last == places).transpose(0, 1)                       # (S, T): token t belongs to place s
         is_new = here.max(1, keepdim=True)                            # (S, 1)
-        for memory, new in ((keys, k), (values, v)):
-            moved = here.cast(new.dtype) @ new                        # (B, H, S, D)
-            memory.assign(is_new.where(moved, memory))
-        return keys, values, places <= position
+        for old, new in zip(memory, (k, v), strict=True):
+            moved = here.cast(new.dtype) @ new                        # (1, H, S, D)
+            old.assign(is_new.where(moved, old))
+        return *memory, (start <= places) & (places <= last)
 
 # What does that save? Without the cache, a token of a text of T costs as much as a pass over T tokens. With
 # it, all products have a single row: for T = 64, a 64th of the arithmetic. Then memory decides how fast one
@@ -2227,15 +2260,33 @@ def is_as_in_part_one(thing) -> bool:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
     return kind in (Plain, Fast, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
 
+SIDE_BY_SIDE = FEW  # texts
+
+@dataclass
+class Text:
+    """What a Writer knows of a text that it is at work on."""
+    seen: list[int]                # its newest tokens, at most block_size
+    rng: np.random.Generator
+    left: int                      # tokens still to be written
+    row: int                       # which stretch of the caches it has, as long as no other text takes it
+    done: int = 0                  # so many of the tokens seen are in the caches
+    fresh: deque = dataclasses.field(default_factory=deque)  # written, and not yet handed out
+    simple: Iterator | None = None               # part I's `write`, where that has to do it
+
 class Writer:
-    """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
-    def __init__(self, model: GPT):
+    """Writes with a model, up to `texts` texts side by side. Each Writer has caches of its own, so several can
+    be at work at a time."""
+    def __init__(self, model: GPT, texts: int = 1):
+        T = model.config.block_size
         self.model = model
-        self.half = max(1, model.config.block_size // 2)
-        self.caches = [Cache(model.config.block_size) for _ in model.h]
-        self.read_one = model.ops.record(self.read)
-        self.read_half = model.ops.record(lambda idx: self.read(idx, Tensor.arange(self.half)))
-        self.reader = None  # whose text is in the caches
+        self.texts = texts
+        self.half = max(1, T // 2)
+        self.S = pieces(T, LANES) * LANES  # (attention works on whole blocks)
+        longest = 1 << min(8, self.half.bit_length() - 1)
+        self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]  # of pieces of a prompt
+        self.caches = [Cache(self.S, texts) for _ in model.h]
+        self.programs = {}
+        self.readers = {}  # whose text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         model.parameters()
@@ -2253,62 +2304,113 @@ class Writer:
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
-        self.reader = None
+        self.readers = {}
         n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
         try:
-            want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]  # (n, V)
-            got = [self.logits([token], place) for place, token in enumerate(ids)]
-            got[self.half - 1] = self.logits(ids[:self.half], 0)             # (once more, as half a text)
+            want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]            # (n, V)
+            got = [self.logits(ids[:place + 1], place) for place in range(n)]
+            got[-1] = self.logits(ids, 0)                                # (once more, in pieces)
         except Exception:
             return False
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
 
-    def read(self, idx: Tensor, position: Tensor) -> tuple[Tensor]:
-        """Ids (1, n), at `position` (n,) -> the logits (1, 1, V) of what comes next."""
-        x = self.model.hidden(idx, None, position, self.caches)
-        return (self.model.head(x[:, -1:].contiguous()).realize(),)
+    def read(self, ids: list[int], places: list[int], rows: list[int], head=True) -> np.ndarray:
+        """Pass n tokens at certain places through the model: each of the text in a row of its own, or all of
+        that in the only row. Returns what comes out for each: the logits (n, V), or only the stream before the
+        head, (n, C)."""
+        def run(idx, position, start):
+            caches = [cache.at(start) for cache in self.caches]
+            x = self.model.hidden(idx, None, position, caches)
+            return ((self.model.head(x) if head else x).realize(),)
+        kind = len(ids), len(rows), head
+        if kind not in self.programs:
+            self.programs[kind] = self.model.ops.record(run)
+        idx, position, start = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
+        return self.programs[kind](idx, position, start * self.S)[0][0]
 
-    def logits(self, ids: list[int], place: int) -> np.ndarray:
-        """Read one token that stands at `place`, or the first `half` tokens of a text; return logits (V,)."""
-        idx = np.array([ids], np.int32)
-        if len(ids) == self.half and place == 0:
-            return self.read_half(idx)[0].reshape(-1)
-        return self.read_one(idx, np.array([place], np.int32))[0].reshape(-1)
+    def read_before_last(self, ids: list[int], done: int, row: int = 0) -> None:
+        """Read those of `ids` that have not been read, all after the first `done`, except for the last one."""
+        while done < len(ids) - 1:
+            left = [n for n in self.sizes if n <= len(ids) - done]
+            smallest = [n for n in self.sizes[-1:] if n <= len(ids)]
+            n = (left or smallest or [1])[0]
+            done = min(done + n, len(ids))
+            self.read(ids[done - n:done], list(range(done - n, done)), [row], head=n == 1)
 
-    def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
-        """Yield what part I's `write` yields, sooner."""
+    def logits(self, ids: list[int], done: int, row: int = 0) -> np.ndarray:
+        """Read `ids` after the first `done`; return the logits (V,) of what comes next."""
+        self.read_before_last(ids, done, row)
+        return self.read(ids[-1:], [len(ids) - 1], [row])[0]
+
+    def advance(self, texts: list[Text], **how) -> None:
+        """Write a token for each of some texts."""
+        for text in texts:
+            if self.readers.get(text.row) is not text:  # another text has used its stretch meanwhile
+                self.readers[text.row] = text
+                text.done = 0
+            if len(text.seen) > self.model.config.block_size:
+                text.seen = text.seen[-self.half:]
+                text.done = 0
+            self.read_before_last(text.seen, text.done, text.row)
+        # Idle rows do once more what the first one does. For a model that is not part I's we take no chances.
+        alone = len(texts) == 1 or not self.is_known
+        for group in [[text] for text in texts] if alone else [texts]:
+            full = group + group[:1] * (0 if alone else self.texts - len(group))
+            last = [text.seen[-1] for text in full]
+            logits = self.read(last, [len(text.seen) - 1 for text in full], [text.row for text in full])
+            for text, row in zip(group, logits, strict=False):
+                text.done = len(text.seen)
+                text.seen.append(draw(row, text.rng, **how))
+
+    def follow(self, text: Text, all_texts: list[Text], **how):
+        """Yield the tokens of a text. When there are none, all texts get one more."""
+        try:
+            while text.left > 0 or text.fresh:
+                if not text.fresh:
+                    at_work = [other for other in all_texts if other.left > 0]
+                    if self.remembers:
+                        self.advance(at_work, **how)
+                    for other in at_work:
+                        other.left -= 1
+                        other.fresh.append(next(other.simple) if other.simple else other.seen[-1])
+                yield text.fresh.popleft()
+        finally:
+            text.left = 0  # (nobody wants more of it)
+
+    def streams(self, prompts: list[list[int]], max_tokens: int, seed: int = 0, first: int = 0, **how) -> list:
+        """Begin a text after each of at most `texts` prompts, numbered from `first` on. Returns an iterator for
+        each, which yields what part I's `write` yields, sooner."""
+        if len(prompts) > self.texts:
+            raise ValueError(f"this Writer has room for {self.texts} texts, not for {len(prompts)}")
+        self.model.parameters()  # (what has been assigned to them is done now)
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
-        if not self.remembers:
-            yield from write(self.model, ids, max_tokens, seed, text, **how)
-            return
-        T = self.model.config.block_size
-        rng = np.random.default_rng((WRITING, seed, text))
-        seen = list(ids)[-T:]
-        done = 0                                                      # so many of them are in the caches
-        me = object()
-        self.model.parameters()  # (what has been assigned to them is done now)
-        for _ in range(max_tokens):
-            if self.reader is not me:  # another stream of this Writer has used the caches meanwhile
-                self.reader = me
-                done = 0
-            if len(seen) > T:
-                seen = seen[-self.half:]
-                done = 0
-            while done < len(seen):
-                n = self.half if done == 0 and len(seen) >= self.half else 1
-                logits = self.logits(seen[done:done + n], done)
-                done += n
-            seen.append(draw(logits, rng, **how))
-            yield seen[-1]
+        texts = []
+        for row, ids in enumerate(prompts):
+            rng = np.random.default_rng((WRITING, seed, first + row))
+            text = Text(list(ids)[-self.model.config.block_size:], rng, max_tokens, row)
+            if not self.remembers:
+                text.simple = write(self.model, ids, max_tokens, seed, first + row, **how)
+            texts.append(text)
+        return [self.follow(text, texts, **how) for text in texts]
+
+    def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
+        """The same for a single text."""
+        yield from self.streams([ids], max_tokens, seed, text, **how)[0]
+
+def write_all(writer: Writer, prompts: list[list[int]], max_tokens: int, seed: int = 0, **how):
+    """Yield an iterator over the tokens of each text, which are written in groups of as many as the writer has
+    room for."""
+    for first in range(0, len(prompts), writer.texts):
+        yield from writer.streams(prompts[first:first + writer.texts], max_tokens, seed, first, **how)
 
 def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how) -> Tensor:
     """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompts, and what the model writes after each."""
-    writer = Writer(model)
-    rows = []
-    for text, row in enumerate(x.tolist()):
-        rows.append(row + list(writer.stream(row, max_tokens, seed, text, **how)))
+    prompts = x.tolist()
+    writer = Writer(model, min(len(prompts), SIDE_BY_SIDE))
+    texts = write_all(writer, prompts, max_tokens, seed, **how)
+    rows = [prompt + list(text) for prompt, text in zip(prompts, texts, strict=True)]
     return Tensor(np.array(rows, np.int32))
 
 GPT.generate = generate
@@ -2325,7 +2427,6 @@ GPT.generate = generate
 
 import argparse
 import codecs
-import dataclasses
 import json
 import signal
 import timeit
@@ -4321,20 +4422,15 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
         f"{len(ids) - 1:,} tokens, each counted once")
 
-def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", *, number: int = 0,
-           writer: Writer | None = None, **how) -> None:
-    """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`. The
-    `number` tells several texts with one seed apart; a `writer` can be given to be used again; `how` is for
-    `draw`."""
-    writer = writer or Writer(model)
-    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
+def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
+    """Print the prompt and, as they come, the `tokens` that follow it, as far as the text `stop`."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
     # And what may become `stop` waits until that is decided.
     waiting = ""
     print(printable(prompt), end="", flush=True)
-    for token in writer.stream(ids, max_tokens, seed, number, **how):
-        waiting += decoder.decode(model.tokenizer.decode_bytes(token))
+    for token in tokens:
+        waiting += decoder.decode(tokenizer.decode_bytes(token))
         if stop and stop in waiting:
             waiting = waiting[:waiting.index(stop)]
             break
@@ -4346,7 +4442,7 @@ def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", 
     print(printable(waiting))
 
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
-    """--sample."""
+    """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     model = open_model(args, backend).model
@@ -4355,10 +4451,12 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
         prompt = read_text(Path(prompt[5:]), args.replace_bad_bytes).decode()
     elif prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
-    writer = Writer(model)
-    for number in range(n_samples):
-        sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
+    writer = Writer(model, min(n_samples, SIDE_BY_SIDE))
+    for tokens in write_all(writer, [ids] * n_samples, seed=seed, **how):
+        sample(model.tokenizer, prompt, tokens, args.stop)
+        tokens.close()  # (if it has ended with `stop`, no more of it is written)
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
