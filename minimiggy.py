@@ -1444,8 +1444,15 @@ def parts_of(K: int, cores: int) -> tuple[int, int]:
     streams = divisor(K, 8)
     return streams, divisor(K // streams, cores)
 
-def matvec(k, parts, x, w):
-    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w."""
+def unpacked(number):
+    """The float32 number that one of a packed matrix stands for (chapter 22), but for its row's scale."""
+    if number.dtype == dtypes.uint16:
+        return (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
+    return number.cast(dtypes.float)
+
+def matvec(k, parts, x, w, scale=None):
+    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w. (If w is packed,
+    its rows have scales (K,).)"""
     K, N = w.shape
     P, R, _ = parts.shape
     streams, _ = parts_of(K, k.cores)
@@ -1457,10 +1464,11 @@ def matvec(k, parts, x, w):
                 parts[part, r, block * width + j] = 0.0
             for i in k.loop(steps):
                 rows = [(part * streams + stream) * steps + i for stream in range(streams)]
-                factors = [[x[r, row] for row in rows] for r in range(R)]
+                scales = [scale[row] if scale else 1.0 for row in rows]
+                factors = [[x[r, row] * one for row, one in zip(rows, scales, strict=True)] for r in range(R)]
                 for j in k.loop(width):
                     column = block * width + j
-                    weights = [w[row, column] for row in rows]
+                    weights = [unpacked(w[row, column]) for row in rows]
                     for r in range(R):
                         terms = (a * b for a, b in zip(factors[r], weights, strict=True))
                         parts[part, r, column] = sum(terms, parts[part, r, column])
@@ -1475,9 +1483,9 @@ def add_parts(k, y, parts, *others, biased: bool):
             before = 0.0 if bias is None else bias[j]
             y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
-def dot_rows(k, y, x, table):
-    """y (R, V) = x (R, C) @ table^T, for a table (V, C). A sum must wait for each addition before the next, so
-    some are on their way at a time."""
+def dot_rows(k, y, x, table, scale=None):
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C), which may be packed with scales (V,). A sum must wait
+    for each addition before the next, so some are on their way at a time."""
     V, C = table.shape
     R = x.rows
     size = pieces(V, k.cores)
@@ -1487,9 +1495,9 @@ def dot_rows(k, y, x, table):
         for i in k.loop(pieces(size, at_once)):
             row = first + (step_back(i, at_once, size) if size > at_once else 0)
             places = [(r, row + extra) for r in range(R) for extra in range(min(at_once, size))]
-            terms = [lambda c, r=r, v=v: x[r, c] * table[v, c] for r, v in places]
+            terms = [lambda c, r=r, v=v: x[r, c] * unpacked(table[v, c]) for r, v in places]
             for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
-                y[r, v] = total
+                y[r, v] = total * scale[v] if scale else total
 
 # === Chapter 16. Flash attention
 #
@@ -2254,11 +2262,11 @@ def is_as_in_part_one(thing) -> bool:
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
-    if kind is Fast and not is_as_in_part_one(PLAIN):  # (it does what Plain does)
+    if kind in (Fast, Packed) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return kind in (Plain, Fast, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+    return kind in (Plain, Fast, Packed, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
 
 SIDE_BY_SIDE = FEW  # texts
 
@@ -2415,6 +2423,138 @@ def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how)
 
 GPT.generate = generate
 
+# === Chapter 22. Weights in fewer bits
+#
+# A token of GPT-2 takes 124 million multiplications, which two cores do in a millisecond; but half a gigabyte of
+# weights has to come from memory, which takes fifteen. To write faster, let fewer bytes come.
+#
+# A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its upper
+# half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is still
+# there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one, round: add
+# half of what is cut off, 0x7fff (and 1 more if the last digit kept is a 1, so that a tie goes to the even one).
+#
+# >>> pi = np.array([[3.14159265]], np.float32)
+# >>> hex(pi.view(np.uint32)[0, 0]), hex(round_to_bfloat16(pi)[0, 0])
+# ('0x40490fdb', '0x4049')
+# >>> float(np.array([0x40490000], np.uint32).view(np.float32)[0])
+# 3.140625
+#
+# *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix a
+# *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1 becomes
+# 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more than half
+# a scale. A row with one number that is far larger than the others would be read coarsely, which is why each row
+# has a scale of its own.
+#
+# >>> numbers, scale = in_eight_bits(np.array([[0.1, -0.0311, 0.254, 0.0]], np.float32))
+# >>> numbers.tolist(), round(float(scale[0]), 6)
+# ([[50, -16, 127, 0]], 0.002)
+# >>> [round(float(number), 4) for number in numbers[0] * scale[0]]
+# [0.1, -0.032, 0.254, 0.0]
+#
+# Only what comes from memory is small. In the registers each number becomes a float32 again, and sums are
+# float32 sums. The kernels of 15.3 do so as they read (`unpacked`), and multiply by the scale where that is once
+# a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What does it cost? As many
+# bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
+
+def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 numbers as bfloat16: the upper 16 bits, uint16."""
+    bits = array.view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+def in_eight_bits(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix (n, m) float32 -> int8 (n, m), and scales (n,) float32 by which its rows are to be multiplied."""
+    scale = np.abs(array).max(1) / np.float32(127)
+    divisors = np.where(scale > 0, scale, 1)
+    return np.rint(array / divisors[:, None]).astype(np.int8), scale
+
+class Unpacked:
+    """A packed matrix (n, m), and scales (n,), to be read by a kernel like one of float32."""
+    def __init__(self, numbers: Array, scale: Array):
+        self.numbers = numbers
+        self.scale = scale
+        self.shape = numbers.shape
+        self.rows = numbers.rows
+        self.columns = numbers.columns
+
+    def __getitem__(self, index):
+        row, _ = index
+        return unpacked(self.numbers[index]) * self.scale[row]
+
+def embed_packed(k, x, table, scale, idx):
+    """`embed` with a packed table."""
+    embed(k, x, Unpacked(table, scale), idx)
+
+def matmul_packed(k, C, A, B, scale, bias=None, *, b_transposed=False):
+    """`matmul` with a packed B."""
+    matmul(k, C, A, Unpacked(B, scale), bias, b_transposed=b_transposed)
+
+# A backend for this is `Fast` with three operations that know packed matrices. A matrix is packed as it is
+# loaded (`fill` in chapter 26 asks for it), so that it never stands in memory as float32. The layers are part
+# I's, and the tensor that one of them calls its `weight` then has whole numbers, which mean something only
+# together with the scale that the backend has for it. So this is for part I's layers as they are, to write and
+# to examine; whoever wants more is refused.
+
+class Packed(Fast):
+    """`Fast` with matrices of fewer bits: `kind` is "bf16" or "int8"."""
+    def __init__(self, cores: int, kind: str):
+        super().__init__(cores)
+        self.kind = kind
+        self.scales = {}  # of each packed matrix, by the id of its tensor
+
+    def load(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Let `tensor` be a matrix (n, m), float32, in fewer bits."""
+        numbers = Tensor.empty(*array.shape, dtype=dtypes.int8 if self.kind == "int8" else dtypes.uint16)
+        scale = Tensor.empty(len(array))
+        some = max(1, (1 << 20) // array.shape[1])  # rows at a time: what is half done needs memory, too
+        for i in range(0, len(array), some):
+            rows = np.ascontiguousarray(array[i:i + some], np.float32)
+            packed, scales = in_eight_bits(rows) if self.kind == "int8" else (round_to_bfloat16(rows), 1.0)
+            memory_of(numbers)[i:i + some] = packed
+            memory_of(scale)[i:i + some] = scales
+        tensor.replace(numbers)
+        self.scales[id(tensor)] = scale
+
+    def embed(self, idx, table):
+        scale = self.scales.get(id(table))
+        if scale is None:
+            return super().embed(idx, table)
+        x = Tensor.empty(*idx.shape, table.shape[1])
+        return self.run(embed_packed, [x], [table, scale, in_memory(idx)])[0]
+
+    def linear(self, x, weight, bias=None):
+        scale = self.scales.get(id(weight))
+        if scale is None:
+            return super().linear(x, weight, bias)
+        K, N = weight.shape
+        check("linear", x.shape[-1] == K, x, weight)
+        biases = [] if bias is None else [bias]
+        y = Tensor.empty(*x.shape[:-1], N)
+        rows = x.numel() // K
+        if rows > FEW:
+            return self.run(matmul_packed, [y], [x, weight, scale, *biases])[0]
+        _, n = parts_of(K, self.cores)
+        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale])[0]
+        return self.run(add_parts, [y], [parts, *biases], biased=bias is not None)[0]
+
+    def unembed(self, x, table):
+        scale = self.scales.get(id(table))
+        if scale is None:
+            return super().unembed(x, table)
+        check("unembed", x.shape[-1] == table.shape[1], x, table)
+        y = Tensor.empty(*x.shape[:-1], table.shape[0])
+        if x.numel() <= FEW * table.shape[1]:
+            return self.run(dot_rows, [y], [x, table, scale])[0]
+        return self.run(matmul_packed, [y], [x, table, scale], b_transposed=True)[0]
+
+    def pack(self, model: GPT) -> None:
+        """The same for all matrices of a model that has its numbers already."""
+        for tensor in model.parameters().values():
+            if tensor.ndim == 2:
+                self.load(tensor, tensor.numpy())
+
+    def norm(self, gradients):
+        raise UserError(f"a model with weights in {self.kind} cannot learn: train it in float32")
+
 # ============================================================================================================
 # Part III. Dependable, and at home
 # ============================================================================================================
@@ -2435,7 +2575,7 @@ import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 
-# === Chapter 22. Files that are whole, and lines that are harmless
+# === Chapter 23. Files that are whole, and lines that are harmless
 #
 # When a program is killed while it writes a file, half of a file is left, under a name that promises all of
 # it. So whatever we keep is written under another name, pushed out of the system's buffers onto the disk
@@ -2502,7 +2642,7 @@ def in_words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
-# === Chapter 23. A text from elsewhere
+# === Chapter 24. A text from elsewhere
 #
 # The text to learn from is by default "tiny Shakespeare", 1.1 MB of plays, which are fetched once. Downloads
 # go wrong in many ways: there is no network, the connection breaks, or a hotel's login page comes in place of
@@ -2681,7 +2821,7 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
         raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
     return read_text(path, replace), name if name in ours else str(path)
 
-# === Chapter 24. What a knob may be
+# === Chapter 25. What a knob may be
 #
 # Part I says what each number of a config means, and believes whatever it is given. But numbers also come
 # from a keyboard or from a file that somebody sent. This table has the smallest and the largest sensible
@@ -2749,7 +2889,7 @@ def check_config(config) -> None:
         shares = f"--n-embd {config.n_embd} into equal shares"
         raise UserError(f"--n-head {config.n_head} does not divide {shares}")
 
-# === Chapter 25. Checkpoints
+# === Chapter 26. Checkpoints
 #
 # A checkpoint is one file with all that a run knows: the model's parameters, Adam's two averages of each, the
 # number of the step, and as text the configs, the tokenizer, and the name and SHA-256 of the text that was
@@ -2893,7 +3033,7 @@ def as_float32(array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and `fill` looks for that
         return array.astype(np.float32, copy=False)
 
-def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) -> None:
+def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, ops: Plain) -> None:
     """Give each tensor the numbers of the array of the same name. UserError, and nothing has changed, unless
     there is one for each, of its shape, and with finite numbers. `path` is where they come from, for that
     line."""
@@ -2909,7 +3049,8 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) 
         if not np.isfinite(ends).all():
             raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
     for name, tensor in tensors.items():
-        load_array(tensor, as_float32(arrays[name]))
+        load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
+        load(tensor, as_float32(arrays[name]))
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
@@ -2922,6 +3063,8 @@ Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
     them."""
+    if isinstance(model.ops, Packed) and model.ops.scales:
+        raise UserError(f"a model with weights in {model.ops.kind} is neither saved nor filled again")
     model.parameters()  # which gives memory to those that have none
     tensors = {}
     for name, tensor in get_state_dict(model).items():
@@ -2986,7 +3129,7 @@ def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) 
     for name in checkpoint.arrays:
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
             raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
-    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path)
+    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path, model.ops)
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
@@ -3007,7 +3150,7 @@ GPT.load_checkpoint = load_checkpoint
 # out. The tokenizer is made last, when it is known that the model has rows for all of its tokens.
 
 def size_of(config: GPTConfig) -> int:
-    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 29 counts them), and
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
     a row of C for each token and each position."""
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
@@ -3103,7 +3246,7 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
             with suppress(OSError):  # one too many does no harm
                 path.unlink()
 
-# === Chapter 26. A run that can be stopped
+# === Chapter 27. A run that can be stopped
 #
 # Part I's loop says after each step how it went. `train` listens to it: every so often it holds an exam,
 # writes a line, lets the model write a little, adds a row to the log, and saves. All of this only looks at
@@ -3466,7 +3609,7 @@ def set_aside(out_dir: Path, start: int) -> None:
         path.rename(folder / path.name)
     say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
 
-# === Chapter 27. GPT-2, in and out
+# === Chapter 28. GPT-2, in and out
 #
 # Part I has GPT-2's formula, and its parameters have the names that they have at Hugging Face, where most
 # models of this kind are kept. So models can travel. GPT-2 as OpenAI trained it can be used here and trained
@@ -3778,12 +3921,12 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
         mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
         if not mask and name not in tensors:
             raise UserError(f"{path} has {brief(name, 60)}, which this GPT has not")
-    fill(tensors, arrays, path)
+    fill(tensors, arrays, path, model.ops)
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
     return model
 
-# === Chapter 28. Seeing it
+# === Chapter 29. Seeing it
 #
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
@@ -3919,7 +4062,7 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
     axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
     return learned + named
 
-# === Chapter 29. Proving and measuring it
+# === Chapter 30. Proving and measuring it
 #
 # Are the gradients right? A derivative is defined as what happens to the loss if one parameter is moved a
 # little, so one can simply do that: move it up by h, move it down by h, and divide the difference of the two
@@ -4033,6 +4176,9 @@ def peak_memory() -> float:
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
     model = GPT(config, backend)
+    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    if isinstance(backend, Packed):
+        backend.pack(model)
     if what == "step":
         data = np.random.default_rng(0).integers(0, config.vocab_size, 200_000)
         optimizer = AdamW(model, train_config)
@@ -4049,7 +4195,6 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     # context is read again, belongs to writing.
     second = float(np.median(seconds) if what == "step" else seconds.mean())
     speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     result = {"bench": what, "parameters": n_parameters} | speed
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
     # One line, and the last one, so that a script can read it.
@@ -4097,7 +4242,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
     raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
                     f"are free: choose a smaller {remedy}")
 
-# === Chapter 30. The command line
+# === Chapter 31. The command line
 #
 # Every field of the configs is a flag. Where a flag is not given, the command line has some defaults of its
 # own, for a first run of about a minute that ends with verse; part I's are for whoever uses the file as a
@@ -4137,6 +4282,8 @@ def make_parser() -> Parser:
     group.add_argument("--devices", type=int, metavar="N",
                        help=f"CPU cores to use, for part II's programs (default: all, {CORES} here)")
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
+    group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
+                       help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         add_knobs(parser.add_argument_group(title), kind)
@@ -4199,6 +4346,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.train and args.checkpoint or args.resume and args.init_from:
         raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
                         "--checkpoint")
+    if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
+        raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
@@ -4207,16 +4356,19 @@ def check_flags(args: argparse.Namespace) -> None:
 # model.
 
 def choose_backend(args: argparse.Namespace) -> Plain:
-    """The operations that the flags ask for; UserError if --devices is given where it means nothing."""
+    """The operations that the flags ask for; UserError if --devices or --weights is given where it means
+    nothing."""
     backend = PLAIN if args.plain else BACKENDS[-1]
-    if args.devices is None:
+    if args.devices is None and args.weights == "f32":
         return backend
     if not isinstance(backend, Fast):
-        raise UserError("--devices shares the work of part II's programs among the CPU's cores; here, part "
-                        "I's operations run, which use one")
-    if args.devices > CORES:
-        print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
-    return Fast(cores=min(args.devices, CORES))
+        raise UserError("--devices and --weights are for part II's programs; here, part I's operations run, "
+                        "which use one core and float32")
+    cores = args.devices or backend.cores
+    if cores > CORES:
+        print(f"--devices {cores}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
+        cores = CORES
+    return Fast(cores) if args.weights == "f32" else Packed(cores, args.weights)
 
 # *With which numbers?* Four sources are asked in turn. What a user has typed counts most. A checkpoint comes
 # next: a resumed run goes on as it began. Then come the defaults of this chapter, and last those of part I.
@@ -4270,6 +4422,9 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
         if wanted not in (None, value):
             raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
                             "leave the flag away, or --train a new model")
+    if isinstance(backend, Packed) and not is_as_in_part_one(opened.model):
+        raise UserError(f"--weights {args.weights} is for part I's model as it is, and this one's layers or "
+                        "operations have been changed: leave the flag away")
     if tokenizer is None and not args.export:
         raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot be talked to")
     return opened
