@@ -820,7 +820,9 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # two can be mixed freely.
 
 import ast
+import copy
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -832,6 +834,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tinygrad import Context, Device
@@ -1302,28 +1306,37 @@ class Kernel:
         for block, i, j in self.loop(N // strip, M, strip):
             yield i, block * strip + j
 
-    def fold(self, n: int, first: float, step):
-        """`total = first; for i < n: total = step(total, i)`, in 16 *lanes* side by side: a vector register
-        holds 16 numbers, and one instruction adds them all. (A compiler may not change the order of a sum by
-        itself.) Returns the lanes' totals."""
+    def fold(self, n: int, first: float, *steps):
+        """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by
+        side, which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns
+        the lanes' totals, a list for each step."""
         width = min(n, 16)
-        lanes = self.array(width)
+        lanes = self.array(len(steps), width)
         for lane in self.loop(width):
-            lanes[lane] = first
+            for number in range(len(steps)):
+                lanes[number, lane] = first
         for i, lane in self.loop(n // width, width):
-            lanes[lane] = step(lanes[lane], i * width + lane)
+            for number, step in enumerate(steps):
+                lanes[number, lane] = step(lanes[number, lane], i * width + lane)
         if n % width:
             for lane in self.loop(n % width):
-                lanes[lane] = step(lanes[lane], n - n % width + lane)
-        return [lanes[lane] for lane in range(width)]
+                for number, step in enumerate(steps):
+                    lanes[number, lane] = step(lanes[number, lane], n - n % width + lane)
+        return [[lanes[number, lane] for lane in range(width)] for number in range(len(steps))]
+
+    def sums(self, n: int, *terms):
+        """The sum of term(i) over i < n, for each of some terms."""
+        steps = [lambda total, i, term=term: total + term(i) for term in terms]
+        return [sum(lanes) for lanes in self.fold(n, 0.0, *steps)]
 
     def sum(self, n: int, term):
         """The sum of term(i) over i < n."""
-        return sum(self.fold(n, 0.0, lambda total, i: total + term(i)))
+        return self.sums(n, term)[0]
 
     def max(self, n: int, term):
         """The largest term(i) over i < n."""
-        return functools.reduce(UOp.maximum, self.fold(n, -1e30, lambda top, i: top.maximum(term(i))))
+        lanes = self.fold(n, -1e30, lambda top, i: top.maximum(term(i)))[0]
+        return functools.reduce(UOp.maximum, lanes)
 
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
@@ -1536,30 +1549,77 @@ def weights_and_bias_back(k, dw, db, x, dy):
     """The same, and db (O,)."""
     weights_back(k, dw, x, dy, db=db)
 
-# 15.3 A single row
+# 15.3 A few rows
 #
-# When writing, there is one token at a time: x has a single row, and every weight is used once. All depends
-# on how quickly weights come from memory. Eight rows, far apart, are read side by side, since the processor
-# follows several streams at once: 26 GB a second instead of 17, on one core.
-def matvec(k, y, x, w, bias=None):
-    """y (N,) = x (K,) @ w (K, N), plus a bias (N,)."""
-    K, N = w.shape
-    streams = divisor(K, 8)
-    for j in k.share(N):
-        y[j] = 0.0 if bias is None else bias[j]
-    for i in k.loop(K // streams):
-        rows = [i + stream * (K // streams) for stream in range(streams)]
-        for j in k.share(N):
-            y[j] = sum((x[row] * w[row, j] for row in rows), y[j])
+# When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight
+# that has come from memory is used once or a few times. So all depends on how quickly weights come. The
+# processor notices when we go straight on, and then fetches ahead. If every core has a part of the rows of w,
+# it goes through one piece of memory from end to end: at 384 x 384, 120 GB a second on two cores (from the
+# second store), and 55 where w is too large for that. When each core had a half of every row, they were 47
+# and 40.
+#
+# The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
+FEW = 8  # rows of x for which this is the quicker way
 
-def dot_rows(k, y, x, table):
-    """y (V,) = table (V, C) @ x (C,): each row of the table times x."""
+def parts_of(K: int, cores: int) -> tuple[int, int]:
+    """For w of K rows: how many are read side by side, and in how many parts they are shared out."""
+    streams = divisor(K, 8)
+    return streams, divisor(K // streams, cores)
+
+def unpacked(number):
+    """The float32 number that one of a packed matrix stands for (chapter 22), but for its row's scale."""
+    if number.dtype == dtypes.uint16:
+        return (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
+    return number.cast(dtypes.float)
+
+def matvec(k, parts, x, w, scale=None):
+    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w. (If w is
+    packed, its rows have scales (K,).)"""
+    K, N = w.shape
+    P, R, _ = parts.shape
+    streams, _ = parts_of(K, k.cores)
+    width = divisor(N, 4096 // R)  # columns whose sums stay in the first store
+    steps = K // streams // P
+    for part in k.share(P):
+        for block in k.loop(N // width):
+            for r, j in k.loop(R, width):
+                parts[part, r, block * width + j] = 0.0
+            for i in k.loop(steps):
+                rows = [(part * streams + stream) * steps + i for stream in range(streams)]
+                scales = [scale[row] if scale else 1.0 for row in rows]
+                factors = [[x[r, row] * one for row, one in zip(rows, scales, strict=True)] for r in range(R)]
+                for j in k.loop(width):
+                    column = block * width + j
+                    weights = [unpacked(w[row, column]) for row in rows]
+                    for r in range(R):
+                        terms = (a * b for a, b in zip(factors[r], weights, strict=True))
+                        parts[part, r, column] = sum(terms, parts[part, r, column])
+
+def add_parts(k, y, parts, *others, biased: bool):
+    """y (R, N): the sum of all parts (P, R, N), plus, if `biased`, a bias (N,), which comes first among the
+    others. (They are here for the way back.)"""
+    P, R, N = parts.shape
+    bias = others[0] if biased else None
+    for r in range(R):
+        for j in k.share(N):
+            before = 0.0 if bias is None else bias[j]
+            y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
+
+def dot_rows(k, y, x, table, scale=None):
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C), which may be packed with scales (V,). A sum must
+    wait for each addition before the next, so some are on their way at a time."""
     V, C = table.shape
-    part = pieces(V, k.cores)
-    for core in k.share(k.cores):  # V need not be divisible: the last part steps back
-        first = step_back(core, part, V)
-        for i in k.loop(part):
-            y[first + i] = k.sum(C, lambda c: table[first + i, c] * x[c])
+    R = x.rows
+    size = pieces(V, k.cores)
+    at_once = max(1, 4 // R)
+    for core in k.share(pieces(V, size)):  # the last part steps back where V is not divisible, and so do rows
+        first = step_back(core, size, V)
+        for i in k.loop(pieces(size, at_once)):
+            row = first + (step_back(i, at_once, size) if size > at_once else 0)
+            places = [(r, row + extra) for r in range(R) for extra in range(min(at_once, size))]
+            terms = [lambda c, r=r, v=v: x[r, c] * unpacked(table[v, c]) for r, v in places]
+            for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
+                y[r, v] = total * scale[v] if scale else total
 
 # === Chapter 16. Flash attention
 #
@@ -1582,9 +1642,10 @@ def dot_rows(k, y, x, table):
 # registers, and no step of the softmax needs a sum across lanes.
 LANES = TILE[1]  # queries in a block
 
-def flash(k, y, lse, qkv, keys=None, values=None):
+def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
-    exponentials. Writing text, B = 1, it also leaves keys and values in the caches (1, H, S, D)."""
+    exponentials. To go on reading a text, B = 1, it puts its keys and values into the caches (1, H, S, D),
+    where the text has a stretch that begins at `start` (1,); those from `position` (T,) on are new."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -1597,10 +1658,16 @@ def flash(k, y, lse, qkv, keys=None, values=None):
     for bh in k.share(B * H):
         b = bh // H
         h = bh % H
+        key = lambda j, d: qkv[b, j, 1, h, d]
+        value = lambda j, d: qkv[b, j, 2, h, d]
+        before = 0  # tokens that the text has before these
         if keys is not None:
+            before = position[0]
             for t, d in k.loop(T, D):
-                keys[b, h, t, d] = qkv[b, t, 1, h, d]
-                values[b, h, t, d] = qkv[b, t, 2, h, d]
+                keys[0, h, start[0] + before + t, d] = key(t, d)
+                values[0, h, start[0] + before + t, d] = value(t, d)
+            key = lambda j, d: keys[0, h, start[0] + j, d]
+            value = lambda j, d: values[0, h, start[0] + j, d]
         for block in k.loop(T // Q):
             i0 = block * Q
             for i in k.loop(Q):
@@ -1609,13 +1676,12 @@ def flash(k, y, lse, qkv, keys=None, values=None):
             for d, i in k.loop(D, Q):
                 query[d, i] = qkv[b, i0 + i, 0, h, d] * D**-0.5
                 out[d, i] = 0.0
-            for key_block in k.loop(block + 1):  # of those that some query of this block may see
+            for key_block in k.loop((before + i0 + Q - 1) // Q + 1):  # those that some query here may see
                 j0 = key_block * Q
                 for i in k.loop(Q):
                     old_top[i] = top[i]
-                key = lambda j, d: qkv[b, j0 + j, 1, h, d]
-                for j, i, s in product(k, Q, Q, D, key, query.at):
-                    score[j, i] = (j0 + j <= i0 + i).where(s, -1e30)
+                for j, i, s in product(k, Q, Q, D, lambda j, d: key(j0 + j, d), query.at):
+                    score[j, i] = (j0 + j <= before + i0 + i).where(s, -1e30)
                     top[i] = top[i].maximum(score[j, i])
                 for i in k.loop(Q):
                     fade[i] = exp(old_top[i] - top[i])
@@ -1623,8 +1689,7 @@ def flash(k, y, lse, qkv, keys=None, values=None):
                 for j, i in k.loop(Q, Q):
                     score[j, i] = exp(score[j, i] - top[i])
                     total[i] += score[j, i]
-                value = lambda d, j: qkv[b, j0 + j, 2, h, d]
-                for d, i, s in product(k, D, Q, Q, value, score.at):
+                for d, i, s in product(k, D, Q, Q, lambda d, j: value(j0 + j, d), score.at):
                     out[d, i] = out[d, i] * fade[i] + s
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
@@ -1847,13 +1912,16 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #         lines[n].program(lines[n].arguments ..., my core's number);
 #         mine = n + 1;                                  // tell the others that I am done with n + 1 kernels,
 #         for (t = 0; t < threads; t++)                  // and wait until they are, too: the next kernel
-#             while (done[t] < n + 1)                    // may need what they have computed
-#                 let_others_run();
+#             for (turn = 0; done[t] < n + 1; turn++)    // may need what they have computed
+#                 (turn < 4000 ? go_on : rest)();
 #     }
 #
-# That takes 1.4 microseconds a kernel. `volatile` below says that others change this memory; a BARRIER, that
-# what was written before it can be seen by them.
-WIDTH = 64  # words in a line: the program, at most 62 arguments, and the address of C's sched_yield
+# `go_on` is C's abs, which does nothing here, and `rest` its sched_yield, which lets other programs run.
+# Asking the system takes longer than most waits, so it is asked only when one is long: a thread may be off
+# its core. All that takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since all that we have
+# is its compiler, and that has no other way of not calling something.
+WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
+PATIENCE = 4000
 
 def replay_program(threads: int):
     """The loop above. Its own arguments are the list, the length of the list, the place of `mine`, and all
@@ -1862,15 +1930,19 @@ def replay_program(threads: int):
     length = UOp.param(1, dtypes.int, (1,))
     mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
     done = UOp.param(3, dtypes.uint64, (8 * threads,), volatile=True)  # 8: each thread has a cache line
+    turns = UOp.placeholder((1,), dtypes.int, 1000, addrspace=AddrSpace.REG)
     n = UOp.range(length[0].load(), 0)
     count = n.cast(dtypes.uint64) + 1
-    line = [lines.after(n)[n * WIDTH + word].load() for word in range(WIDTH - 1)]
+    *line, go_on, rest = [lines.after(n)[n * WIDTH + word].load() for word in range(WIDTH)]
     call = line[0].call(*line[1:], ret_dtype=dtypes.void)
     last = mine.after(UOp(Ops.BARRIER, src=(call,)))[0].store(count)
     for thread in range(threads):
+        last = turns.after(last)[0].store(0)
         loop = UOp.loop(1 + thread)
-        nap = lines.after(last, loop)[n * WIDTH + WIDTH - 1].load().call(ret_dtype=dtypes.void)
-        seen = done.after(last, nap)[thread * 8].load()
+        turn = turns.after(last, loop)[0].load()
+        nap = (turn < PATIENCE).where(go_on, rest).call(ret_dtype=dtypes.void)
+        last = turns.after(nap)[0].store(turn + 1)
+        seen = done.after(last)[thread * 8].load()
         last = seen.end(loop, seen < count)
     end = UOp(Ops.BARRIER, src=(last,)).end(n)
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
@@ -1878,13 +1950,14 @@ def replay_program(threads: int):
 class Crew:
     """Calls all kernels of a recording, on so many threads. The numbers do not depend on how many."""
     def __init__(self, calls: list, threads: int):
-        rest = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value
+        library = ctypes.CDLL(None)
+        go_on, rest = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.abs, library.sched_yield))
         lists = [[] for _ in range(threads)]
         for address, arguments, shares in calls:
             lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
-            lines += [[rest]] * (-shares % threads)                          # who has no share rests
+            lines += [[go_on]] * (-shares % threads)                         # who has no share waits
             for i, line in enumerate(lines):
-                lists[i % threads].append(line + [0] * (WIDTH - 1 - len(line)) + [rest])
+                lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
         self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
         self.length = np.array([len(lists[0])], np.int32)
         self.done = np.zeros((threads, 8), np.uint64)
@@ -2027,8 +2100,17 @@ class Fast(Plain):
             gradients = self.run(kernel, results, [x, dy])[:len(results)]
             return None, dx.uop, *(gradient.uop for gradient in gradients)
         y = Tensor.empty(*x.shape[:-1], weight.shape[1])
-        kernel = matvec if x.numel() == weight.shape[0] else matmul
-        return self.run(kernel, [y], [x, weight, *biases], back)[0]
+        rows = x.numel() // weight.shape[0]
+        if rows > FEW:
+            return self.run(matmul, [y], [x, weight, *biases], back)[0]
+        _, n = parts_of(weight.shape[0], self.cores)
+        parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
+
+        def back_past_parts(dy, call):
+            _, dx, dweight, *dbias = back(dy, call)
+            return None, None, *dbias, dx, dweight
+        return self.run(add_parts, [y], [parts, *biases, x, weight], back_past_parts,
+                        biased=bias is not None)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
@@ -2064,10 +2146,12 @@ class Fast(Plain):
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
         if cache is not None:
-            keys, values = cache.room(B, H, D)
-            if T == 1:
-                return self.run(attend, [y, keys, values], [qkv, in_memory(position)])[0]
-            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, keys, values])[0]
+            check("attention", B == 1, qkv)
+            memory = cache.room(H, D)
+            where = in_memory(position), in_memory(cache.start)
+            if cache.start.shape == position.shape:
+                return self.run(attend, [y, *memory], [qkv, *where], most=cache.S)[0]
+            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, *memory, *where])[0]
 
         def back(dy, call):
             y = Tensor(call.src[1].after(call))
@@ -2088,8 +2172,8 @@ class Fast(Plain):
             dtable = self.run(weights_back, [Tensor.empty(*table.shape)], [dy, x])[0]
             return None, dx.uop, dtable.uop
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
-        if x.numel() == table.shape[1]:
-            return self.run(dot_rows, [y.reshape(-1)], [x, table], back)[0].reshape(y.shape)
+        if x.numel() <= FEW * table.shape[1]:
+            return self.run(dot_rows, [y], [x, table], back)[0]
         return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
 
     @instead_of("cross_entropy", "722afa913ccb")
@@ -2255,13 +2339,8 @@ class Elsewhere(Plain):
     def attention(self, qkv, position, cache=None):
         B, T, _, H, D = qkv.shape
         is_known = qkv.dtype == dtypes.float32 and qkv.device == Device.DEFAULT
-        if not is_known or cache is not None and T == 1:
+        if not is_known or cache is not None:  # (writing, T is small)
             return super().attention(qkv, position, cache)
-        if cache is not None:  # half a text, from place 0 on
-            _, k, v = qkv.permute(2, 0, 3, 1, 4)
-            rest = ((0, 0), (0, 0), (0, cache.S - T), (0, 0))
-            keys, values = cache.room(B, H, D)
-            Tensor.realize(keys.assign(k.pad(rest)), values.assign(v.pad(rest)))
 
         def back(dy, call):
             y = Tensor(call.src[1].after(call))
@@ -2291,28 +2370,41 @@ if KNOWN:
 # earlier tokens compute does not depend on the later ones: their keys and values are what they were. So we
 # keep these (the *KV cache*) and compute the new token alone: one query against the keys of all before it.
 #
-# When block_size tokens are there, the older half is let go and the newer half read again, at once, from
-# place 0 on. So at least half a context is always remembered, and the extra work stays small. What comes out
-# must be what `write` writes; the tests compare.
-def attend(k, y, keys, values, qkv, position):
-    """Attention of one new token, qkv (B, 1, 3, H, D), at position (1,) -> y (B, 1, H, D). Its key and value
-    first take their place in the caches (B, H, S, D)."""
-    B, H, S, D = keys.shape
-    score = k.array(S)
+# When block_size tokens are there, the older half is let go and the newer half read again, from place 0 on.
+# So at least half a context is always remembered, and the extra work stays small. What comes out must be what
+# `write` writes; the tests compare.
+#
+# Several texts can be written side by side: then a weight that has come from memory serves all of them. They
+# have different lengths, and soon one of them begins anew while the others go on, so they are no batch (B,
+# T). But for all layers except attention a token is a token. So we hand over one row (1, T) of T tokens, each
+# at a place of its own, and only the cache knows which text each belongs to. It has a long stretch of memory,
+# S places for each text; where the stretch of a token's text begins is its `start`.
+#
+# A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of
+# chapter 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are
+# three: a prompt of 1,000 tokens is read in pieces of 256, and the last piece steps back to end where the
+# prompt does. What it reads twice is the same the second time.
+def attend(k, y, keys, values, qkv, position, start, *, most: int):
+    """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at
+    place position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and
+    value first take their place."""
+    _, T, _, H, D = qkv.shape
+    score = k.array(most)
     top = k.array(1)
     total = k.array(1)
-    last = position[0] if S > 1 else 0  # (an index that is always 0 vanishes, and would leave a bare load)
-    for bh in k.share(B * H):
-        b = bh // H
-        h = bh % H
+    for th in k.share(T * H):
+        t = th // H
+        h = th % H
+        last = position[t]
+        first = start[t]
         for d in k.loop(D):
-            keys[b, h, last, d] = qkv[b, 0, 1, h, d]
-            values[b, h, last, d] = qkv[b, 0, 2, h, d]
-            y[b, 0, h, d] = 0.0
+            keys[0, h, first + last, d] = qkv[0, t, 1, h, d]
+            values[0, h, first + last, d] = qkv[0, t, 2, h, d]
+            y[0, t, h, d] = 0.0
         top[0] = -1e30
         total[0] = 0.0
         for j in k.loop(last + 1):
-            score[j] = k.sum(D, lambda d: qkv[b, 0, 0, h, d] * keys[b, h, j, d]) * D**-0.5
+            score[j] = k.sum(D, lambda d: qkv[0, t, 0, h, d] * keys[0, h, first + j, d]) * D**-0.5
         for j in k.loop(last + 1):
             top[0] = top[0].maximum(score[j])
         for j in k.loop(last + 1):
@@ -2320,35 +2412,44 @@ def attend(k, y, keys, values, qkv, position):
         for j in k.loop(last + 1):
             total[0] += score[j]
         for j, d in k.loop(last + 1, D):
-            y[b, 0, h, d] += score[j] / total[0] * values[b, h, j, d]
+            y[0, t, h, d] += score[j] / total[0] * values[0, h, first + j, d]
 
 class Cache:
-    """The keys and values of one block, (B, H, S, D) each, S = block_size."""
-    def __init__(self, S: int):
+    """The keys and values of one block, (1, H, texts * S, D) each: S places for each of some texts. `start`
+    says where the text of each new token begins, (T,), or that of all of them, (1,)."""
+    def __init__(self, S: int, texts: int):
         self.S = S
-        self.keys = None
-        self.values = None
+        self.texts = texts
+        self.memory = None
+        self.start = Tensor.zeros(1, dtype=dtypes.int32)
 
-    def room(self, B: int, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    def at(self, start: Tensor) -> Cache:
+        """The same memory, for tokens of other texts."""
+        other = copy.copy(self)
+        other.start = start
+        return other
+
+    def room(self, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
-        if self.keys is None:
-            self.keys = Tensor(np.zeros((B, H, self.S, D), np.float32)).realize()
-            self.values = Tensor(np.zeros((B, H, self.S, width or D), np.float32)).realize()
-        return self.keys, self.values
+        if self.memory is None:
+            shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
+            self.memory = [Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes]
+        return self.memory
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put keys and values (B, H, T, D) to their `position` (T,). Returns all keys and values, (B, H, S,
-        D), and which of them each new token may see, (T, S)."""
-        B, H, T, D = k.shape
-        keys, values = self.room(B, H, D, v.shape[-1])
-        places = Tensor.arange(self.S).reshape(1, self.S)
-        position = position.reshape(T, 1)
-        here = (position == places).transpose(0, 1)                   # (S, T): token t belongs to place s
+        """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H,
+        texts * S, D), and which of them each new token may see, (T, texts * S)."""
+        _, H, T, D = k.shape
+        memory = self.room(H, D, v.shape[-1])
+        places = Tensor.arange(self.texts * self.S).reshape(1, -1)
+        start = self.start.reshape(-1, 1)
+        last = start + position.reshape(T, 1)
+        here = (last == places).transpose(0, 1)                       # (S, T): token t belongs to place s
         is_new = here.max(1, keepdim=True)                            # (S, 1)
-        for memory, new in ((keys, k), (values, v)):
-            moved = here.cast(new.dtype) @ new                        # (B, H, S, D)
-            memory.assign(is_new.where(moved, memory))
-        return keys, values, places <= position
+        for old, new in zip(memory, (k, v), strict=True):
+            moved = here.cast(new.dtype) @ new                        # (1, H, S, D)
+            old.assign(is_new.where(moved, old))
+        return *memory, (start <= places) & (places <= last)
 
 # What does that save? Without the cache, a token of a text of T costs as much as a pass over T tokens. With
 # it, all products have a single row: for T = 64, a 64th of the arithmetic. Then memory decides how fast one
@@ -2370,21 +2471,39 @@ def is_as_in_part_one(thing) -> bool:
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
-    if kind in (Fast, Elsewhere) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
+    if kind in (Fast, Packed, Elsewhere) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return kind in (Plain, Fast, Elsewhere, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+    return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+
+SIDE_BY_SIDE = FEW  # texts
+
+@dataclass
+class Text:
+    """What a Writer knows of a text that it is at work on."""
+    seen: list[int]                # its newest tokens, at most block_size
+    rng: np.random.Generator
+    left: int                      # tokens still to be written
+    row: int                       # which stretch of the caches it has, as long as no other text takes it
+    done: int = 0                  # so many of the tokens seen are in the caches
+    fresh: deque = dataclasses.field(default_factory=deque)  # written, and not yet handed out
+    simple: Iterator | None = None               # part I's `write`, where that has to do it
 
 class Writer:
-    """Writes with a model; each Writer has caches of its own, so several can be at work side by side."""
-    def __init__(self, model: GPT):
+    """Writes with a model, up to `texts` texts side by side. Each Writer has caches of its own, so several
+    can be at work at a time."""
+    def __init__(self, model: GPT, texts: int = 1):
+        T = model.config.block_size
         self.model = model
-        self.half = max(1, model.config.block_size // 2)
-        self.caches = [Cache(model.config.block_size) for _ in model.h]
-        self.read_one = model.ops.record(self.read)
-        self.read_half = model.ops.record(lambda idx: self.read(idx, Tensor.arange(self.half)))
-        self.reader = None  # whose text is in the caches
+        self.texts = texts
+        self.half = max(1, T // 2)
+        self.S = pieces(T, LANES) * LANES  # (attention works on whole blocks)
+        longest = 1 << min(8, self.half.bit_length() - 1)
+        self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]  # of pieces of a prompt
+        self.caches = [Cache(self.S, texts) for _ in model.h]
+        self.programs = {}
+        self.readers = {}  # whose text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         model.parameters()
@@ -2402,65 +2521,249 @@ class Writer:
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
-        self.reader = None
+        self.readers = {}
         n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
         try:
-            want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]  # (n, V)
-            got = [self.logits([token], place) for place, token in enumerate(ids)]
-            got[self.half - 1] = self.logits(ids[:self.half], 0)             # (once more, as half a text)
+            want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]            # (n, V)
+            got = [self.logits(ids[:place + 1], place) for place in range(n)]
+            got[-1] = self.logits(ids, 0)                                # (once more, in pieces)
         except Exception:
             return False
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
 
-    def read(self, idx: Tensor, position: Tensor) -> tuple[Tensor]:
-        """Ids (1, n), at `position` (n,) -> the logits (1, 1, V) of what comes next."""
-        x = self.model.hidden(idx, None, position, self.caches)
-        return (self.model.head(x[:, -1:].contiguous()).realize(),)
+    def read(self, ids: list[int], places: list[int], rows: list[int], head=True) -> np.ndarray:
+        """Pass n tokens at certain places through the model: each of the text in a row of its own, or all of
+        that in the only row. Returns what comes out for each: the logits (n, V), or only the stream before
+        the head, (n, C)."""
+        def run(idx, position, start):
+            caches = [cache.at(start) for cache in self.caches]
+            x = self.model.hidden(idx, None, position, caches)
+            return ((self.model.head(x) if head else x).realize(),)
+        kind = len(ids), len(rows), head
+        if kind not in self.programs:
+            self.programs[kind] = self.model.ops.record(run)
+        idx, position, start = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
+        return self.programs[kind](idx, position, start * self.S)[0][0]
 
-    def logits(self, ids: list[int], place: int) -> np.ndarray:
-        """Read one token that stands at `place`, or the first `half` tokens of a text; return logits (V,)."""
-        idx = np.array([ids], np.int32)
-        if len(ids) == self.half and place == 0:
-            return self.read_half(idx)[0].reshape(-1)
-        return self.read_one(idx, np.array([place], np.int32))[0].reshape(-1)
+    def read_before_last(self, ids: list[int], done: int, row: int = 0) -> None:
+        """Read those of `ids` that have not been read, all after the first `done`, except for the last
+        one."""
+        while done < len(ids) - 1:
+            left = [n for n in self.sizes if n <= len(ids) - done]
+            smallest = [n for n in self.sizes[-1:] if n <= len(ids)]
+            n = (left or smallest or [1])[0]
+            done = min(done + n, len(ids))
+            self.read(ids[done - n:done], list(range(done - n, done)), [row], head=n == 1)
 
-    def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
-        """Yield what part I's `write` yields, sooner."""
+    def logits(self, ids: list[int], done: int, row: int = 0) -> np.ndarray:
+        """Read `ids` after the first `done`; return the logits (V,) of what comes next."""
+        self.read_before_last(ids, done, row)
+        return self.read(ids[-1:], [len(ids) - 1], [row])[0]
+
+    def advance(self, texts: list[Text], **how) -> None:
+        """Write a token for each of some texts."""
+        for text in texts:
+            if self.readers.get(text.row) is not text:  # another text has used its stretch meanwhile
+                self.readers[text.row] = text
+                text.done = 0
+            if len(text.seen) > self.model.config.block_size:
+                text.seen = text.seen[-self.half:]
+                text.done = 0
+            self.read_before_last(text.seen, text.done, text.row)
+        # Idle rows do once more what the first one does. For a model that is not part I's we take no chances.
+        alone = len(texts) == 1 or not self.is_known
+        for group in [[text] for text in texts] if alone else [texts]:
+            full = group + group[:1] * (0 if alone else self.texts - len(group))
+            last = [text.seen[-1] for text in full]
+            logits = self.read(last, [len(text.seen) - 1 for text in full], [text.row for text in full])
+            for text, row in zip(group, logits, strict=False):
+                text.done = len(text.seen)
+                text.seen.append(draw(row, text.rng, **how))
+
+    def follow(self, text: Text, all_texts: list[Text], **how):
+        """Yield the tokens of a text. When there are none, all texts get one more."""
+        try:
+            while text.left > 0 or text.fresh:
+                if not text.fresh:
+                    at_work = [other for other in all_texts if other.left > 0]
+                    if self.remembers:
+                        self.advance(at_work, **how)
+                    for other in at_work:
+                        other.left -= 1
+                        other.fresh.append(next(other.simple) if other.simple else other.seen[-1])
+                yield text.fresh.popleft()
+        finally:
+            text.left = 0  # (nobody wants more of it)
+
+    def streams(self, prompts: list[list[int]], max_tokens: int, seed: int = 0, first=0, **how) -> list:
+        """Begin a text after each of at most `texts` prompts, numbered from `first` on. Returns an iterator
+        for each, which yields what part I's `write` yields, sooner."""
+        if len(prompts) > self.texts:
+            raise ValueError(f"this Writer has room for {self.texts} texts, not for {len(prompts)}")
+        self.model.parameters()  # (what has been assigned to them is done now)
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
-        if not self.remembers:
-            yield from write(self.model, ids, max_tokens, seed, text, **how)
-            return
-        T = self.model.config.block_size
-        rng = np.random.default_rng((WRITING, seed, text))
-        seen = list(ids)[-T:]
-        done = 0                                                      # so many of them are in the caches
-        me = object()
-        self.model.parameters()  # (what has been assigned to them is done now)
-        for _ in range(max_tokens):
-            if self.reader is not me:  # another stream of this Writer has used the caches meanwhile
-                self.reader = me
-                done = 0
-            if len(seen) > T:
-                seen = seen[-self.half:]
-                done = 0
-            while done < len(seen):
-                n = self.half if done == 0 and len(seen) >= self.half else 1
-                logits = self.logits(seen[done:done + n], done)
-                done += n
-            seen.append(draw(logits, rng, **how))
-            yield seen[-1]
+        texts = []
+        for row, ids in enumerate(prompts):
+            rng = np.random.default_rng((WRITING, seed, first + row))
+            text = Text(list(ids)[-self.model.config.block_size:], rng, max_tokens, row)
+            if not self.remembers:
+                text.simple = write(self.model, ids, max_tokens, seed, first + row, **how)
+            texts.append(text)
+        return [self.follow(text, texts, **how) for text in texts]
+
+    def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
+        """The same for a single text."""
+        yield from self.streams([ids], max_tokens, seed, text, **how)[0]
+
+def write_all(writer: Writer, prompts: list[list[int]], max_tokens: int, seed: int = 0, **how):
+    """Yield an iterator over the tokens of each text, which are written in groups of as many as the writer
+    has room for."""
+    for first in range(0, len(prompts), writer.texts):
+        yield from writer.streams(prompts[first:first + writer.texts], max_tokens, seed, first, **how)
 
 def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how) -> Tensor:
     """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompts, and what the model writes after each."""
-    writer = Writer(model)
-    rows = []
-    for text, row in enumerate(x.tolist()):
-        rows.append(row + list(writer.stream(row, max_tokens, seed, text, **how)))
+    prompts = x.tolist()
+    writer = Writer(model, min(len(prompts), SIDE_BY_SIDE))
+    texts = write_all(writer, prompts, max_tokens, seed, **how)
+    rows = [prompt + list(text) for prompt, text in zip(prompts, texts, strict=True)]
     return Tensor(np.array(rows, np.int32))
 
 GPT.generate = generate
+
+# === Chapter 22. Weights in fewer bits
+#
+# A token of GPT-2 takes 124 million multiplications, which two cores do in a millisecond; but half a gigabyte
+# of weights has to come from memory, which takes fifteen. To write faster, let fewer bytes come.
+#
+# A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its
+# upper half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is
+# still there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one,
+# round: add half of what is cut off, 0x7fff (and 1 more if the last digit kept is a 1, so that a tie goes to
+# the even one).
+#
+# >>> pi = np.array([[3.14159265]], np.float32)
+# >>> hex(pi.view(np.uint32)[0, 0]), hex(round_to_bfloat16(pi)[0, 0])
+# ('0x40490fdb', '0x4049')
+# >>> float(np.array([0x40490000], np.uint32).view(np.float32)[0])
+# 3.140625
+#
+# *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix
+# a *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1
+# becomes 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more
+# than half a scale. A row with one number that is far larger than the others would be read coarsely, which is
+# why each row has a scale of its own.
+#
+# >>> numbers, scale = in_eight_bits(np.array([[0.1, -0.0311, 0.254, 0.0]], np.float32))
+# >>> numbers.tolist(), round(float(scale[0]), 6)
+# ([[50, -16, 127, 0]], 0.002)
+# >>> [round(float(number), 4) for number in numbers[0] * scale[0]]
+# [0.1, -0.032, 0.254, 0.0]
+#
+# Only what comes from memory is small. In the registers each number becomes a float32 again, and sums are
+# float32 sums. The kernels of 15.3 do so as they read (`unpacked`), and multiply by the scale where that is
+# once a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What does it cost?
+# As many bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
+def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
+    """float32 numbers as bfloat16: the upper 16 bits, uint16."""
+    bits = array.view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+def in_eight_bits(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix (n, m) float32 -> int8 (n, m), and scales (n,) float32 by which its rows are to be
+    multiplied."""
+    scale = np.abs(array).max(1) / np.float32(127)
+    divisors = np.where(scale > 0, scale, 1)
+    return np.rint(array / divisors[:, None]).astype(np.int8), scale
+
+class Unpacked:
+    """A packed matrix (n, m), and scales (n,), to be read by a kernel like one of float32."""
+    def __init__(self, numbers: Array, scale: Array):
+        self.numbers = numbers
+        self.scale = scale
+        self.shape = numbers.shape
+        self.rows = numbers.rows
+        self.columns = numbers.columns
+
+    def __getitem__(self, index):
+        row, _ = index
+        return unpacked(self.numbers[index]) * self.scale[row]
+
+def embed_packed(k, x, table, scale, idx):
+    """`embed` with a packed table."""
+    embed(k, x, Unpacked(table, scale), idx)
+
+def matmul_packed(k, C, A, B, scale, bias=None, *, b_transposed=False):
+    """`matmul` with a packed B."""
+    matmul(k, C, A, Unpacked(B, scale), bias, b_transposed=b_transposed)
+
+# A backend for this is `Fast` with three operations that know packed matrices. A matrix is packed as it is
+# loaded (`fill` in chapter 26 asks for it), so that it never stands in memory as float32. The layers are part
+# I's, and the tensor that one of them calls its `weight` then has whole numbers, which mean something only
+# together with the scale that the backend has for it. So this is for part I's layers as they are, to write
+# and to examine; whoever wants more is refused.
+class Packed(Fast):
+    """`Fast` with matrices of fewer bits: `kind` is "bf16" or "int8"."""
+    def __init__(self, cores: int, kind: str):
+        super().__init__(cores)
+        self.kind = kind
+        self.scales = {}  # of each packed matrix, by the id of its tensor
+
+    def load(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Let `tensor` be a matrix (n, m), float32, in fewer bits."""
+        numbers = Tensor.empty(*array.shape, dtype=dtypes.int8 if self.kind == "int8" else dtypes.uint16)
+        scale = Tensor.empty(len(array))
+        some = max(1, (1 << 20) // array.shape[1])  # rows at a time: what is half done needs memory, too
+        for i in range(0, len(array), some):
+            rows = np.ascontiguousarray(array[i:i + some], np.float32)
+            packed, scales = in_eight_bits(rows) if self.kind == "int8" else (round_to_bfloat16(rows), 1.0)
+            memory_of(numbers)[i:i + some] = packed
+            memory_of(scale)[i:i + some] = scales
+        tensor.replace(numbers)
+        self.scales[id(tensor)] = scale
+
+    def embed(self, idx, table):
+        scale = self.scales.get(id(table))
+        if scale is None:
+            return super().embed(idx, table)
+        x = Tensor.empty(*idx.shape, table.shape[1])
+        return self.run(embed_packed, [x], [table, scale, in_memory(idx)])[0]
+
+    def linear(self, x, weight, bias=None):
+        scale = self.scales.get(id(weight))
+        if scale is None:
+            return super().linear(x, weight, bias)
+        K, N = weight.shape
+        check("linear", x.shape[-1] == K, x, weight)
+        biases = [] if bias is None else [bias]
+        y = Tensor.empty(*x.shape[:-1], N)
+        rows = x.numel() // K
+        if rows > FEW:
+            return self.run(matmul_packed, [y], [x, weight, scale, *biases])[0]
+        _, n = parts_of(K, self.cores)
+        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale])[0]
+        return self.run(add_parts, [y], [parts, *biases], biased=bias is not None)[0]
+
+    def unembed(self, x, table):
+        scale = self.scales.get(id(table))
+        if scale is None:
+            return super().unembed(x, table)
+        check("unembed", x.shape[-1] == table.shape[1], x, table)
+        y = Tensor.empty(*x.shape[:-1], table.shape[0])
+        if x.numel() <= FEW * table.shape[1]:
+            return self.run(dot_rows, [y], [x, table, scale])[0]
+        return self.run(matmul_packed, [y], [x, table, scale], b_transposed=True)[0]
+
+    def pack(self, model: GPT) -> None:
+        """The same for all matrices of a model that has its numbers already."""
+        for tensor in model.parameters().values():
+            if tensor.ndim == 2:
+                self.load(tensor, tensor.numpy())
+
+    def norm(self, gradients):
+        raise UserError(f"a model with weights in {self.kind} cannot learn: train it in float32")
 
 # ============================================================================================================
 # Part III. Dependable, and at home
@@ -2474,8 +2777,6 @@ GPT.generate = generate
 
 import argparse
 import codecs
-import copy
-import dataclasses
 import json
 import signal
 import timeit
@@ -2484,7 +2785,7 @@ import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 
-# === Chapter 22. Files that are whole, and lines that are harmless
+# === Chapter 23. Files that are whole, and lines that are harmless
 #
 # When a program is killed while it writes a file, half of a file is left, under a name that promises all of
 # it. So whatever we keep is written under another name, pushed out of the system's buffers onto the disk
@@ -2549,7 +2850,7 @@ def in_words(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
-# === Chapter 23. A text from elsewhere
+# === Chapter 24. A text from elsewhere
 #
 # The text to learn from is by default "tiny Shakespeare", 1.1 MB of plays, which are fetched once. Downloads
 # go wrong in many ways: there is no network, the connection breaks, or a hotel's login page comes in place of
@@ -2724,7 +3025,7 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
         raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
     return read_text(path, replace), name if name in ours else str(path)
 
-# === Chapter 24. What a knob may be
+# === Chapter 25. What a knob may be
 #
 # Part I says what each number of a config means, and believes whatever it is given. But numbers also come
 # from a keyboard or from a file that somebody sent. This table has the smallest and the largest sensible
@@ -2790,7 +3091,7 @@ def check_config(config) -> None:
         shares = f"--n-embd {config.n_embd} into equal shares"
         raise UserError(f"--n-head {config.n_head} does not divide {shares}")
 
-# === Chapter 25. Checkpoints
+# === Chapter 26. Checkpoints
 #
 # A checkpoint is one file with all that a run knows: the model's parameters, Adam's two averages of each, the
 # number of the step, and as text the configs, the tokenizer, and the name and SHA-256 of the text that was
@@ -2931,7 +3232,7 @@ def as_float32(array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and `fill` looks for that
         return array.astype(np.float32, copy=False)
 
-def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) -> None:
+def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, ops: Plain) -> None:
     """Give each tensor the numbers of the array of the same name. UserError, and nothing has changed, unless
     there is one for each, of its shape, and with finite numbers. `path` is where they come from, for that
     line."""
@@ -2947,7 +3248,8 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path) 
         if not np.isfinite(ends).all():
             raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
     for name, tensor in tensors.items():
-        load_array(tensor, as_float32(arrays[name]))
+        load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
+        load(tensor, as_float32(arrays[name]))
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
@@ -2959,6 +3261,8 @@ Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
     them."""
+    if isinstance(model.ops, Packed) and model.ops.scales:
+        raise UserError(f"a model with weights in {model.ops.kind} is neither saved nor filled again")
     model.parameters()  # which gives memory to those that have none
     tensors = {}
     for name, tensor in get_state_dict(model).items():
@@ -2993,8 +3297,8 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
         raise ValueError("its tokenizer is none of ours") from error
     return BPETokenizer("bpe", merges)
 
-# The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say, all
-# shapes are the same. So a file also has a checksum of part I's operations and layers.
+# The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
+# all shapes are the same. So a file also has a checksum of part I's operations and layers.
 PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ for layer in LAYERS))
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
@@ -3027,10 +3331,10 @@ def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) 
     for name in checkpoint.arrays:
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
             raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
-    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path)
+    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path, model.ops)
     if checkpoint.metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {checkpoint.path} was saved while part I had other layers or operations than it has "
-              "now: what this model computes may be something else", file=sys.stderr)
+        print(f"minimiggy: {checkpoint.path} was saved while part I had other layers or operations than now: "
+              "what this model computes may be something else", file=sys.stderr)
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
@@ -3045,9 +3349,9 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 GPT.save_checkpoint = save_checkpoint
 GPT.load_checkpoint = load_checkpoint
 
-# A checkpoint also says which model to make, and a hostile file could ask for a thousand layers of
-# 65536 channels. So before one is made, we compare how many numbers it would take with how many there are.
-# The comparison is a rough one, since your model may be another than GPT-2; what really fits, `restore` finds
+# A checkpoint also says which model to make, and a hostile file could ask for a thousand layers of 65536
+# channels. So before one is made, we compare how many numbers it would take with how many there are. The
+# comparison is a rough one, since your model may be another than GPT-2; what really fits, `restore` finds
 # out.
 def size_of(config: GPTConfig) -> int:
     """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
@@ -3161,7 +3465,7 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
             with suppress(OSError):  # one too many does no harm
                 path.unlink()
 
-# === Chapter 26. A run that can be stopped
+# === Chapter 27. A run that can be stopped
 #
 # Part I's loop says after each step how it went. `train` listens to it: every so often it holds an exam,
 # writes a line, lets the model write a little, adds a row to the log, and saves. All of this only looks at
@@ -3534,7 +3838,7 @@ def set_aside(out_dir: Path, start: int) -> None:
         path.rename(folder / path.name)
     say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
 
-# === Chapter 27. GPT-2, in and out
+# === Chapter 28. GPT-2, in and out
 #
 # Part I has GPT-2's formula, and its parameters have the names that they have at Hugging Face, where most
 # models of this kind are kept. So models can travel. GPT-2 as OpenAI trained it can be used here and trained
@@ -3839,12 +4143,12 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
         mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
         if not mask and name not in tensors:
             raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
-    fill(tensors, arrays, path)
+    fill(tensors, arrays, path, model.ops)
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
     return model
 
-# === Chapter 28. Seeing it
+# === Chapter 29. Seeing it
 #
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
@@ -4412,6 +4716,9 @@ def peak_memory() -> float:
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
     model = GPT(config, backend)
+    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    if isinstance(backend, Packed):
+        backend.pack(model)
     if what == "step":
         data = np.random.default_rng(0).integers(0, config.vocab_size, 200_000)
         optimizer = AdamW(model, train_config)
@@ -4428,7 +4735,6 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     # context is read again, belongs to writing.
     second = float(np.median(seconds) if what == "step" else seconds.mean())
     speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     result = {"bench": what, "parameters": n_parameters} | speed
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
     # One line, and the last one, so that a script can read it.
@@ -4449,8 +4755,8 @@ def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, 
     passages = 32 * train_config.grad_accum * tokens
     return 4 * copies * size_of(config), a_token * tokens + passages
 
-# How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container may be
-# allowed less. Where nobody tells, we hope for the best.
+# How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
+# may be allowed less. Where nobody tells, we hope for the best.
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
     limits = [math.inf]
@@ -4535,6 +4841,8 @@ def make_parser() -> Parser:
     group.add_argument("--devices", type=int, metavar="N",
                        help=f"CPU cores to use, for part II's programs (default: all, {CORES} here)")
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
+    group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
+                       help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         add_knobs(parser.add_argument_group(title), kind)
@@ -4607,6 +4915,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.effort and (args.init_from or not (args.train or args.bench)):
         raise UserError("--effort chooses the size of a new model and how it learns: it goes with --train, "
                         "and not with a model that is there")
+    if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
+        raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
     if args.devices is not None and not 1 <= args.devices <= 1024:
         raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
@@ -4614,16 +4924,19 @@ def check_flags(args: argparse.Namespace) -> None:
 # is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
 # model.
 def choose_backend(args: argparse.Namespace) -> Plain:
-    """The operations that the flags ask for; UserError if --devices is given where it means nothing."""
+    """The operations that the flags ask for; UserError if --devices or --weights is given where it means
+    nothing."""
     backend = PLAIN if args.plain else BACKENDS[-1]
-    if args.devices is None:
+    if args.devices is None and args.weights == "f32":
         return backend
     if not isinstance(backend, Fast):
-        raise UserError("--devices shares the work of part II's programs among the CPU's cores; here, part "
-                        "I's operations run, which use one")
-    if args.devices > CORES:
-        print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
-    return Fast(cores=min(args.devices, CORES))
+        raise UserError("--devices and --weights are for part II's programs; here, part I's operations run, "
+                        "which use one core and float32")
+    cores = args.devices or backend.cores
+    if cores > CORES:
+        print(f"--devices {cores}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
+        cores = CORES
+    return Fast(cores) if args.weights == "f32" else Packed(cores, args.weights)
 
 # *With which numbers?* Five sources are asked in turn. What a user has typed counts most. A checkpoint comes
 # next: a resumed run goes on as it began. Then come the recipe of an --effort, the defaults of this chapter,
@@ -4679,8 +4992,11 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
         if wanted not in (None, value):
             raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
                             "leave the flag out, or --train a new model")
+    if isinstance(backend, Packed) and not is_as_in_part_one(opened.model):
+        raise UserError(f"--weights {args.weights} is for part I's model as it is, and this one's layers or "
+                        "operations have been changed: leave the flag out")
     if tokenizer is None and not args.export:
-        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot read or write text")
+        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot read text")
     return opened
 
 # *Which text?* It is needed as token ids, together with a few facts about it: its name, so that a resumed run
@@ -4867,20 +5183,15 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
         f"{len(ids) - 1:,} tokens, each counted once")
 
-def sample(model: GPT, prompt: str, max_tokens: int, seed: int, stop: str = "", *, number: int = 0,
-           writer: Writer | None = None, **how) -> None:
-    """Print the prompt and, as it comes, what the model writes after it, as far as the text `stop`. The
-    `number` tells several texts with one seed apart; a `writer` can be given to be used again; `how` is for
-    `draw`."""
-    writer = writer or Writer(model)
-    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
+def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
+    """Print the prompt and, as they come, the `tokens` that follow it, as far as the text `stop`."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
     # And what may become `stop` waits until that is decided.
     waiting = ""
     print(printable(prompt), end="", flush=True)
-    for token in writer.stream(ids, max_tokens, seed, number, **how):
-        waiting += decoder.decode(model.tokenizer.decode_bytes(token))
+    for token in tokens:
+        waiting += decoder.decode(tokenizer.decode_bytes(token))
         if stop and stop in waiting:
             waiting = waiting[:waiting.index(stop)]
             break
@@ -4909,17 +5220,19 @@ def why_this_one(opened: Opened, args: argparse.Namespace) -> str:
     return f", the best on the validation text (the newest is {newest_path.name})"
 
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
-    """--sample."""
+    """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     opened = open_model(args, backend)
     model = opened.model
     print(f"written by {opened.source}{why_this_one(opened, args)}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
+    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
-    writer = Writer(model)
-    for number in range(n_samples):
-        sample(model, prompt, seed=seed, stop=args.stop, number=number, writer=writer, **how)
+    writer = Writer(model, min(n_samples, SIDE_BY_SIDE))
+    for tokens in write_all(writer, [ids] * n_samples, seed=seed, **how):
+        sample(model.tokenizer, prompt, tokens, args.stop)
+        tokens.close()  # (if it has ended with `stop`, no more of it is written)
 
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
 # know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
