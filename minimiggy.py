@@ -396,19 +396,17 @@ class Plain:
 
     def adamw(self, parameters: dict[str, Tensor], m: dict, v: dict, gradients: dict, scale: Tensor,
               rates: Tensor, config: TrainConfig) -> list[Tensor]:
-        """A step of AdamW (chapter 8), in place. All are by name; `scale` is a scalar; `rates` (3,) holds the
-        step size, 1 - beta1^t and 1 - beta2^t, where t = 1 at the first step. Returns what has to be
-        realized."""
-        rate, start_1, start_2 = rates[0], rates[1], rates[2]
+        """A step of AdamW (chapter 8), in place, by name; `scale` is a scalar; `rates` (3,) are the step
+        size, 1 - beta1^t and 1 - beta2^t, with t = 1 at the first step. Returns what has to be realized."""
         changed = []
         for name, theta in parameters.items():
             gradient = gradients[name] * scale
             new_m = config.beta1 * m[name] + (1 - config.beta1) * gradient
             new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()
-            m_hat = new_m / start_1
-            v_hat = new_v / start_2
+            m_hat = new_m / rates[1]
+            v_hat = new_v / rates[2]
             decay = config.weight_decay if theta.ndim == 2 else 0.0
-            new_theta = theta - rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
+            new_theta = theta - rates[0] * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
             for old, new in ((theta, new_theta), (m[name], new_m), (v[name], new_v)):
                 changed.append(old.assign((scale > 0).where(new, old)))
         return changed
@@ -753,6 +751,8 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
 # likeliest, `top_p` the fewest with the share p together (Holtzman et al. 2020, arXiv:1904.09751).
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest."""
+    if not np.isfinite(logits.max()):
+        raise ValueError("the logits are no numbers: has training failed, or is an id none of a token?")
     if temperature == 0:
         return int(logits.argmax())
     p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)  # (softmax, not yet adding up to 1)
@@ -1537,17 +1537,18 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
 #     dx = dy @ w^T        dw = x^T @ dy        and for a bias, added to each row:  db = the column sums of dy
 #
 # Two more products, which is why a training step costs three times as much as a forward pass. tinygrad asks
-# for them through a function that we hand over with the kernel: `back(dy, call)` receives the gradient of the
-# result and the call itself, and returns a gradient for each argument of the kernel, results first, None for
-# those that need none. (`call.src[0]` is the kernel, and its arguments follow; `call.src[1].after(call)` is
-# the first of them as the kernel left it.)
-def weights_back(k, dw, x, dy, *, db=None):
-    """dw (I, O) = x^T @ dy, for x (..., I) and dy (..., O)."""
-    matmul(k, dw, x, dy, a_transposed=True, column_sums=db)
-
-def weights_and_bias_back(k, dw, db, x, dy):
-    """The same, and db (O,)."""
-    weights_back(k, dw, x, dy, db=db)
+# for them through a function that we hand over with the kernel. In chapter 20, `Fast.run` does that: its
+# `back` receives the gradient of the kernel's first result, and the results as the kernel left them, and
+# returns a gradient for each of the kernel's inputs, or None. For y = x @ w + b, it is these three lines:
+#
+#     def back(dy, y):
+#         dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
+#         return *dx, *self.run(weights_back, [like(weight), like(bias)], [x, dy])
+def weights_back(k, dw, *rest):
+    """dw (I, O) = x^T @ dy, for x (..., I) and dy (..., O); and db (O,), if it is among the arguments: dw,
+    (db,) x, dy."""
+    *db, x, dy = rest
+    matmul(k, dw, x, dy, a_transposed=True, column_sums=db[0] if db else None)
 
 # 15.3 A few rows
 #
@@ -2041,8 +2042,20 @@ def digest(*names: str) -> str:
     text = "\n".join(SOURCES.get(name, "") for name in names)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+def known_to_kernels(arguments, device: str) -> bool:
+    """Are all numbers in these arguments such as kernels can read, float32 in the memory of `device`? (Ids
+    are made so.)"""
+    for argument in arguments:
+        if isinstance(argument, dict) and not known_to_kernels(argument.values(), device):
+            return False
+        is_number = isinstance(argument, Tensor) and dtypes.is_float(argument.dtype)
+        if is_number and (argument.dtype != dtypes.float32 or argument.device != device):
+            return False
+    return True
+
 def instead_of(name: str, known: str):
-    """A decorator: the function below is used only while the operation `name` of part I has this checksum."""
+    """A decorator: the function below is used while the operation `name` of part I has this checksum, for
+    arguments that kernels know; or else the operation itself."""
     plain = getattr(Plain, name, None)
     # (A line such as Plain.gelu = ... puts in another function, which was not defined in the class.)
     is_its_own = getattr(plain, "__qualname__", "") == f"Plain.{name}"
@@ -2050,37 +2063,41 @@ def instead_of(name: str, known: str):
     def choose(fast):
         def call(self, *arguments, **named):
             now = getattr(Plain, name)
-            return (fast if now is plain else now)(self, *arguments, **named)
+            is_fast = now is plain and known_to_kernels([*arguments, *named.values()], self.device)
+            return (fast if is_fast else now)(self, *arguments, **named)
         return call if is_its_own and digest(f"Plain.{name}") == known else plain
     return choose
 
+def like(tensor: Tensor) -> Tensor:
+    """Memory for a result of this shape."""
+    return Tensor.empty(*tensor.shape)
+
 class Fast(Plain):
     """Part I's operations by the kernels of part II: the same arguments and results, to float32's rounding,
-    on `cores` cores. What they do not know (another type of number, say) is computed the plain way."""
+    on `cores` cores."""
     def __init__(self, cores: int):
         self.cores = cores
+        self.device = "CPU"
 
     def run(self, kernel, results: list[Tensor], inputs: list[Tensor], back=None, **options) -> list[Tensor]:
-        """Run a kernel; return the results, and then the inputs, as it leaves them. `back` is its
-        gradient."""
+        """Run a kernel; return the results. `back` is its gradient: from that of the first result, and the
+        results, it makes those of the inputs, or None for such as need none."""
+        n = len(results)
+
+        def gradient(dy, call):
+            computed = [Tensor(result.after(call)) for result in call.src[1:n + 1]]
+            slopes = back(Tensor(dy), *computed)
+            return *[None] * n, *(slope if slope is None else slope.uop for slope in slopes)
         tensors = [*results, *inputs]
         program = functools.partial(program_of, kernel, self.cores, **options)
-        return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back)
-
-    @staticmethod
-    def knows(*tensors: Tensor | None) -> bool:
-        """Are these such as kernels can read?"""
-        return all(t is None or t.dtype == dtypes.float32 and t.device == "CPU" for t in tensors)
+        return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back and gradient)[:n]
 
     @instead_of("embed", "4ce31ccacb8f")
     def embed(self, idx, table):
-        if not self.knows(table):
-            return super().embed(idx, table)
         idx = in_memory(idx)
 
-        def back(dx, call):
-            dtable = self.run(embed_back, [Tensor.empty(*table.shape)], [Tensor(dx), idx])[0]
-            return None, dtable.uop, None
+        def back(dx, x):
+            return *self.run(embed_back, [like(table)], [dx, idx]), None
         x = Tensor.empty(*idx.shape, table.shape[1])
         return self.run(embed, [x], [table, idx], back)[0]
 
@@ -2088,17 +2105,11 @@ class Fast(Plain):
     def linear(self, x, weight, bias=None):
         check("linear", x.shape[-1] == weight.shape[0], x, weight)
         check("linear", bias is None or bias.shape == weight.shape[1:], weight, bias)
-        if not self.knows(x, weight, bias):
-            return super().linear(x, weight, bias)
         biases = [] if bias is None else [bias]
 
-        def back(dy, call):
-            dy = Tensor(dy)
-            dx = self.run(matmul, [Tensor.empty(*x.shape)], [dy, weight], b_transposed=True)[0]
-            kernel = weights_and_bias_back if biases else weights_back
-            results = [Tensor.empty(*parameter.shape) for parameter in (weight, *biases)]
-            gradients = self.run(kernel, results, [x, dy])[:len(results)]
-            return None, dx.uop, *(gradient.uop for gradient in gradients)
+        def back(dy, *_):
+            dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
+            return *dx, *self.run(weights_back, [like(weight), *map(like, biases)], [x, dy])
         y = Tensor.empty(*x.shape[:-1], weight.shape[1])
         rows = x.numel() // weight.shape[0]
         if rows > FEW:
@@ -2106,71 +2117,54 @@ class Fast(Plain):
         _, n = parts_of(weight.shape[0], self.cores)
         parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
 
-        def back_past_parts(dy, call):
-            _, dx, dweight, *dbias = back(dy, call)
-            return None, None, *dbias, dx, dweight
-        return self.run(add_parts, [y], [parts, *biases, x, weight], back_past_parts,
-                        biased=bias is not None)[0]
+        def back_past_parts(dy, _):
+            dx, dweight, *dbias = back(dy)
+            return None, *dbias, dx, dweight
+        inputs = [parts, *biases, x, weight]
+        return self.run(add_parts, [y], inputs, back_past_parts, biased=bias is not None)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
         check("layer_norm", x.shape[-1:] == weight.shape, x, weight)
         check("layer_norm", bias is None or bias.shape == weight.shape, weight, bias)
-        if not self.knows(x, weight, bias):
-            return super().layer_norm(x, weight, bias)
         biases = [] if bias is None else [bias]
 
-        def back(dy, call):
-            dy = Tensor(dy)
-            stats = Tensor(call.src[2].after(call))
-            dx = self.run(layer_norm_back, [Tensor.empty(*x.shape)], [dy, x, weight, stats])[0]
-            results = [Tensor.empty(*weight.shape) for _ in (weight, *biases)]
-            gradients = self.run(layer_norm_weights_back, results, [dy, x, stats])[:len(results)]
-            return None, None, dx.uop, *(gradient.uop for gradient in gradients)
-        results = [Tensor.empty(*x.shape), Tensor.empty(*x.shape[:-1], 2)]
-        return self.run(layer_norm, results, [x, weight, *biases], back)[0]
+        def back(dy, _, stats):
+            dx = self.run(layer_norm_back, [like(x)], [dy, x, weight, stats])
+            return *dx, *self.run(layer_norm_weights_back, [like(weight), *map(like, biases)], [dy, x, stats])
+        stats = Tensor.empty(*x.shape[:-1], 2)
+        return self.run(layer_norm, [like(x), stats], [x, weight, *biases], back)[0]
 
     @instead_of("gelu", "cb21fcecc912")
     def gelu(self, x):
-        if not self.knows(x):
-            return super().gelu(x)
-
-        def back(dy, call):
-            return None, self.run(gelu, [Tensor.empty(*x.shape)], [x, Tensor(dy)])[0].uop
-        return self.run(gelu, [Tensor.empty(*x.shape)], [x], back)[0]
+        def back(dy, _):
+            return self.run(gelu, [like(x)], [x, dy])
+        return self.run(gelu, [like(x)], [x], back)[0]
 
     @instead_of("attention", "f9faae301230")
     def attention(self, qkv, position, cache=None):
-        if not self.knows(qkv):
-            return super().attention(qkv, position, cache)
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
+        lse = Tensor.empty(B, H, T)
         if cache is not None:
             check("attention", B == 1, qkv)
             memory = cache.room(H, D)
             where = in_memory(position), in_memory(cache.start)
             if cache.start.shape == position.shape:
                 return self.run(attend, [y, *memory], [qkv, *where], most=cache.S)[0]
-            return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv, *memory, *where])[0]
+            return self.run(flash, [y, lse], [qkv, *memory, *where])[0]
 
-        def back(dy, call):
-            y = Tensor(call.src[1].after(call))
-            lse = Tensor(call.src[2].after(call))
-            dqkv = self.run(flash_back, [Tensor.empty(*qkv.shape)], [Tensor(dy), y, lse, qkv])[0]
-            return None, None, dqkv.uop
-        return self.run(flash, [y, Tensor.empty(B, H, T)], [qkv], back)[0]
+        def back(dy, y, lse):
+            return self.run(flash_back, [like(qkv)], [dy, y, lse, qkv])
+        return self.run(flash, [y, lse], [qkv], back)[0]
 
     @instead_of("unembed", "9de2977d1982")
     def unembed(self, x, table):
         check("unembed", x.shape[-1] == table.shape[1], x, table)
-        if not self.knows(x, table):
-            return super().unembed(x, table)
 
-        def back(dy, call):
-            dy = Tensor(dy)
-            dx = self.run(matmul, [Tensor.empty(*x.shape)], [dy, table])[0]
-            dtable = self.run(weights_back, [Tensor.empty(*table.shape)], [dy, x])[0]
-            return None, dx.uop, dtable.uop
+        def back(dy, _):
+            dx = self.run(matmul, [like(x)], [dy, table])
+            return *dx, *self.run(weights_back, [like(table)], [dy, x])
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
         if x.numel() <= FEW * table.shape[1]:
             return self.run(dot_rows, [y], [x, table], back)[0]
@@ -2179,39 +2173,29 @@ class Fast(Plain):
     @instead_of("cross_entropy", "722afa913ccb")
     def cross_entropy(self, logits, targets):
         check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
-        if not self.knows(logits):
-            return super().cross_entropy(logits, targets)
         targets = in_memory(targets)
 
-        def back(dloss, call):
-            lse = Tensor(call.src[2].after(call))
-            inputs = [Tensor(dloss), logits, lse, targets]
-            dlogits = self.run(cross_entropy_back, [Tensor.empty(*logits.shape)], inputs)[0]
-            return None, None, dlogits.uop, None
-        results = [Tensor.empty(*targets.shape), Tensor.empty(*targets.shape)]
+        def back(dloss, _, lse):
+            return *self.run(cross_entropy_back, [like(logits)], [dloss, logits, lse, targets]), None
+        results = [like(targets), like(targets)]
         return self.run(cross_entropy, results, [logits, targets], back)[0]
 
     @instead_of("norm", "4ef1be523e83")
     def norm(self, gradients):
-        if not self.knows(*gradients.values()):
-            return super().norm(gradients)
         total = Tensor.zeros(self.cores, dtype=dtypes.double).contiguous()
         for names in groups(gradients):
             after = Tensor.empty(self.cores, dtype=dtypes.double)
             total = self.run(square_sums, [after], [total, *(gradients[name] for name in names)])[0]
         return total.sum().sqrt().cast(dtypes.float32)
 
-    @instead_of("adamw", "d09026b501b3")
+    @instead_of("adamw", "e475df0de9ec")
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
-        if not self.knows(*parameters.values(), *gradients.values()):
-            return super().adamw(parameters, m, v, gradients, scale, rates, config)
         changed = []
         for names in groups(parameters):
             results = [tensors[name] for tensors in (parameters, m, v) for name in names]
             inputs = [*(gradients[name] for name in names), scale.reshape(1), rates]
             decays = tuple(config.weight_decay if parameters[name].ndim == 2 else 0.0 for name in names)
-            changed += self.run(adamw, results, inputs, beta1=config.beta1, beta2=config.beta2,
-                                decays=decays)[:len(results)]
+            changed += self.run(adamw, results, inputs, beta1=config.beta1, beta2=config.beta2, decays=decays)
         return changed
 
     def place(self, array):
@@ -2332,23 +2316,21 @@ def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
 
 class Elsewhere(Plain):
     """Part I's operations for any device of tinygrad's, with attention that keeps no T x T matrix."""
-    cores = 1
+    def __init__(self):
+        self.cores = 1
+        self.device = Device.DEFAULT
+
     run = Fast.run
 
     @instead_of("attention", "f9faae301230")
     def attention(self, qkv, position, cache=None):
         B, T, _, H, D = qkv.shape
-        is_known = qkv.dtype == dtypes.float32 and qkv.device == Device.DEFAULT
-        if not is_known or cache is not None:  # (writing, T is small)
+        if cache is not None:  # (writing, T is small)
             return super().attention(qkv, position, cache)
 
-        def back(dy, call):
-            y = Tensor(call.src[1].after(call))
-            lse = Tensor(call.src[2].after(call))
-            dot = (Tensor(dy) * y).sum(-1).contiguous()
-            inputs = [Tensor(dy), dot, lse, qkv]
-            dqkv = self.run(attend_by_threads_back, [Tensor.empty(*qkv.shape)], inputs)[0]
-            return None, None, dqkv.uop
+        def back(dy, y, lse):
+            dot = (dy * y).sum(-1).contiguous()
+            return self.run(attend_by_threads_back, [like(qkv)], [dy, dot, lse, qkv])
         results = [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)]
         return self.run(attend_by_threads, results, [qkv], back)[0]
 
@@ -2506,7 +2488,7 @@ class Writer:
         self.readers = {}  # whose text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
-        model.parameters()
+        self.tensors = list(model.parameters().values())
         try:
             first = Tensor([0], dtype=dtypes.int32)
             model.hidden(first.reshape(1, 1), None, first, self.caches)  # computes nothing, but makes room
@@ -2601,7 +2583,14 @@ class Writer:
         for each, which yields what part I's `write` yields, sooner."""
         if len(prompts) > self.texts:
             raise ValueError(f"this Writer has room for {self.texts} texts, not for {len(prompts)}")
-        self.model.parameters()  # (what has been assigned to them is done now)
+        vocab_size = self.model.config.vocab_size
+        if not all(ids and 0 <= min(ids) <= max(ids) < vocab_size for ids in prompts):
+            raise ValueError(f"a prompt needs at least one token, and ids must be below {vocab_size}")
+        tensors = list(self.model.parameters().values())  # (what has been assigned to them is done now)
+        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
+            self.tensors = tensors  # somebody has put others there: record anew
+            self.programs = {}
+            self.readers = {}
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
         texts = []

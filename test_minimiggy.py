@@ -644,7 +644,7 @@ NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
            ("linear(x, self.weight, self.bias)", "linear(x, self.weight)"),
            ("layer_norm(x, self.weight, self.bias)", "layer_norm(x, self.weight)")]
 SGD = [("            new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()\n", ""),
-       ("            v_hat = new_v / start_2\n", ""),
+       ("            v_hat = new_v / rates[2]\n", ""),
        ("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "20 * rate * m_hat"),
        ("(theta, new_theta), (m[name], new_m), (v[name], new_v)", "(theta, new_theta), (m[name], new_m)")]
 EDITS = {"relu^2": RELU2, "rmsnorm": RMSNORM, "rotary": ROTARY, "swiglu": SWIGLU, "untied": UNTIED,
