@@ -645,7 +645,7 @@ NO_BIAS = [("        self.bias = ops.place(np.zeros(n_out, np.float32))\n", ""),
            ("layer_norm(x, self.weight, self.bias)", "layer_norm(x, self.weight)")]
 SGD = [("            new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()\n", ""),
        ("            v_hat = new_v / rates[2]\n", ""),
-       ("rate * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "20 * rate * m_hat"),
+       ("rates[0] * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)", "20 * rates[0] * m_hat"),
        ("(theta, new_theta), (m[name], new_m), (v[name], new_v)", "(theta, new_theta), (m[name], new_m)")]
 EDITS = {"relu^2": RELU2, "rmsnorm": RMSNORM, "rotary": ROTARY, "swiglu": SWIGLU, "untied": UNTIED,
          "gates": GATES, "no biases": NO_BIAS, "sgd": SGD}
@@ -858,6 +858,53 @@ def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
         return
     assert same(weights(model), before)
 
+def test_an_edit_of_the_call_alone_reaches_the_loss_and_the_writer(tmp_path, capsys):
+    cap = ("return self.head(self.hidden(idx, key))", "return 3.0 * (self.head(self.hidden(idx, key)) / 3.0).tanh()")
+    module, _ = edited([cap], tmp_path)
+    model = shake(small(module))
+    assert np.abs(logits(model, PASSAGE[0])).max() < 3
+    x, y = (Tensor(ids, dtype="int32") for ids in PASSAGE)
+    want = PLAIN.cross_entropy(Tensor(logits(model, PASSAGE[0])), y).mean().item()
+    assert model.loss(x, y).item() == pytest.approx(want, abs=1e-5)
+    writes_alike(module, model)
+
+def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path, capsys):
+    module, _ = edited(RELU2, tmp_path)
+    small(module).save_checkpoint(1, None, tmp_path)
+    module.open_checkpoint(tmp_path / "ckpt_1.safetensors")
+    assert capsys.readouterr().err == ""
+    minimiggy.open_checkpoint(tmp_path / "ckpt_1.safetensors")
+    assert "other layers or operations" in capsys.readouterr().err
+
+def test_tensors_that_are_exchanged_are_noticed():
+    model = small(minimiggy)
+    optimizer = AdamW(model, TrainConfig(batch_size=2))
+    optimizer(CIRCLE, 0)
+    writer = Writer(model)
+    writes_alike(minimiggy, model, writer=writer)
+    model.wte.weight = Tensor(np.random.default_rng(3).standard_normal((7, 4), np.float32))
+    with pytest.raises(ValueError, match="make a new AdamW"):
+        optimizer(CIRCLE, 1)
+    writes_alike(minimiggy, model, writer=writer)
+
+@pytest.mark.parametrize("ops", [FAST, PLAIN], ids=["fast", "plain"])
+def test_what_no_row_stands_for_is_no_number_and_is_not_written_from(ops):
+    model = small(minimiggy, ops)
+    for ids in ([0, 7], [-1, 0], [0, 1, 2, 3, 4, 5]):  # ids from 0 to 6, and five places
+        assert np.isnan(logits(model, [ids])).any()
+    for prompt in ([], [7], [-1]):
+        with pytest.raises(ValueError):
+            list(Writer(model).stream(prompt, 1))
+    with pytest.raises(ValueError, match="no numbers"):
+        list(write(model, [7], 1))
+
+def test_tinygrads_own_noise_is_new_at_every_call_of_a_recording(monkeypatch):
+    monkeypatch.setattr(Tensor, "_device_seeds", {})
+    monkeypatch.setattr(Tensor, "_device_rng_counters", {})
+    noise = FAST.record(lambda x: ((x + Tensor.rand(8)).realize(),))
+    draws = [noise(np.zeros(8, np.float32))[0] for _ in range(4)]
+    assert all(np.abs(draws[i] - draws[j]).max() > 0.01 for i in range(4) for j in range(i))
+
 # ----------------------------------------------------------------------------------------------- as a library
 
 def test_two_models_trained_and_sampled_in_turn_give_what_each_gives_alone(ids):
@@ -1025,6 +1072,31 @@ def test_compiled_programs_are_kept_for_the_next_process(programs):
     assert len(compiled) >= 2
     programs[1]()
     assert minimiggy.load_programs() == compiled
+
+@pytest.mark.skipif(not minimiggy.HELPERS, reason="one core compiles alone")
+@pytest.mark.parametrize("fate", ["they live", "they are dead", "they cannot be started"])
+def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatch):
+    start = minimiggy.helper.__wrapped__
+    helper = functools.cache(start if fate != "they cannot be started" else functools.partial(throw, OSError()))
+    monkeypatch.setattr(minimiggy, "helper", helper)
+    if fate == "they are dead":
+        helper(0).kill()
+    size = 4000 + len(fate)
+
+    def some(x):
+        return tuple((x[:size + i] * (i + 2)).realize() for i in range(6))
+    results = FAST.record(some)(np.ones(size + 9, np.float32))
+    assert [float(result[-1]) for result in results] == [2, 3, 4, 5, 6, 7]
+    if fate == "they live":
+        helper(0).kill()
+
+def test_more_cores_than_a_parameter_has_numbers():
+    losses = []
+    for cores in (1, 50):
+        model = small(minimiggy, minimiggy.Fast(cores))
+        plan = TrainConfig(batch_size=2, max_iters=3)
+        losses.append([loss for _, loss, _ in minimiggy.training(model, plan, CIRCLE)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 @pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "foreign", "a folder", "no space"])
 def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs, monkeypatch):
