@@ -1155,6 +1155,15 @@ def test_a_compiler_or_device_that_does_not_work_is_one_line(variables, words, t
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert words in done.stderr and len(done.stderr) < 350
 
+def test_a_compiler_that_is_killed_in_the_middle_is_one_line(tmp_path):
+    compiler = tmp_path / "clang"
+    count = f"echo >> {tmp_path}/count; [ $(wc -l < {tmp_path}/count) -gt 8 ] && kill -9 $$"
+    compiler.write_text(f'#!/bin/sh\n{count}\nexec {os.environ.get("CC") or "clang"} "$@"\n')
+    compiler.chmod(0o755)
+    done = in_a_process("import sys; from minimiggy import main; sys.exit(main(sys.argv[1:]))", "--gradcheck",
+                        CC=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"{compiler} failed" in done.stderr
+
 EVERYTHING = """import sys; from minimiggy import main
 flags = sys.argv[1:]
 where = flags[:2]
