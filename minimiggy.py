@@ -1196,9 +1196,9 @@ class Kernel:
             yield i, block * strip + j
 
     def fold(self, n: int, first: float, *steps):
-        """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by side,
-        which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns the
-        lanes' totals, a list for each step."""
+        """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by
+        side, which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns
+        the lanes' totals, a list for each step."""
         width = min(n, 16)
         lanes = self.array(len(steps), width)
         for lane in self.loop(width):
@@ -1429,11 +1429,12 @@ def weights_and_bias_back(k, dw, db, x, dy):
 
 # 15.3 A few rows
 #
-# When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight that
-# has come from memory is used once or a few times. So all depends on how quickly weights come. The processor
-# notices when we go straight on, and then fetches ahead. If every core has a part of the rows of w, it goes
-# through one piece of memory from end to end: at 384 x 384, 120 GB a second on two cores (from the second
-# store), and 55 where w is too large for that. When each core had a half of every row, they were 47 and 40.
+# When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight
+# that has come from memory is used once or a few times. So all depends on how quickly weights come. The
+# processor notices when we go straight on, and then fetches ahead. If every core has a part of the rows of w,
+# it goes through one piece of memory from end to end: at 384 x 384, 120 GB a second on two cores (from the
+# second store), and 55 where w is too large for that. When each core had a half of every row, they were 47
+# and 40.
 #
 # The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
 
@@ -1451,8 +1452,8 @@ def unpacked(number):
     return number.cast(dtypes.float)
 
 def matvec(k, parts, x, w, scale=None):
-    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w. (If w is packed,
-    its rows have scales (K,).)"""
+    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w. (If w is
+    packed, its rows have scales (K,).)"""
     K, N = w.shape
     P, R, _ = parts.shape
     streams, _ = parts_of(K, k.cores)
@@ -1484,8 +1485,8 @@ def add_parts(k, y, parts, *others, biased: bool):
             y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
 def dot_rows(k, y, x, table, scale=None):
-    """y (R, V) = x (R, C) @ table^T, for a table (V, C), which may be packed with scales (V,). A sum must wait
-    for each addition before the next, so some are on their way at a time."""
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C), which may be packed with scales (V,). A sum must
+    wait for each addition before the next, so some are on their way at a time."""
     V, C = table.shape
     R = x.rows
     size = pieces(V, k.cores)
@@ -1522,8 +1523,8 @@ LANES = TILE[1]  # queries in a block
 
 def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
-    exponentials. To go on reading a text, B = 1, it puts its keys and values into the caches (1, H, S, D), where
-    the text has a stretch that begins at `start` (1,); those from `position` (T,) on are new."""
+    exponentials. To go on reading a text, B = 1, it puts its keys and values into the caches (1, H, S, D),
+    where the text has a stretch that begins at `start` (1,); those from `position` (T,) on are new."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -1799,10 +1800,10 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #                 (turn < 4000 ? go_on : rest)();
 #     }
 #
-# `go_on` is C's abs, which does nothing here, and `rest` its sched_yield, which lets other programs run. Asking
-# the system takes longer than most waits, so it is asked only when one is long: a thread may be off its core.
-# All that takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since all that we have is its
-# compiler, and that has no other way of not calling something.
+# `go_on` is C's abs, which does nothing here, and `rest` its sched_yield, which lets other programs run.
+# Asking the system takes longer than most waits, so it is asked only when one is long: a thread may be off
+# its core. All that takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since all that we have
+# is its compiler, and that has no other way of not calling something.
 
 WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
 PATIENCE = 4000
@@ -2159,25 +2160,25 @@ if KNOWN:
 # earlier tokens compute does not depend on the later ones: their keys and values are what they were. So we
 # keep these (the *KV cache*) and compute the new token alone: one query against the keys of all before it.
 #
-# When block_size tokens are there, the older half is let go and the newer half read again, from place 0 on. So
-# at least half a context is always remembered, and the extra work stays small. What comes out must be what
+# When block_size tokens are there, the older half is let go and the newer half read again, from place 0 on.
+# So at least half a context is always remembered, and the extra work stays small. What comes out must be what
 # `write` writes; the tests compare.
 #
 # Several texts can be written side by side: then a weight that has come from memory serves all of them. They
-# have different lengths, and soon one of them begins anew while the others go on, so they are no batch (B, T).
-# But for all layers except attention a token is a token. So we hand over one row (1, T) of T tokens, each at a
-# place of its own, and only the cache knows which text each belongs to. It has a long stretch of memory, S
-# places for each text; where the stretch of a token's text begins is its `start`.
+# have different lengths, and soon one of them begins anew while the others go on, so they are no batch (B,
+# T). But for all layers except attention a token is a token. So we hand over one row (1, T) of T tokens, each
+# at a place of its own, and only the cache knows which text each belongs to. It has a long stretch of memory,
+# S places for each text; where the stretch of a token's text begins is its `start`.
 #
-# A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of chapter
-# 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are three: a
-# prompt of 1,000 tokens is read in pieces of 256, and the last piece steps back to end where the prompt does.
-# What it reads twice is the same the second time.
+# A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of
+# chapter 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are
+# three: a prompt of 1,000 tokens is read in pieces of 256, and the last piece steps back to end where the
+# prompt does. What it reads twice is the same the second time.
 
 def attend(k, y, keys, values, qkv, position, start, *, most: int):
-    """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at place
-    position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and value
-    first take their place."""
+    """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at
+    place position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and
+    value first take their place."""
     _, T, _, H, D = qkv.shape
     score = k.array(most)
     top = k.array(1)
@@ -2227,8 +2228,8 @@ class Cache:
         return self.memory
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H, texts *
-        S, D), and which of them each new token may see, (T, texts * S)."""
+        """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H,
+        texts * S, D), and which of them each new token may see, (T, texts * S)."""
         _, H, T, D = k.shape
         memory = self.room(H, D, v.shape[-1])
         places = Tensor.arange(self.texts * self.S).reshape(1, -1)
@@ -2282,8 +2283,8 @@ class Text:
     simple: Iterator | None = None               # part I's `write`, where that has to do it
 
 class Writer:
-    """Writes with a model, up to `texts` texts side by side. Each Writer has caches of its own, so several can
-    be at work at a time."""
+    """Writes with a model, up to `texts` texts side by side. Each Writer has caches of its own, so several
+    can be at work at a time."""
     def __init__(self, model: GPT, texts: int = 1):
         T = model.config.block_size
         self.model = model
@@ -2325,8 +2326,8 @@ class Writer:
 
     def read(self, ids: list[int], places: list[int], rows: list[int], head=True) -> np.ndarray:
         """Pass n tokens at certain places through the model: each of the text in a row of its own, or all of
-        that in the only row. Returns what comes out for each: the logits (n, V), or only the stream before the
-        head, (n, C)."""
+        that in the only row. Returns what comes out for each: the logits (n, V), or only the stream before
+        the head, (n, C)."""
         def run(idx, position, start):
             caches = [cache.at(start) for cache in self.caches]
             x = self.model.hidden(idx, None, position, caches)
@@ -2338,7 +2339,8 @@ class Writer:
         return self.programs[kind](idx, position, start * self.S)[0][0]
 
     def read_before_last(self, ids: list[int], done: int, row: int = 0) -> None:
-        """Read those of `ids` that have not been read, all after the first `done`, except for the last one."""
+        """Read those of `ids` that have not been read, all after the first `done`, except for the last
+        one."""
         while done < len(ids) - 1:
             left = [n for n in self.sizes if n <= len(ids) - done]
             smallest = [n for n in self.sizes[-1:] if n <= len(ids)]
@@ -2361,15 +2363,18 @@ class Writer:
                 text.seen = text.seen[-self.half:]
                 text.done = 0
             self.read_before_last(text.seen, text.done, text.row)
-        # Idle rows do once more what the first one does. For a model that is not part I's we take no chances.
-        alone = len(texts) == 1 or not self.is_known
-        for group in [[text] for text in texts] if alone else [texts]:
-            full = group + group[:1] * (0 if alone else self.texts - len(group))
-            last = [text.seen[-1] for text in full]
-            logits = self.read(last, [len(text.seen) - 1 for text in full], [text.row for text in full])
-            for text, row in zip(group, logits, strict=False):
-                text.done = len(text.seen)
-                text.seen.append(draw(row, text.rng, **how))
+        if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
+            logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
+        else:
+            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows read a 0 at place 0
+            last |= {text.row: (text.seen[-1], len(text.seen) - 1) for text in texts}
+            self.readers = {text.row: text for text in texts}
+            results = self.read([token for token, _ in last.values()], [place for _, place in last.values()],
+                                list(last))
+            logits = [results[text.row] for text in texts]
+        for text, row in zip(texts, logits, strict=True):
+            text.done = len(text.seen)
+            text.seen.append(draw(row, text.rng, **how))
 
     def follow(self, text: Text, all_texts: list[Text], **how):
         """Yield the tokens of a text. When there are none, all texts get one more."""
@@ -2386,9 +2391,9 @@ class Writer:
         finally:
             text.left = 0  # (nobody wants more of it)
 
-    def streams(self, prompts: list[list[int]], max_tokens: int, seed: int = 0, first: int = 0, **how) -> list:
-        """Begin a text after each of at most `texts` prompts, numbered from `first` on. Returns an iterator for
-        each, which yields what part I's `write` yields, sooner."""
+    def streams(self, prompts: list[list[int]], max_tokens: int, seed=0, first=0, **how) -> list:
+        """Begin a text after each of at most `texts` prompts, numbered from `first` on. Returns an iterator
+        for each, which yields what part I's `write` yields, sooner."""
         if len(prompts) > self.texts:
             raise ValueError(f"this Writer has room for {self.texts} texts, not for {len(prompts)}")
         self.model.parameters()  # (what has been assigned to them is done now)
@@ -2408,8 +2413,8 @@ class Writer:
         yield from self.streams([ids], max_tokens, seed, text, **how)[0]
 
 def write_all(writer: Writer, prompts: list[list[int]], max_tokens: int, seed: int = 0, **how):
-    """Yield an iterator over the tokens of each text, which are written in groups of as many as the writer has
-    room for."""
+    """Yield an iterator over the tokens of each text, which are written in groups of as many as the writer
+    has room for."""
     for first in range(0, len(prompts), writer.texts):
         yield from writer.streams(prompts[first:first + writer.texts], max_tokens, seed, first, **how)
 
@@ -2425,13 +2430,14 @@ GPT.generate = generate
 
 # === Chapter 22. Weights in fewer bits
 #
-# A token of GPT-2 takes 124 million multiplications, which two cores do in a millisecond; but half a gigabyte of
-# weights has to come from memory, which takes fifteen. To write faster, let fewer bytes come.
+# A token of GPT-2 takes 124 million multiplications, which two cores do in a millisecond; but half a gigabyte
+# of weights has to come from memory, which takes fifteen. To write faster, let fewer bytes come.
 #
-# A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its upper
-# half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is still
-# there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one, round: add
-# half of what is cut off, 0x7fff (and 1 more if the last digit kept is a 1, so that a tie goes to the even one).
+# A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its
+# upper half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is
+# still there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one,
+# round: add half of what is cut off, 0x7fff (and 1 more if the last digit kept is a 1, so that a tie goes to
+# the even one).
 #
 # >>> pi = np.array([[3.14159265]], np.float32)
 # >>> hex(pi.view(np.uint32)[0, 0]), hex(round_to_bfloat16(pi)[0, 0])
@@ -2439,11 +2445,11 @@ GPT.generate = generate
 # >>> float(np.array([0x40490000], np.uint32).view(np.float32)[0])
 # 3.140625
 #
-# *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix a
-# *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1 becomes
-# 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more than half
-# a scale. A row with one number that is far larger than the others would be read coarsely, which is why each row
-# has a scale of its own.
+# *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix
+# a *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1
+# becomes 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more
+# than half a scale. A row with one number that is far larger than the others would be read coarsely, which is
+# why each row has a scale of its own.
 #
 # >>> numbers, scale = in_eight_bits(np.array([[0.1, -0.0311, 0.254, 0.0]], np.float32))
 # >>> numbers.tolist(), round(float(scale[0]), 6)
@@ -2452,9 +2458,9 @@ GPT.generate = generate
 # [0.1, -0.032, 0.254, 0.0]
 #
 # Only what comes from memory is small. In the registers each number becomes a float32 again, and sums are
-# float32 sums. The kernels of 15.3 do so as they read (`unpacked`), and multiply by the scale where that is once
-# a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What does it cost? As many
-# bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
+# float32 sums. The kernels of 15.3 do so as they read (`unpacked`), and multiply by the scale where that is
+# once a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What does it cost?
+# As many bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
 
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16: the upper 16 bits, uint16."""
@@ -2462,7 +2468,8 @@ def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 def in_eight_bits(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix (n, m) float32 -> int8 (n, m), and scales (n,) float32 by which its rows are to be multiplied."""
+    """A matrix (n, m) float32 -> int8 (n, m), and scales (n,) float32 by which its rows are to be
+    multiplied."""
     scale = np.abs(array).max(1) / np.float32(127)
     divisors = np.where(scale > 0, scale, 1)
     return np.rint(array / divisors[:, None]).astype(np.int8), scale
@@ -2491,8 +2498,8 @@ def matmul_packed(k, C, A, B, scale, bias=None, *, b_transposed=False):
 # A backend for this is `Fast` with three operations that know packed matrices. A matrix is packed as it is
 # loaded (`fill` in chapter 26 asks for it), so that it never stands in memory as float32. The layers are part
 # I's, and the tensor that one of them calls its `weight` then has whole numbers, which mean something only
-# together with the scale that the backend has for it. So this is for part I's layers as they are, to write and
-# to examine; whoever wants more is refused.
+# together with the scale that the backend has for it. So this is for part I's layers as they are, to write
+# and to examine; whoever wants more is refused.
 
 class Packed(Fast):
     """`Fast` with matrices of fewer bits: `kind` is "bf16" or "int8"."""
@@ -2519,7 +2526,7 @@ class Packed(Fast):
         if scale is None:
             return super().embed(idx, table)
         x = Tensor.empty(*idx.shape, table.shape[1])
-        return self.run(embed_packed, [x], [table, scale, in_memory(idx)])[0]
+        return self.run(embed_packed, [x], [table, scale, in_memory(idx)], self.cannot_learn)[0]
 
     def linear(self, x, weight, bias=None):
         scale = self.scales.get(id(weight))
@@ -2531,10 +2538,10 @@ class Packed(Fast):
         y = Tensor.empty(*x.shape[:-1], N)
         rows = x.numel() // K
         if rows > FEW:
-            return self.run(matmul_packed, [y], [x, weight, scale, *biases])[0]
+            return self.run(matmul_packed, [y], [x, weight, scale, *biases], self.cannot_learn)[0]
         _, n = parts_of(K, self.cores)
-        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale])[0]
-        return self.run(add_parts, [y], [parts, *biases], biased=bias is not None)[0]
+        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale], self.cannot_learn)[0]
+        return self.run(add_parts, [y], [parts, *biases], self.cannot_learn, biased=bias is not None)[0]
 
     def unembed(self, x, table):
         scale = self.scales.get(id(table))
@@ -2543,8 +2550,8 @@ class Packed(Fast):
         check("unembed", x.shape[-1] == table.shape[1], x, table)
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
         if x.numel() <= FEW * table.shape[1]:
-            return self.run(dot_rows, [y], [x, table, scale])[0]
-        return self.run(matmul_packed, [y], [x, table, scale], b_transposed=True)[0]
+            return self.run(dot_rows, [y], [x, table, scale], self.cannot_learn)[0]
+        return self.run(matmul_packed, [y], [x, table, scale], self.cannot_learn, b_transposed=True)[0]
 
     def pack(self, model: GPT) -> None:
         """The same for all matrices of a model that has its numbers already."""
@@ -2552,7 +2559,8 @@ class Packed(Fast):
             if tensor.ndim == 2:
                 self.load(tensor, tensor.numpy())
 
-    def norm(self, gradients):
+    def cannot_learn(self, *_):
+        """In place of the way back."""
         raise UserError(f"a model with weights in {self.kind} cannot learn: train it in float32")
 
 # ============================================================================================================
