@@ -2553,15 +2553,18 @@ class Writer:
                 text.seen = text.seen[-self.half:]
                 text.done = 0
             self.read_before_last(text.seen, text.done, text.row)
-        # Idle rows do once more what the first one does. For a model that is not part I's we take no chances.
-        alone = len(texts) == 1 or not self.is_known
-        for group in [[text] for text in texts] if alone else [texts]:
-            full = group + group[:1] * (0 if alone else self.texts - len(group))
-            last = [text.seen[-1] for text in full]
-            logits = self.read(last, [len(text.seen) - 1 for text in full], [text.row for text in full])
-            for text, row in zip(group, logits, strict=False):
-                text.done = len(text.seen)
-                text.seen.append(draw(row, text.rng, **how))
+        if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
+            logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
+        else:
+            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows read a 0 at place 0
+            last |= {text.row: (text.seen[-1], len(text.seen) - 1) for text in texts}
+            self.readers = {text.row: text for text in texts}
+            results = self.read([token for token, _ in last.values()], [place for _, place in last.values()],
+                                list(last))
+            logits = [results[text.row] for text in texts]
+        for text, row in zip(texts, logits, strict=True):
+            text.done = len(text.seen)
+            text.seen.append(draw(row, text.rng, **how))
 
     def follow(self, text: Text, all_texts: list[Text], **how):
         """Yield the tokens of a text. When there are none, all texts get one more."""
@@ -2718,7 +2721,7 @@ class Packed(Fast):
         if scale is None:
             return super().embed(idx, table)
         x = Tensor.empty(*idx.shape, table.shape[1])
-        return self.run(embed_packed, [x], [table, scale, in_memory(idx)])[0]
+        return self.run(embed_packed, [x], [table, scale, in_memory(idx)], self.cannot_learn)[0]
 
     def linear(self, x, weight, bias=None):
         scale = self.scales.get(id(weight))
@@ -2730,10 +2733,10 @@ class Packed(Fast):
         y = Tensor.empty(*x.shape[:-1], N)
         rows = x.numel() // K
         if rows > FEW:
-            return self.run(matmul_packed, [y], [x, weight, scale, *biases])[0]
+            return self.run(matmul_packed, [y], [x, weight, scale, *biases], self.cannot_learn)[0]
         _, n = parts_of(K, self.cores)
-        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale])[0]
-        return self.run(add_parts, [y], [parts, *biases], biased=bias is not None)[0]
+        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale], self.cannot_learn)[0]
+        return self.run(add_parts, [y], [parts, *biases], self.cannot_learn, biased=bias is not None)[0]
 
     def unembed(self, x, table):
         scale = self.scales.get(id(table))
@@ -2742,8 +2745,8 @@ class Packed(Fast):
         check("unembed", x.shape[-1] == table.shape[1], x, table)
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
         if x.numel() <= FEW * table.shape[1]:
-            return self.run(dot_rows, [y], [x, table, scale])[0]
-        return self.run(matmul_packed, [y], [x, table, scale], b_transposed=True)[0]
+            return self.run(dot_rows, [y], [x, table, scale], self.cannot_learn)[0]
+        return self.run(matmul_packed, [y], [x, table, scale], self.cannot_learn, b_transposed=True)[0]
 
     def pack(self, model: GPT) -> None:
         """The same for all matrices of a model that has its numbers already."""
@@ -2751,7 +2754,8 @@ class Packed(Fast):
             if tensor.ndim == 2:
                 self.load(tensor, tensor.numpy())
 
-    def norm(self, gradients):
+    def cannot_learn(self, *_):
+        """In place of the way back."""
         raise UserError(f"a model with weights in {self.kind} cannot learn: train it in float32")
 
 # ============================================================================================================

@@ -1244,6 +1244,72 @@ def test_the_cache_gives_the_whole_models_logits(sizes):
             assert token == numpy_logits(p, np.array([seen]), *sizes[2:4])[0, -1].argmax()
             seen.append(token)
 
+PROMPTS = [[5], [1, 2, 3], [7] * 7, list(range(9)), [4] * 40]
+
+@pytest.mark.parametrize("ops", [PLAIN, FAST])
+def test_texts_side_by_side_are_those_written_one_after_another(ops):
+    config = dataclasses.replace(TINY, block_size=19)
+    model = shake(GPT(config, ops), 0.3)
+    together = list(minimiggy.write_all(Writer(model, 3), PROMPTS, 45, seed=2))
+    for number, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True)):
+        assert list(text) == list(Writer(model).stream(prompt, 45, seed=2, text=number))
+        assert ops is PLAIN or number > 1 or list(Writer(model).stream(prompt, 45, 2, number)) == list(
+            write(model, prompt, 45, 2, number))
+
+def test_a_text_that_has_ended_costs_the_others_nothing():
+    model = shake(GPT(TINY), 0.3)
+    first, second, third = Writer(model, 3).streams(PROMPTS[:3], 30)
+    assert [next(first), next(first)] == list(Writer(model).stream(PROMPTS[0], 2))
+    first.close()
+    second = list(second)
+    assert second == list(Writer(model).stream(PROMPTS[1], 30, text=1))
+    assert list(third) == list(Writer(model).stream(PROMPTS[2], 30, text=2))
+    with pytest.raises(ValueError, match="room for 3 texts"):
+        Writer(model, 3).streams(PROMPTS, 1)
+
+@pytest.mark.parametrize("n", [1, 4, 31, 70, 100])
+def test_a_prompt_is_read_in_few_pieces(n):
+    model = shake(GPT(GPTConfig(100, 31, 1, 2, 8)))
+    ids = some_ids(31, n).tolist()
+    writer = Writer(model)
+    kinds = []
+    read = writer.read
+    writer.read = lambda ids, *rest, **how: kinds.append(len(ids)) or read(ids, *rest, **how)
+    assert np.abs(writer.logits(ids, 0) - logits(model, [ids])[0, -1]).max() < 1e-5
+    assert sum(kinds) < n + 16 and len(kinds) <= 10
+
+# What comes of weights in fewer bits, in numpy and with exact fractions of two.
+
+def dequantised(array, kind):
+    """A matrix as it is read back."""
+    if kind == "bf16":
+        step = 2.0 ** (np.floor(np.log2(np.abs(array) + 1e-30)) - 7)
+        return np.rint(array / step) * step  # (numpy rounds a tie to the even one, too)
+    step = np.abs(array).max(1, keepdims=True).astype(np.float32) / np.float32(127)
+    return np.rint(array / np.where(step > 0, step, 1)) * step
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_packed_weights_are_numbers_of_fewer_bits(kind, run):
+    model = shake(GPT(TINY), 0.2)
+    load_array(model.wte.weight, np.where(np.arange(300)[:, None] == 7, 0, model.wte.weight.numpy()))
+    p = in_float64(model)
+    packed = {name: dequantised(array, kind) if array.ndim == 2 else array for name, array in p.items()}
+    ops = minimiggy.Packed(2, kind)
+    small_model = GPT(TINY, ops)
+    for name, tensor in small_model.parameters().items():
+        load_array(tensor, p[name])
+    ops.pack(small_model)
+    ids = some_ids(300, 4, 8)
+    want = numpy_logits(packed, ids, 2, 2)
+    error = np.abs(logits(small_model, ids) - want).max()
+    assert error < 1e-5 * np.abs(want).max() < np.abs(numpy_logits(p, ids, 2, 2) - want).max()
+    one_by_one = [Writer(small_model).logits(ids[0, :n + 1].tolist(), 0) for n in (0, 6)]
+    assert np.abs(np.array(one_by_one) - want[0, [0, 6]]).max() < 1e-5 * np.abs(want).max()
+    with pytest.raises(UserError, match="cannot learn"):
+        AdamW(small_model, QUICK)(np.arange(300), 0)
+    with pytest.raises(UserError, match="neither saved"):
+        small_model.save_checkpoint(1, None, run[2] / "packed")
+
 @pytest.mark.parametrize("ops", [PLAIN, ELSEWHERE])
 def test_the_plain_path_has_a_cache_too(ops):
     model = shake(GPT(dataclasses.replace(SMALLEST, dropout=0.0), ops))
@@ -2113,6 +2179,23 @@ def test_streaming_never_tears_a_character_and_ends_before_the_stop(run, stop, m
     minimiggy.sample(run[0].tokenizer, "", text.encode(), stop)  # (a token for each byte)
     assert "".join(prints) == (text.split(stop)[0] if stop else text)
     assert "\ufffd" not in "".join(prints)
+
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_fewer_bits_from_the_command_line(kind, run, tmp_path, capsys):
+    (tmp_path / "my.txt").write_text(TEXT[:9000])
+    flags = ["--out-dir", str(run[2]), "--data", str(tmp_path / "my.txt")]
+    bits = []
+    for more in ([], ["--weights", kind]):
+        assert main(["--eval-only", *flags, *more]) == 0
+        bits.append(float(re.search(r"= ([0-9.]+) bits", capsys.readouterr().out)[1]))
+    assert abs(bits[0] - bits[1]) < 0.01
+    written = ["--sample", "ROMEO:", "--out-dir", str(run[2]), "--weights", kind, "--max-tokens", "9"]
+    assert main([*written, "--num-samples", "2", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.count("ROMEO:") >= 2
+    assert main(["--train", "--weights", kind]) == 2
+    assert "--weights" in capsys.readouterr().err
+    assert main([*written, "--plain"]) == 2
+    assert "part II" in capsys.readouterr().err
 
 def test_eval_only_gives_the_loss_of_the_whole_validation_text(run, tmp_path, capsys):
     model, _, folder = run
