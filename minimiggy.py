@@ -1202,8 +1202,10 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most."""
-        cores = min(n, self.cores)
+        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. (A part may
+        be empty: if each loop chose its cores by its own n, a core that only another loop needs would do what
+        is not its part.)"""
+        cores = self.cores
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
         size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
@@ -1546,10 +1548,10 @@ def flash(k, y, lse, qkv, keys=None, values=None):
                 value = lambda d, j: qkv[b, j0 + j, 2, h, d]
                 for d, i, s in product(k, D, Q, Q, value, score.at):
                     out[d, i] = out[d, i] * fade[i] + s
+            for i in k.loop(Q):  # (in this order: with one token, tinygrad would lose the place of lse)
+                lse[b, h, i0 + i] = top[i] + total[i].log()
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
-            for i in k.loop(Q):
-                lse[b, h, i0 + i] = top[i] + total[i].log()
 
 # The way back. For one query, with weights p = softmax(s) and y = sum of p_j v_j, the loss rises with p_j by
 # dp_j = dy . v_j, and with v_j by p_j dy. A softmax's slope is dp_j/ds_i = p_j * ((1 if i = j, else 0) -
