@@ -1276,8 +1276,10 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most."""
-        cores = min(n, self.cores)
+        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. (A part may
+        be empty: if each loop chose its cores by its own n, a core that only another loop needs would do what
+        is not its part.)"""
+        cores = self.cores
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
         size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
@@ -1692,10 +1694,10 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
                     total[i] += score[j, i]
                 for d, i, s in product(k, D, Q, Q, lambda d, j: value(j0 + j, d), score.at):
                     out[d, i] = out[d, i] * fade[i] + s
+            for i in k.loop(Q):  # (in this order: with one token, tinygrad would lose the place of lse)
+                lse[b, h, i0 + i] = top[i] + total[i].log()
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
-            for i in k.loop(Q):
-                lse[b, h, i0 + i] = top[i] + total[i].log()
 
 # The way back. For one query, with weights p = softmax(s) and y = sum of p_j v_j, the loss rises with p_j by
 # g_j = dy . v_j, and with v_j by p_j dy. If score i rises, weight j changes by p_j * ((1 if i = j, else 0) -

@@ -390,6 +390,7 @@ def qkv_of(B, T, H, D):
     ("attention", qkv_of(2, 37, 3, 20)),
     ("attention", qkv_of(1, 130, 2, 13)),
     ("attention", qkv_of(1, 1, 2, 1)),
+    ("attention", qkv_of(3, 1, 3, 5)),
     ("embed", (some_ids(5, 3, 7), random(5, 13))),
     ("embed", (some_ids(5, 1, 1), random(5, 1))),
     ("unembed", (random(3, 7, 13), random(5, 13))),
@@ -555,6 +556,19 @@ def test_adamw_agrees_with_numpy(ids):
             step = m[name] / (1 - 0.9**(i + 1)) / (np.sqrt(v[name] / (1 - 0.99**(i + 1))) + 1e-8)
             p -= minimiggy.learning_rate(config, i) * (step + 0.1 * (p.ndim == 2) * p)
             assert np.abs(model.parameters()[name].numpy() - p).max() < 2e-5, name
+
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_parameters_of_one_number_beside_larger_ones_are_moved_once(cores):
+    shapes = {"large": (5, 3), "one": (1,), "two": (2,)}
+    moved = []
+    for ops in (PLAIN, Fast(cores)):
+        arrays = [{name: 1 + random(*shape)**2 for name, shape in shapes.items()} for _ in range(4)]
+        kinds = [{name: ops.place(array).realize() for name, array in kind.items()} for kind in arrays]
+        rates = Tensor(np.array([0.1, 0.2, 0.3], np.float32)).realize()
+        Tensor.realize(*ops.adamw(*kinds, Tensor(0.5).clone().realize(), rates, QUICK))
+        moved.append([tensor.numpy() for kind in kinds[:3] for tensor in kind.values()])
+    for plain, fast in zip(*moved, strict=True):
+        assert np.abs(plain - fast).max() < 1e-6
 
 def test_batches_depend_on_seed_and_step_alone():
     data = np.arange(1000)
