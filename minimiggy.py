@@ -1896,7 +1896,6 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     start_1 = rates[1]
     start_2 = rates[2]
     kinds = [arrays[i * n:i * n + n] for i in range(4)]
-    k.cores = min(k.cores, *(theta.rows * theta.columns for theta in kinds[0]))  # (each must have a share)
     for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
         for i in k.share(theta.rows * theta.columns):
             g = gradient[i] * shorter
@@ -2558,7 +2557,7 @@ class Writer:
         if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
         else:
-            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows read a 0 at place 0
+            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows: a 0 at place 0
             last |= {text.row: (text.seen[-1], len(text.seen) - 1) for text in texts}
             self.readers = {text.row: text for text in texts}
             results = self.read([token for token, _ in last.values()], [place for _, place in last.values()],
