@@ -992,7 +992,7 @@ def test_of_a_mac_only_the_fast_cores_count(answer, cores, tmp_path, monkeypatch
 
 def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(minimiggy, "CORES", 2)
-    backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64))
+    backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64, weights="f32"))
     assert backend.cores == 2 and "--devices 64: there are 2 cores" in capsys.readouterr().err
 
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
