@@ -3920,6 +3920,8 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
     arrays = {name: tensor.numpy().astype(np.float64) for name, tensor in model.parameters().items()}
     slopes = {name: np.zeros((len(batches), *array.shape)) for name, array in arrays.items()}
     elsewhere = {} if Device.DEFAULT == "CPU" else {"DEV": "CPU"}  # not every other device has float64
+    if elsewhere:
+        find_compiler()
     with Context(**elsewhere):
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
