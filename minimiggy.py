@@ -1276,10 +1276,10 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. (A part may
-        be empty: if each loop chose its cores by its own n, a core that only another loop needs would do what
-        is not its part.)"""
-        cores = self.cores
+        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. Where n is
+        smaller than the number of cores, the kernel must share nothing else: the cores that are left over
+        would do what is not theirs."""
+        cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
         size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
@@ -2193,7 +2193,9 @@ class Fast(Plain):
     @instead_of("adamw", "e475df0de9ec")
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
         changed = []
-        for names in groups(parameters):
+        few = [name for name, parameter in parameters.items() if parameter.numel() < self.cores]
+        others = {name: parameter for name, parameter in parameters.items() if name not in few}
+        for names in [*groups(others), *([name] for name in few)]:  # (`share` says why)
             results = [tensors[name] for tensors in (parameters, m, v) for name in names]
             inputs = [*(gradients[name] for name in names), scale.reshape(1), rates]
             decays = tuple(config.weight_decay if parameters[name].ndim == 2 else 0.0 for name in names)
@@ -4618,6 +4620,8 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
     arrays = {name: tensor.numpy().astype(np.float64) for name, tensor in model.parameters().items()}
     slopes = {name: np.zeros((len(batches), *array.shape)) for name, array in arrays.items()}
     elsewhere = {} if Device.DEFAULT == "CPU" else {"DEV": "CPU"}  # not every other device has float64
+    if elsewhere:
+        find_compiler()
     with Context(**elsewhere):
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
@@ -4699,7 +4703,8 @@ def blas_gflops() -> float:
     """The rate of numpy's float32 matrix product on this machine, in billions of operations a second: the
     best of five."""
     a = np.ones((1024, 1024), np.float32)
-    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
+    with np.errstate(all="ignore"):  # (on ARM, numpy's library may warn of what has not happened)
+        return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
 
 def peak_memory() -> float:
     """The most memory that this process has had so far, in MB."""

@@ -1159,6 +1159,14 @@ def test_the_launcher_of_ziglang_goes_where_programs_may_be_run(tmp_path, monkey
     minimiggy.find_compiler()
     assert complaint(os.environ["CC"]) == "" and "temporary" in os.environ["CC"]
 
+def test_a_clang_that_is_only_a_stub_is_not_believed(tmp_path):
+    pytest.importorskip("ziglang")
+    (tmp_path / "clang").write_text("#!/bin/sh\necho xcode-select: note: no developer tools >&2; exit 1\n")
+    (tmp_path / "clang").chmod(0o755)
+    code = "import os, minimiggy; minimiggy.open_device(); print(os.environ['CC'])"
+    done = in_a_process(code, PATH=f"{tmp_path}:/usr/bin:/bin", CC=None, DEV="CPU")
+    assert done.stdout.endswith("minimiggy-clang\n"), done.stderr
+
 @pytest.mark.parametrize(("variables", "words"), [
     ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
     ({"CC": "no/such/clang"}, "No such file"), ({"CC": ""}, "no checkpoint"),
