@@ -2366,7 +2366,7 @@ class Writer:
         if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
         else:
-            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows read a 0 at place 0
+            last = {row: (0, 0) for row in range(self.texts)}  # an idle row reads token 0
             last |= {text.row: (text.seen[-1], len(text.seen) - 1) for text in texts}
             self.readers = {text.row: text for text in texts}
             results = self.read([token for token, _ in last.values()], [place for _, place in last.values()],
