@@ -1556,10 +1556,10 @@ def weights_back(k, dw, *rest):
 #
 # When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight
 # that has come from memory is used once or a few times. So all depends on how quickly weights come. The
-# processor notices when we go straight on, and then fetches ahead. If every core has a part of the rows of w,
-# it goes through one piece of memory from end to end: at 384 x 384, 120 GB a second on two cores (from the
-# second store), and 55 where w is too large for that. When each core had a half of every row, they were 47
-# and 40.
+# processor notices where we go straight on, in several places at a time, and fetches ahead. So every core has
+# a part of the rows of w, a piece of memory of its own, and reads it in eight places side by side. On two
+# Intel cores, that brings 110 GB a second for a w of 384 x 384 (from the second store), and 54 for one of
+# 1536 x 384, for which there is no room. When each core had a half of every row, it was 47 and 38.
 #
 # The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
 FEW = 8  # rows of x for which this is the quicker way
@@ -3065,7 +3065,7 @@ KNOBS = {
     "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
     "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
     "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
-    "num_samples": (1, 1_000_000, "texts to write, one after the other")}
+    "num_samples": (1, 1_000_000, "texts to write, some side by side")}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
 def flag_of(name: str) -> str:
