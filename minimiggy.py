@@ -3113,7 +3113,7 @@ class Run:
         self.lap = (start, self.began)  # since which step, and when, the speed is measured
         self.last_shown = 0.0
         self.speed = 0.0  # tokens a second
-        self.warm_since = 0.0  # when the first steps, which compile and record, were over
+        self.step_ends = []  # when the first ten steps were over
         self.unsaved = None  # what to say about a save that failed
 
     @property
@@ -3137,15 +3137,17 @@ class Run:
              f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
 
     def say_how_long(self, step: int, start: int) -> None:
-        """Say, after ten steps, how long the rest is going to take. The first four of them compile and
-        record, so the other six are measured. A batch of an exam is a third of a step: it has no way back."""
+        """Say, after ten steps, how long the rest is going to take: the first four of them compile and
+        record, and the shortest of the other six is one that nothing disturbed. A batch of an exam is a third
+        of a step, since it has no way back."""
         c = self.config
-        if step == start + 4:
-            self.warm_since = time.perf_counter()
+        if step <= start + 10:
+            self.step_ends.append(time.perf_counter())
         if step != start + 10 or step == c.max_iters:
             return
-        a_step = (time.perf_counter() - self.warm_since) / 6
-        in_exam = min(self.val_batches, 4 * c.eval_iters) + c.eval_iters
+        a_step = float(np.diff(self.step_ends)[3:].min())
+        whole = self.val_batches <= 4 * c.eval_iters  # (as in `examine`)
+        in_exam = c.eval_iters + (self.val_batches if whole else c.eval_iters)
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
         seconds = a_step * (c.max_iters - step + exams * in_exam / 3)
         say(f"time       {1e3 * a_step:,.0f} ms a step; the rest takes about {clock(seconds)} min if nothing "
@@ -3982,13 +3984,15 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # Ten minutes are worth another model than one: a larger one, which learns more from each token but takes
 # longer over it. Which one, nobody who begins knows, and seven numbers would have to be right together. So
 # there are three recipes for a text of about a megabyte, found by experiment on two cores; they replace
-# defaults, and a flag that is given still counts more. All of them let the step size fall to zero: the last
-# tenth of a run, where it is nearly there, is worth 0.1 bits a byte.
+# defaults, and a flag that is given still counts more. All of them let the step size fall to zero.
 #
-# The longer a run, the more often it reads the same text, and the better it knows that by heart. *Dropout*
-# (chapter 6) is the remedy: whoever never sees all of a line cannot learn it as it stands. But it slows
-# learning down, and is a waste where a text is read once. So the share is no number of a recipe; it follows
-# from how often the text is read: 1 % for each time, up to 30 %. And 40 times are enough for any text, so a
+# The longer a run, the more often it reads the same text, and the better it knows that by heart. There are
+# two remedies. With *dropout* (chapter 6) the model never sees all of a line, and so cannot learn it as it
+# stands. And *weight decay* (chapter 8) makes it forget what it does not meet again and again. Both slow
+# learning down, and are a waste where a text is read once. So they are no numbers of a recipe; they follow
+# from how often the text is read. The dropout is 1 % for each time, up to 30 %. The weight decay rises from
+# 0.1, which is best for seven readings, to 1.0 for twenty: at 250 KB and twenty readings, that was worth 0.09
+# bits a byte against 0.1; at seven readings it cost as much. And 40 readings are enough for any text, so a
 # short one gets fewer steps.
 
 RECIPES = {
@@ -4214,15 +4218,18 @@ def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
 
 def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainConfig, n_tokens: int) -> None:
-    """Give a recipe the steps and the dropout that a text of `n_tokens` needs, unless flags have."""
+    """Give a recipe the steps, the dropout and the weight decay for a text of `n_tokens`, unless flags
+    have."""
     times = readings(config, gpt_config.block_size, n_tokens)
     if times > MOST_READINGS and args.max_iters is None:
         config.max_iters = math.ceil(config.max_iters * MOST_READINGS / times)
     if args.eval_interval is None:
         config.eval_interval = math.ceil(config.max_iters / 10)
+    times = readings(config, gpt_config.block_size, n_tokens)
     if args.dropout is None:
-        times = readings(config, gpt_config.block_size, n_tokens)
         gpt_config.dropout = min(0.3, round(times / 100, 2))
+    if args.weight_decay is None:
+        config.weight_decay = min(1.0, max(0.1, round((times / 20) ** 2, 2)))
 
 def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
     """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
@@ -4276,8 +4283,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         f"{c.block_size} tokens each, {where}")
     if effort:
         times = readings(config, c.block_size, len(corpus.train))
-        say(f"effort     {effort}: the text is read {times:.0f} times, with {c.dropout:.0%} dropout; on tiny "
-            f"Shakespeare, {REACHES[effort]:.2f} bits a byte are to be expected")
+        say(f"effort     {effort}: {times:.0f} times through the text, dropout {c.dropout:g}, weight decay "
+            f"{config.weight_decay:g}; on tiny Shakespeare, about {REACHES[effort]:.2f} bits/byte")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
     if CHANGED and isinstance(model.ops, Fast):
