@@ -1896,7 +1896,6 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     start_1 = rates[1]
     start_2 = rates[2]
     kinds = [arrays[i * n:i * n + n] for i in range(4)]
-    k.cores = min(k.cores, *(theta.rows * theta.columns for theta in kinds[0]))  # (each must have a share)
     for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
         for i in k.share(theta.rows * theta.columns):
             g = gradient[i] * shorter
@@ -2224,12 +2223,11 @@ class Fast(Plain):
 
 def groups(parameters: dict[str, Tensor]) -> list[list[str]]:
     """The names of parameters, a block's together (one program then serves for every block), at most 12 in
-    one, and those of a few numbers apart, which cannot be shared among many cores."""
-    def kind(name: str) -> tuple[list[str], bool]:
-        block = name.split(".")[:2] if name.startswith("h.") else []
-        return block, parameters[name].numel() < 64
+    one."""
+    def block(name: str) -> list[str]:
+        return name.split(".")[:2] if name.startswith("h.") else []
     found = []
-    for _, names in itertools.groupby(parameters, kind):
+    for _, names in itertools.groupby(parameters, block):
         names = list(names)
         found += [names[i:i + 12] for i in range(0, len(names), 12)]
     return found

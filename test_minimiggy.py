@@ -557,7 +557,7 @@ def test_adamw_agrees_with_numpy(ids):
             p -= minimiggy.learning_rate(config, i) * (step + 0.1 * (p.ndim == 2) * p)
             assert np.abs(model.parameters()[name].numpy() - p).max() < 2e-5, name
 
-@pytest.mark.parametrize("cores", [1, 2, 4])
+@pytest.mark.parametrize("cores", [1, 2, 4, 50])
 def test_parameters_of_one_number_beside_larger_ones_are_moved_once(cores):
     shapes = {"large": (5, 3), "one": (1,), "two": (2,)}
     moved = []
@@ -1104,14 +1104,6 @@ def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatc
     if fate == "they live":
         helper(0).kill()
 
-def test_more_cores_than_a_parameter_has_numbers():
-    losses = []
-    for cores in (1, 50):
-        model = small(minimiggy, minimiggy.Fast(cores))
-        plan = TrainConfig(batch_size=2, max_iters=3)
-        losses.append([loss for _, loss, _ in minimiggy.training(model, plan, CIRCLE)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
 @pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "foreign", "a folder", "no space"])
 def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs, monkeypatch):
     path, begin_anew = programs
@@ -1273,10 +1265,12 @@ def test_texts_side_by_side_are_those_written_one_after_another(ops):
     config = dataclasses.replace(TINY, block_size=19)
     model = shake(GPT(config, ops), 0.3)
     together = list(minimiggy.write_all(Writer(model, 3), PROMPTS, 45, seed=2))
+    alone = Writer(model)
     for number, (prompt, text) in enumerate(zip(PROMPTS, together, strict=True)):
-        assert list(text) == list(Writer(model).stream(prompt, 45, seed=2, text=number))
-        assert ops is PLAIN or number > 1 or list(Writer(model).stream(prompt, 45, 2, number)) == list(
-            write(model, prompt, 45, 2, number))
+        text = list(text)
+        assert text == list(alone.stream(prompt, 45, seed=2, text=number))
+        if ops is FAST and number < 2:
+            assert text == list(write(model, prompt, 45, 2, number))
 
 def test_a_text_that_has_ended_costs_the_others_nothing():
     model = shake(GPT(TINY), 0.3)
