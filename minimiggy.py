@@ -2781,7 +2781,7 @@ import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 
-# === Chapter 23. Files that are whole, and lines that are harmless
+# === Chapter 23. Safe files, safe output
 #
 # When a program is killed while it writes a file, half of a file is left, under a name that promises all of
 # it. So whatever we keep is written under another name, pushed out of the system's buffers onto the disk
@@ -3350,7 +3350,7 @@ GPT.load_checkpoint = load_checkpoint
 # comparison is a rough one, since your model may be another than GPT-2; what really fits, `restore` finds
 # out.
 def size_of(config: GPTConfig) -> int:
-    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 30 counts them), and
+    """About how many parameters a GPT-2 of this size has: 12 C^2 in each block (chapter 31 counts them), and
     a row of C for each token and each position."""
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
@@ -4279,7 +4279,7 @@ def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color:
     axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
     return learned + named
 
-# === Chapter 29. Looking inside
+# === Chapter 30. Looking inside
 #
 # A model is a million numbers, which nobody can read. But one can watch them at work. `--look` passes a
 # prompt through the model and writes down what happens on the way: which tokens it reads, what it expects
@@ -4494,7 +4494,7 @@ def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
     return {"near": near, "atlas": atlas}
 
 # *How did it learn?* That stands in the run's folder. The first tenth of the run may leave the picture at the
-# top, as in the pictures of chapter 28, and what was written on the way is shown as it was kept.
+# top, as in the pictures of chapter 29, and what was written on the way is shown as it was kept.
 def story(folder: Path | None) -> dict:
     """A run's curves, [step, loss], for both texts, and its samples; UserError if it has no log."""
     if folder is None:
@@ -4517,7 +4517,7 @@ def story(folder: Path | None) -> dict:
             "unit": "bits a byte" if in_bits else "nats a token", "samples": samples}
 
 # *How do we write a token?* As its text; one that is no text, such as half a character, by its bytes. How a
-# token was merged is found out as it is for Hugging Face's files, in chapter 27.
+# token was merged is found out as it is for Hugging Face's files, in chapter 28.
 def in_letters(tokenizer: BPETokenizer, token: int) -> str:
     """A token's text, or its bytes in the form <e2 80>; its number if it has neither."""
     raw = tokenizer.decode_bytes(token)
@@ -4604,7 +4604,7 @@ def write_page(content: dict, path: Path) -> None:
     with whole(path) as file:
         file.write(template.replace("DATA", text, 1).encode())
 
-# === Chapter 30. Proving and measuring it
+# === Chapter 31. Proving and measuring it
 #
 # Are the gradients right? A derivative is defined as what happens to the loss if one parameter is moved a
 # little, so one can simply do that: move it up by h, move it down by h, and divide the difference of the two
@@ -4782,7 +4782,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
     raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
                     f"are free: choose a smaller {remedy}")
 
-# === Chapter 31. The command line
+# === Chapter 32. The command line
 #
 # Every field of the configs is a flag. Where a flag is not given, the command line has some defaults of its
 # own, for a first run of about a minute that ends with verse; part I's are for whoever uses the file as a
@@ -5035,7 +5035,7 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
 # *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
 # text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
 # wrong text or the wrong size, one sees it before an hour has passed. How long it will take is said a moment
-# later, when a few steps have been measured (chapter 26).
+# later, when a few steps have been measured (chapter 27).
 def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
     return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
