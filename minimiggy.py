@@ -1414,7 +1414,7 @@ def exp(x):
 # one shape for each kind of processor serves all. (The picture above has 4 x 64, which is easier to draw.)
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
-PACKED = 3 << 16     # numbers of B that are packed at a time: 768 KB
+PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
 
 def pieces(n: int, size: int) -> int:
     """How many pieces of `size` make up n, the last of which may be smaller."""
@@ -1487,7 +1487,7 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
     height = min(tiles * rows, M)
     width = min(panels * columns, N)
     packed = k.aligned_array(panels, depth, columns)
-    copied = a_transposed or (K > depth and panels > 8)
+    copied = a_transposed or (K > 2 * depth and panels > 8)
     strip = k.aligned_array(depth, height + LINE) if a_transposed else k.aligned_array(height, depth + LINE)
     sums = k.array(panels, columns)
     share_rows, share_columns = (k.share, k.loop) if M >= N else (k.loop, k.share)
@@ -1727,8 +1727,8 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
     for bh in k.share(B * H):
         b = bh // H
         h = bh % H
-        for t, part, d in k.loop(T, 3, D):
-            dqkv[b, t, part, h, d] = 0.0
+        for t, part, d in k.loop(T, 2, D):  # those of keys and values, to which every block adds
+            dqkv[b, t, part + 1, h, d] = 0.0
         for block in k.loop(T // Q):
             i0 = block * Q
             for i in k.loop(Q):
