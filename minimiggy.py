@@ -792,7 +792,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 #
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
 # 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! Row t of the mask has t + 1 ones.)
-# 3. No sqrt(D). Take it out of `attention`. (2.75.)
+# 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
@@ -1397,10 +1397,10 @@ def exp(x):
 # *panels*, each as wide as a tile, are copied to where they lie without gaps; they stay in the second level.
 # (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
 # would compete for the same few places.) A streams past in strips. A few rows of a strip, in the first level,
-# meet one panel after the other, while their tile of the result is in registers. If A's rows go on far beyond
-# the block, the strip is copied as well, for the same reason, if enough panels meet it: 2048 x 1536 @ 1536 x
-# 384 takes 16.1 instead of 17.5 ms of a core, and 15.8 if all 12 panels are in one group, which reads A once.
-# A row of the copy is a line longer than it need be, so that no two rows compete for one place.
+# meet one panel after the other, while their tile of the result is in registers. If A's rows go on for more
+# than two blocks, the strip is copied as well, for the same reason, unless few panels meet it: 2048 x 1536 @
+# 1536 x 384 takes 16.6 instead of 17.5 ms of a core, and 15.8 if the group has all 12 panels, so that A is
+# read once. (A row of the copy is a line longer than it need be, or rows would compete for the same places.)
 #
 #     for each group of panels of B:
 #         for each block of `depth` rows of B:

@@ -380,6 +380,7 @@ def qkv_of(B, T, H, D):
 @pytest.mark.parametrize(("name", "inputs"), [
     ("linear", (random(3, 37, 70), random(70, 131), random(131))),
     ("linear", (random(2, 5, 1100), random(1100, 65), random(65))),     # a panel in two pieces
+    ("linear", (random(2, 192, 1030), random(1030, 320), random(320))),  # strips that are copied
     ("linear", (random(1, 1, 33), random(33, 7))),                      # one row, without a bias
     ("linear", (random(5, 1, 1), random(1, 3), random(3))),
     ("gelu", (3 * random(2, 5, 71),)),
