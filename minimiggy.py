@@ -793,7 +793,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
 # 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! Row t of the mask has t + 1 ones.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
-# 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.85.)
+# 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
 
