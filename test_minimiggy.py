@@ -910,7 +910,7 @@ def test_what_no_row_stands_for_is_no_number_and_is_not_written_from(ops):
     for prompt in ([], [7], [-1]):
         with pytest.raises(ValueError):
             list(Writer(model).stream(prompt, 1))
-    with pytest.raises(ValueError, match="no numbers"):
+    with pytest.raises(ValueError, match="not numbers"):
         list(write(model, [7], 1))
 
 def test_tinygrads_own_noise_is_new_at_every_call_of_a_recording(monkeypatch):
