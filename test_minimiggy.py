@@ -764,7 +764,8 @@ def test_edits_that_nobody_foresaw_work_together(tmp_path, capsys):
     with pytest.raises(module.UserError, match="no GPT-2 any more"):
         module.export(model, tmp_path / "export")
 
-TOKEN_SHIFT = ("        heard = ", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n        heard = ")
+TOKEN_SHIFT = ("        heard = ", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n"
+               "        heard = ")
 NO_CACHE = [  # edits of which a cache of keys and values cannot know, or that know nothing of it
     [("            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
       "            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril().triu(-1)")],
@@ -874,8 +875,8 @@ def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
     assert same(weights(model), before)
 
 def test_an_edit_of_the_call_alone_reaches_the_loss_and_the_writer(tmp_path, capsys):
-    cap = ("return self.head(self.hidden(idx, key))", "return 3.0 * (self.head(self.hidden(idx, key)) / 3.0).tanh()")
-    module, _ = edited([cap], tmp_path)
+    module, _ = edited([("return self.head(self.hidden(idx, key))",
+                         "return 3.0 * (self.head(self.hidden(idx, key)) / 3.0).tanh()")], tmp_path)
     model = shake(small(module))
     assert np.abs(logits(model, PASSAGE[0])).max() < 3
     x, y = (Tensor(ids, dtype="int32") for ids in PASSAGE)
@@ -1092,7 +1093,8 @@ def test_compiled_programs_are_kept_for_the_next_process(programs):
 @pytest.mark.parametrize("fate", ["they live", "they are dead", "they cannot be started"])
 def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatch):
     start = minimiggy.helper.__wrapped__
-    helper = functools.cache(start if fate != "they cannot be started" else functools.partial(throw, OSError()))
+    cannot = fate == "they cannot be started"
+    helper = functools.cache(functools.partial(throw, OSError()) if cannot else start)
     monkeypatch.setattr(minimiggy, "helper", helper)
     if fate == "they are dead":
         helper(0).kill()
