@@ -313,7 +313,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
 # learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink from layer
 # to layer, and their gradients with them. (The 1e-5 prevents a division by zero. Many newer models leave the
-# mean and the shift out, x / sqrt(mean of x^2) * weight, which is called *RMSNorm*.)
+# mean and the shift out, which is called *RMSNorm*: x / sqrt(mean of x^2) * weight. Try it.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
