@@ -833,10 +833,11 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tinygrad import Context, Device
 
@@ -867,7 +868,7 @@ try:
     from tinygrad import UOp
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.dtype import AddrSpace
-    from tinygrad.engine.realize import get_call_arg_uops, get_runtime
+    from tinygrad.engine.realize import capturing, get_call_arg_uops, get_runtime
     from tinygrad.helpers import DEBUG, DEV, getenv
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import AxisType, KernelInfo, Ops
@@ -1000,7 +1001,7 @@ def open_device() -> None:
         find_compiler()
         if not load_programs():
             for number in range(HELPERS):  # there will be work for them soon
-                helper(number)
+                helper(f"helper_{number}")
     try:
         Tensor([1.0]).realize().tolist()
     except ModuleNotFoundError:
@@ -1071,43 +1072,61 @@ import pickle, signal, sys
 from tinygrad.codegen import to_program
 while True:
     signal.alarm(60)
-    tree, renderer = pickle.load(sys.stdin.buffer)
-    pickle.dump(to_program(tree, renderer), sys.stdout.buffer)
+    tree, renderer = pickle.loads(pickle.load(sys.stdin.buffer))
+    pickle.dump(pickle.dumps(to_program(tree, renderer)), sys.stdout.buffer)
     sys.stdout.flush()
 """
 HELPERS = min(CORES, 4) - 1
 
 @functools.cache
-def helper(number: int) -> subprocess.Popen:
-    """The process with this number. It is started at the first call, and is ready half a second later."""
+def helper(name: str) -> subprocess.Popen:
+    """The process of this name. It is started at the first call, and is ready half a second later."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-c", HELPER], start_new_session=True, **pipes)
 
+# For each process there is a thread here that hands it programs and waits for them. It moves bytes and knows
+# nothing of what they mean: tinygrad's trees are made by one thread only.
+@functools.cache
+def helpers() -> ThreadPoolExecutor:
+    """These threads."""
+    return ThreadPoolExecutor(max(1, HELPERS), thread_name_prefix="helper")
+
+def let_help(order: bytes) -> bytes:
+    """Have a program compiled; this runs in one of the threads."""
+    process = helper(threading.current_thread().name)
+    pickle.dump(order, process.stdin)
+    process.stdin.flush()
+    return pickle.load(process.stdout)
+
+# A program is ordered as soon as its kernel is written down (chapter 14). So the helpers are at work while
+# the step that it belongs to is still being put together here, which takes half a second.
+@functools.cache
+def ordered(tree, renderer) -> Future:
+    """Order a program from the helpers, once, and return what will hold it."""
+    return helpers().submit(let_help, pickle.dumps((tree, renderer)))
+
 def compile_together(trees: list) -> None:
-    """Compile these programs, given as tinygrad's syntax trees, unless that has been done before."""
+    """See that these programs, given as tinygrad's syntax trees, are compiled. The helpers take what was
+    ordered first; we take the largest for which they have had no time yet."""
     renderer = Device["CPU"].renderer
-    todo = {to_program_key(tree, renderer): tree for tree in trees}
-    new = todo.keys() - to_program_cache.keys()
-    waiting = sorted(new, key=lambda key: len(todo[key].toposort()))  # taken from the end, the largest first
-
-    def let_help(number: int) -> None:
-        with suppress(Exception):
-            process = helper(number)
-            while waiting:
-                key = waiting.pop()
-                pickle.dump((todo[key], renderer), process.stdin)
-                process.stdin.flush()
-                to_program_cache[key] = pickle.load(process.stdout)
-
-    if len(waiting) < 4 or not HELPERS or DEBUG:
+    todo = {tree: to_program_key(tree, renderer) for tree in trees}
+    new = [tree for tree, key in todo.items() if key not in to_program_cache]
+    if not HELPERS or DEBUG or len(new) < 4 and not helper.cache_info().currsize:
         return
-    with ThreadPoolExecutor(HELPERS) as pool:
-        pool.map(let_help, range(HELPERS))
-        try:
-            while waiting:
-                to_program(todo[waiting.pop()], renderer)
-        finally:
-            waiting.clear()
+    orders = {tree: ordered(tree, renderer) for tree in new}
+    for tree in sorted(new, key=lambda tree: -len(tree.toposort())):
+        if orders[tree].cancel():
+            to_program(tree, renderer)
+    for tree, order in orders.items():
+        with suppress(Exception):  # (a helper that has died: tinygrad will compile it)
+            if not order.cancelled():
+                to_program_cache[todo[tree]] = pickle.loads(order.result())
+
+def forget_orders() -> None:
+    """Let the helpers finish what they are at, and nothing else: somebody wants to end."""
+    helpers().shutdown(wait=False, cancel_futures=True)
+    helpers.cache_clear()
+    ordered.cache_clear()
 
 # 13.5 A recording
 #
@@ -1142,7 +1161,11 @@ class Recording:
         if not Tensor._device_rng_counters:
             Tensor._next_counter("CPU", 0)
             Tensor.realize(*Tensor._device_seeds.values(), *Tensor._device_rng_counters.values())
-        results = self.jit()
+        try:
+            results = self.jit()
+        except BaseException:
+            forget_orders()
+            raise
         keep_programs()
         self.results = [memory_of(result) for result in results]
 
@@ -1354,10 +1377,16 @@ def written_down(kernel, cores: int, *arguments, **options):
     return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)
 
 def program_of(kernel, cores: int, *arguments, **options):
-    """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree."""
+    """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree. If
+    not, and if this is for a recording, it is ordered from the helpers, if there are any."""
     tree = written_down(kernel, cores, *arguments, **options)
-    program = to_program_cache.get(to_program_key(tree, Device["CPU"].renderer))
-    return tree if program is None else essence(program)
+    renderer = Device["CPU"].renderer
+    program = to_program_cache.get(to_program_key(tree, renderer))
+    if program is not None:
+        return essence(program)
+    if capturing and helper.cache_info().currsize and not DEBUG:
+        ordered(tree, renderer)
+    return tree
 
 def exp(x):
     """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is

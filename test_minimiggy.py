@@ -1096,8 +1096,9 @@ def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatc
     cannot = fate == "they cannot be started"
     helper = functools.cache(functools.partial(throw, OSError()) if cannot else start)
     monkeypatch.setattr(minimiggy, "helper", helper)
+    minimiggy.forget_orders()
     if fate == "they are dead":
-        helper(0).kill()
+        helper("helper_0").kill()
     size = 4000 + len(fate)
 
     def some(x):
@@ -1105,7 +1106,7 @@ def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatc
     results = FAST.record(some)(np.ones(size + 9, np.float32))
     assert [float(result[-1]) for result in results] == [2, 3, 4, 5, 6, 7]
     if fate == "they live":
-        helper(0).kill()
+        helper("helper_0").kill()
 
 @pytest.mark.parametrize("damage", ["noise", "zeros", "cut", "a bit", "foreign", "a folder", "no space"])
 def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs, monkeypatch):
