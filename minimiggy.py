@@ -2879,11 +2879,12 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     the next try."""
     if path.exists():
         return
+    import requests  # here and not above: most runs need no network, and the import takes 0.2 s
     unfinished = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sha256 = sha256 or announced_sha256(url)
-        fetch_rest(url, unfinished, path.name)
+        fetch_rest(url, unfinished)
         with open(unfinished, "rb") as file:
             came = hashlib.file_digest(file, "sha256").hexdigest()
         if came != sha256:
@@ -2891,7 +2892,9 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             raise OSError("what came is another file: wrong SHA-256")
         unfinished.replace(path)
     except OSError as error:
-        line = f"could not download {path.name} ({trouble(error)}): try again, or bring {url} to {path}"
+        of_the_network = isinstance(error, requests.RequestException)  # (which is a kind of OSError)
+        why = "the server cannot be reached, or has stopped" if of_the_network else in_words(error)
+        line = f"could not download {path.name} ({why}): try again, or bring {url} to {path}"
         raise OSError(line) from error
     finally:
         show("")
@@ -2899,42 +2902,33 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 def announced_sha256(url: str) -> str:
     """The SHA-256 that a server such as Hugging Face's hub tells, in quotes, in the header of its answer. (It
     does so where it points to the place where the file is stored, so we do not follow it there.)"""
-    import requests  # here and not above: most runs need no network, and the import takes 0.2 s
+    import requests
     headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
     sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
     if len(sha256) != 64:
         raise OSError("the server announces no SHA-256")
     return sha256
 
-def fetch_rest(url: str, unfinished: Path, name: str) -> None:
-    """Add to `unfinished` what it lacks of the file at `url`; `name` is for the line that shows how far it
-    is."""
+def fetch_rest(url: str, unfinished: Path) -> None:
+    """Add to the file `unfinished` what it lacks of the file at `url`, and show how far it is."""
     import requests
-    got = unfinished.stat().st_size if unfinished.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
-    if got:
-        headers["Range"] = f"bytes={got}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:
-            return
-        response.raise_for_status()
-        goes_on = response.status_code == 206
-        with open(unfinished, "ab" if goes_on else "wb", buffering=0) as file:
+    with open(unfinished, "ab", buffering=0) as file:
+        headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
+        if file.tell():
+            headers["Range"] = f"bytes={file.tell()}-"
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416:
+                return
+            if not response.ok:
+                raise OSError(f"the server answers {response.status_code}")
+            if response.status_code != 206:
+                file.truncate(0)
             left = response.headers.get("content-length", "")
             total = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left.isdecimal() else ""
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
-                show(f"downloading {name}: {file.tell() / 1e6:.1f}{total} MB")
+                show(f"downloading {unfinished.stem}: {file.tell() / 1e6:.1f}{total} MB")
             os.fsync(file.fileno())
-
-def trouble(error: OSError) -> str:
-    """Why a download failed, in plain words. (The errors of requests are OSErrors.)"""
-    import requests
-    if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code}"
-    if isinstance(error, requests.RequestException):
-        return "the server cannot be reached, or has stopped in the middle"
-    return in_words(error)
 
 # A text of your own may be anything: written on Windows (its lines end with "\r\n", and a "byte-order mark",
 # three bytes that mean nothing, may stand in front), hundreds of megabytes long, or no text at all. It is
@@ -2965,29 +2959,25 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
 # tiktoken is quick, but cannot take a text of any length at once: its regular expressions overflow the stack
 # on a million blanks, and the lists of numbers that it returns take ten times the memory of an array. So a
 # long text is encoded in pieces. They must end where the pattern of chapter 3 cuts in any case, or a token
-# would be torn apart: after the letters of a word, or before white space.
-SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)"
+# would be torn apart: after the letters of a word, or before white space. What comes after the last such
+# place waits for the next piece. (But if all of it is white space, nothing waits: it may go on for ever.)
+SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
 def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
     """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint16 if they fit,
     else int32."""
     import regex
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    arrays = [np.zeros(0, kind)]
-    start = 0
-    length = size
-    while start < len(text):
-        end = border(text, start + length)
-        piece = str(text[start:end], "utf-8")
-        cut = regex.search(f"(?r){SURE_CUT}", piece)  # (?r): from the right, so the last such place
-        if end < len(text) and not piece.isspace():
-            if cut is None:
-                length *= 2  # a piece without any: a longer one may have one
-                continue
-            piece = piece[:cut.end()]
-        arrays.append(np.array(tokenizer.encode(piece), kind))
-        start += len(piece.encode())
-        length = size
+    arrays = []
+    decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
+    waiting = ""
+    for place in range(0, len(text), size):
+        waiting += decoder.decode(text[place:place + size])
+        cut = regex.search(f"(?r){SURE_CUT}", waiting)  # (?r): from the right, so the last such place
+        if cut:
+            arrays.append(np.array(tokenizer.encode(waiting[:cut.end()]), kind))
+            waiting = waiting[cut.end():]
+    arrays.append(np.array(tokenizer.encode(waiting), kind))
     return np.concatenate(arrays)
 
 BPETokenizer.encode_array = encode_array
@@ -3003,13 +2993,6 @@ def gpt2_tokenizer() -> BPETokenizer:
 # And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
 # so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
 # name.
-def find_file(name: str) -> Path | None:
-    """The file of that name, or None, also if no file can have it: too long, say, or a link to itself."""
-    try:
-        path = Path(name).resolve()
-        return path if path.is_file() else None
-    except (OSError, ValueError, RuntimeError):
-        return None
 
 def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     """The text that `--data` asks for, and what to ask for to get it again; None asks for the default.
@@ -3024,10 +3007,10 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
                 raise UserError(f"{error}, or use --data play") from error
             say(f"{error}\ntraining on data/play.txt, a play that came with this file, instead")
             name = "play"
-    path = find_file(ours.get(name, name))
-    if path is None:
+    path = Path(ours.get(name, name))
+    if not os.path.isfile(path):  # (nor if no file can have such a name: Path's own would raise an error)
         raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
-    return read_text(path, replace), name if name in ours else str(path)
+    return read_text(path, replace), name if name in ours else str(path.resolve())
 
 # === Chapter 25. What a knob may be
 #
@@ -3092,8 +3075,7 @@ def check_config(config) -> None:
     for field in dataclasses.fields(config):
         check_value(field.name, getattr(config, field.name), type(field.default))
     if isinstance(config, GPTConfig) and config.n_embd % config.n_head:
-        shares = f"--n-embd {config.n_embd} into equal shares"
-        raise UserError(f"--n-head {config.n_head} does not divide {shares}")
+        raise UserError(f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}")
 
 # === Chapter 26. Checkpoints
 #
@@ -3156,7 +3138,7 @@ DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
 
 class Damaged(UserError):
-    """What is wrong with a file."""
+    """What is wrong with a file; whoever catches it says which file."""
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a file, by name, as windows on it, and its texts. (bfloat16, which numpy lacks, comes as
@@ -3166,11 +3148,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if not path.is_file():
             raise UserError(f"cannot read {path}: there is no such file")
         with open(path, "rb") as file:
-            header, metadata, start = read_header(file)
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(path.stat().st_size - 8, LONGEST_HEADER):
+                raise Damaged("it is cut off, or not a safetensors file")
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            if not all(type(text) is str for text in metadata.values()):
+                raise Damaged("it has metadata that is not text")
             file_bytes = np.memmap(file, np.uint8, "c")  # "c": whoever writes to it gets a copy of that page
-            arrays = windows(header, file_bytes[start:])
+            arrays = windows(header, file_bytes[8 + length:])
             if "sha256" in metadata:
-                file.seek(start)
+                file.seek(8 + length)
                 pieces = iter(functools.partial(file.read, 1 << 20), b"")
                 if metadata["sha256"] != sha256_of(header, metadata, pieces):
                     raise Damaged("its bytes are not those that were written (wrong SHA-256)")
@@ -3184,19 +3172,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header is not one of a safetensors file") from error
 
-def read_header(file) -> tuple[dict, dict[str, str], int]:
-    """A file's header, its texts, and where its numbers begin. Damaged, or the errors of json, if it has
-    none."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, LONGEST_HEADER):
-        raise Damaged("it is cut off, or not a safetensors file")
-    header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not all(type(text) is str for text in metadata.values()):
-        raise Damaged("it has metadata that is not text")
-    return header, metadata, 8 + length
-
 def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays that a header describes, as windows on the bytes that come after it."""
     arrays = {}
@@ -3209,8 +3184,7 @@ def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
         if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(numbers) for n in shape):
             raise Damaged(f"{brief(name, 60)} has an impossible shape")
         kind = np.dtype(DTYPES[entry["dtype"]])
-        fits = start == place and end <= len(numbers)
-        if not fits or end - start != kind.itemsize * math.prod(shape):
+        if start != place or end > len(numbers) or end - start != kind.itemsize * math.prod(shape):
             raise Damaged(f"{brief(name, 60)} is not where it belongs, or the file is cut off")
         arrays[name] = numbers[start:end].view(kind).reshape(shape)
         place = end
@@ -3226,8 +3200,7 @@ def load_array(tensor: Tensor, array: np.ndarray) -> None:
     if KNOWN and tensor.device == "CPU":
         memory_of(tensor)[...] = array
     else:
-        numbers = Tensor(np.ascontiguousarray(array), device=tensor.device).cast(tensor.dtype)
-        tensor.assign(numbers).realize()
+        tensor.assign(Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, device=tensor.device)).realize()
 
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Numbers of any precision as float32. Those of bfloat16 are the upper halves of a float32's 32 bits."""
@@ -3248,8 +3221,7 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
             found = f"{array.dtype} {array.shape}"
             raise UserError(f"{path} does not fit this model: {name} is {found}, not float {tensor.shape}")
         numbers = as_float32(array)
-        ends = [numbers.min(initial=0), numbers.max(initial=0)]  # (a NaN is both the least and the largest)
-        if not np.isfinite(ends).all():
+        if not np.isfinite(numbers.min(initial=0) + numbers.max(initial=0)):  # (a NaN is both)
             raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
     for name, tensor in tensors.items():
         load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
@@ -3257,10 +3229,9 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
-# whatever you add to it is saved as well. `read_checkpoint` reads and checks a file once; `restore` and
-# `model_of` use what it has found.
+# whatever you add to it is saved as well.
 FORMAT = "minimiggy 3"
-Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
+Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
@@ -3283,7 +3254,7 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; ValueError if the text is not of that kind. (Merges in a hostile file could double the
+    """The opposite; Damaged if the text is not of that kind. (Merges in a hostile file could double the
     length of a token forty times, and so take all memory.)"""
     try:
         saved = json.loads(text)
@@ -3295,11 +3266,11 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
             tokens.append(tokens[left] + tokens[right])
             if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
                 raise ValueError("an impossible merge")
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("two tokens are the same")
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError("its tokenizer is none of ours") from error
-    return BPETokenizer("bpe", merges)
+        if len(set(tokens)) == len(tokens):
+            return BPETokenizer("bpe", merges)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
+        pass
+    raise Damaged("its tokenizer is none of ours")
 
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
@@ -3320,32 +3291,32 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     write_safetensors(path, state_of(model, optimizer), metadata)
     return path
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose every byte has been checked; UserError if it is none."""
+def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the texts of a checkpoint, whose every byte has been checked; UserError if it is
+    none."""
     arrays, metadata = read_safetensors(path)
-    number = metadata.get("iter_num", "")
-    if metadata.get("format") != FORMAT or "sha256" not in metadata or not re.fullmatch("[0-9]{1,9}", number):
+    number = re.fullmatch("[0-9]{1,9}", metadata.get("iter_num", ""))
+    if metadata.get("format") != FORMAT or "sha256" not in metadata or not number:
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
-    return Checkpoint(path, int(number), arrays, metadata)
-
-def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) -> None:
-    """Give a model, and an optimizer, the numbers of a checkpoint. UserError, and nothing has changed, if it
-    does not fit."""
-    named = state_of(model, None)
-    for name in checkpoint.arrays:
-        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
-            raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
-    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path, model.ops)
-    if checkpoint.metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {checkpoint.path} was saved while part I had other layers or operations than now: "
-              "what this model computes may be something else", file=sys.stderr)
+    return arrays, metadata
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
-    """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
+    """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
     UserError, and nothing has changed, if the file is damaged or does not fit."""
-    checkpoint = read_checkpoint(Path(path))
-    restore(checkpoint, model, optimizer)
-    return checkpoint.step
+    arrays, metadata = read_checkpoint(Path(path))
+    restore(model, arrays, metadata, path, optimizer)
+    return int(metadata["iter_num"])
+
+def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
+    """The same with what has been read from `path`."""
+    named = state_of(model, None)
+    for name in arrays:
+        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
+            raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
+    fill(state_of(model, optimizer), arrays, path, model.ops)
+    if metadata.get("made_by", PART_ONE) != PART_ONE:
+        print(f"minimiggy: {path} was saved while part I had other layers or operations than now: "
+              "what this model computes may be something else", file=sys.stderr)
 
 # They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
 # files.
@@ -3374,17 +3345,18 @@ def config_from(kind: type, text: str):
     except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"its {kind.__name__} has other fields than ours") from error
 
-def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT, TrainConfig]:
-    """The model of a checkpoint, with its tokenizer and its numbers, and the config that it was trained with;
-    UserError if they cannot be made."""
-    metadata = checkpoint.metadata
+def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoint:
+    """The model of a checkpoint, with its tokenizer and its numbers; the config that it was trained with; its
+    step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
+    path = Path(path)
+    arrays, metadata = read_checkpoint(path)
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
-        if size_of(config) > 100 * sum(array.size for array in checkpoint.arrays.values()):
+        if size_of(config) > 100 * sum(array.size for array in arrays.values()):
             raise Damaged("it has far fewer numbers than the model that it speaks of")
         model = GPT(config, backend, seed=None)
-        restore(checkpoint, model)
+        restore(model, arrays, metadata, path)
         text = metadata.get("tokenizer")
         if text and len(text) > 100 + 20 * config.vocab_size:  # (18 for "[399998, 399999], ")
             raise Damaged("its tokenizer is too long for its vocabulary")
@@ -3392,16 +3364,10 @@ def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT,
         if text and model.tokenizer.vocab_size > config.vocab_size:
             raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
-        raise UserError(brief(f"{checkpoint.path} cannot be opened: {error}")) from error
+        raise UserError(brief(f"{path} cannot be opened: {error}")) from error
     if "data" in metadata:
         model.source = (metadata["data"], metadata.get("data_sha256", ""))
-    return model, train_config
-
-def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT, TrainConfig, int]:
-    """The model of a checkpoint, with its tokenizer; the config that it was trained with; and the number of
-    steps. UserError if the file is damaged."""
-    checkpoint = read_checkpoint(Path(path))
-    return *model_of(checkpoint, backend), checkpoint.step
+    return Checkpoint(model, train_config, int(metadata["iter_num"]), path, arrays)
 
 # In a folder there are several checkpoints. Not all of them need be kept: the last few, for whoever has to go
 # back a little, and the one whose exam went best. A run goes on from the newest. But to write, the best one
@@ -3440,25 +3406,18 @@ def best_first(out_dir: Path) -> list[Path]:
     """The same with the best one, if there was an exam, before all others: the order for writing."""
     found = checkpoints(out_dir)
     best = best_step(log_rows(out_dir / "log.csv", max(found)), found)
-    paths = list(reversed(found.values()))
-    return sorted(paths, key=lambda path: path != found.get(best))  # (`sorted` leaves the order of equals)
+    return sorted(newest_first(out_dir), key=lambda path: step_of(path) != best)  # (leaves equals in order)
 
-def open_first(paths: list[Path], backend: Plain | None = None) -> tuple[Checkpoint, GPT, TrainConfig]:
-    """The first of these checkpoints that is whole, and its model. What is skipped is named; UserError if all
-    are damaged."""
+def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
+    """The first of these checkpoints that is whole. What is skipped is named; UserError if all are
+    damaged."""
     for path in paths:
         try:
-            checkpoint = read_checkpoint(path)
-            return checkpoint, *model_of(checkpoint, backend)
+            return open_checkpoint(path, backend)
         except UserError as error:
             last_error = error
             say(f"skipped: {error}")
     raise last_error
-
-def newest(out_dir: Path, backend: Plain | None = None) -> tuple[Path, GPT, TrainConfig, int]:
-    """The path of the newest checkpoint that is whole, its model, its config and its step."""
-    checkpoint, model, config = open_first(newest_first(out_dir), backend)
-    return checkpoint.path, model, config, checkpoint.step
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
     """Delete all checkpoints but the newest `keep` and the best one, by the log's `rows`."""
@@ -4919,13 +4878,11 @@ def check_flags(args: argparse.Namespace) -> None:
         if name in KNOBS and value is not None:
             check_value(name, value, type(value))
     if args.train and args.checkpoint or args.resume and args.init_from:
-        raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
-                        "--checkpoint")
+        raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     if args.effort and (args.init_from or not (args.train or args.bench)):
-        raise UserError("--effort chooses the size of a new model and how it learns: it goes with --train, "
-                        "and not with a model that is there")
+        raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
     if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
         raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
     if args.devices is not None and not 1 <= args.devices <= 1024:
@@ -4941,12 +4898,10 @@ def choose_backend(args: argparse.Namespace) -> Plain:
     if args.devices is None and args.weights == "f32":
         return backend
     if not isinstance(backend, Fast):
-        raise UserError("--devices and --weights are for part II's programs; here, part I's operations run, "
-                        "which use one core and float32")
-    cores = args.devices or backend.cores
-    if cores > CORES:
-        print(f"--devices {cores}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
-        cores = CORES
+        raise UserError("--devices and --weights are for part II's programs, but here part I's run")
+    cores = min(CORES, args.devices or backend.cores)
+    if args.devices and args.devices > CORES:
+        print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
     return Fast(cores) if args.weights == "f32" else Packed(cores, args.weights)
 
 # *With which numbers?* Five sources are asked in turn. What a user has typed counts most. A checkpoint comes
@@ -4956,19 +4911,12 @@ def choose_backend(args: argparse.Namespace) -> Plain:
 def chosen(args: argparse.Namespace, kind: type, saved=None):
     """A config of a `kind`: each field from the user's flag, else from a `saved` config, else from the recipe
     of --effort, else the command line's default, else part I's. UserError if a value cannot be."""
-    values = {}
-    defaults = DEFAULTS | RECIPES.get(args.effort, {})
-    for field in dataclasses.fields(kind):
-        given = getattr(args, field.name)
-        if given is not None:
-            values[field.name] = given
-        elif saved:
-            values[field.name] = getattr(saved, field.name)
-        else:
-            values[field.name] = defaults.get(field.name, field.default)
+    before = dataclasses.asdict(saved) if saved else DEFAULTS | RECIPES.get(args.effort, {})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(kind)]
+    config = kind(**{name: value for name, value in (before | given).items() if name in names})
     if kind is TrainConfig and not saved and args.min_lr is None:
-        values["min_lr"] = 0.0 if args.effort else values["learning_rate"] / 10
-    config = kind(**values)
+        config.min_lr = 0.0 if args.effort else config.learning_rate / 10
     check_config(config)
     return config
 
@@ -4976,64 +4924,54 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
 # training, the newest), a certain one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag
 # that speaks of another size was meant for another model, and to ignore it would be worse than to refuse.
 
-Opened = namedtuple("Opened", "source model config step checkpoint")
-
-def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
-    """The model that the flags ask for: where it came from, itself, its training config, its step, and its
-    checkpoint, if it has one. UserError if other flags speak of another model."""
+def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
+    """The model that the flags ask for, as `open_checkpoint` returns it; one from elsewhere has no step and
+    no arrays. UserError if other flags speak of another model."""
+    out_dir = Path(args.out_dir)
     if args.init_from:  # here, block_size and dropout may be chosen anew
         model = init_from(args.init_from, args.block_size, backend)
         model.config.dropout = args.dropout or 0.0
-        opened = Opened(args.init_from, model, chosen(args, TrainConfig), 0, None)
+        opened = Checkpoint(model, chosen(args, TrainConfig), 0, args.init_from, None)
     elif args.checkpoint:
-        checkpoint = read_checkpoint(Path(args.checkpoint))
-        opened = Opened(args.checkpoint, *model_of(checkpoint, backend), checkpoint.step, checkpoint)
+        opened = open_checkpoint(args.checkpoint, backend)
     else:
-        order = newest_first if args.resume else best_first
-        checkpoint, model, config = open_first(order(Path(args.out_dir)), backend)
-        opened = Opened(checkpoint.path, model, config, checkpoint.step, checkpoint)
+        opened = open_first(newest_first(out_dir) if args.resume else best_first(out_dir), backend)
     # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
-    has = dataclasses.asdict(opened.model.config)
-    has["tokenizer"] = tokenizer.name if tokenizer else None
+    has = dataclasses.asdict(opened.model.config) | {"tokenizer": tokenizer and tokenizer.name}
     if tokenizer and tokenizer.vocab_size == 256:
         has["tokenizer"] = "bytes"
     for name, value in has.items():
         wanted = getattr(args, name)
         if wanted not in (None, value):
-            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
+            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.path}, whose model has {value}: "
                             "leave the flag out, or --train a new model")
     if isinstance(backend, Packed) and not is_as_in_part_one(opened.model):
-        raise UserError(f"--weights {args.weights} is for part I's model as it is, and this one's layers or "
-                        "operations have been changed: leave the flag out")
+        raise UserError(f"--weights {args.weights} is for part I's model as it is: leave the flag out")
     if tokenizer is None and not args.export:
-        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot read text")
+        raise UserError(f"{opened.path} has no tokenizer that we know, so its model cannot read text")
     return opened
 
 # *Which text?* It is needed as token ids, together with a few facts about it: its name, so that a resumed run
 # finds it again, and its SHA-256, so that it notices if the text has changed. The text itself is let go as
-# soon as it has been encoded.
-
+# soon as it has been encoded. Ten pieces of a megabyte, spread over it, are enough to learn a vocabulary.
 Corpus = namedtuple("Corpus", "name sha256 n_bytes tokenizer train val")
 
-def learn_tokenizer(text: memoryview, kind: str | None, vocab_size: int) -> BPETokenizer:
-    """The tokenizer that --tokenizer asks for. Ten pieces of a megabyte, spread over a text, are enough to
-    learn a vocabulary from."""
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    places = range(0, len(text), max(1 << 20, len(text) // 10))
-    pieces = [str(text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
-    show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
-    return BPETokenizer.train("".join(pieces), 256 if kind == "bytes" else vocab_size)
-
 def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokenizer | None = None) -> Corpus:
-    """The text that `data` names (see load_text), encoded; without a `tokenizer`, one is learned."""
+    """The text that `data` names (see load_text), encoded; without a `tokenizer`, by the one that
+    --tokenizer asks for."""
     text, name = load_text(data, args.replace_bad_bytes)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
     train_text, val_text = split_text(text)
-    if tokenizer is None:
-        tokenizer = learn_tokenizer(train_text, args.tokenizer, chosen(args, GPTConfig).vocab_size)
+    if tokenizer is None and args.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    elif tokenizer is None:
+        places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
+        pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
+        show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
+        vocab_size = 256 if args.tokenizer == "bytes" else chosen(args, GPTConfig).vocab_size
+        tokenizer = BPETokenizer.train("".join(pieces), vocab_size)
     show(f"encoding {len(text) / 1e6:.1f} MB ...")
     train_ids = tokenizer.encode_array(train_text)
     val_ids = tokenizer.encode_array(val_text)
@@ -5086,15 +5024,14 @@ def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, A
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
     if opened.step >= config.max_iters:
-        raise UserError(f"{opened.source} has all its {config.max_iters} steps: give a higher --max-iters "
-                        "to go on")
+        raise UserError(f"{opened.path} has all its {config.max_iters} steps: give a higher --max-iters")
     check_memory(model.config, config, backend)
     optimizer = AdamW(model, config)
-    restore(opened.checkpoint, model, optimizer)
+    fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
     name, sha256 = model.source or ("", "")
     corpus = read_corpus(args, args.data or name, model.tokenizer)
     if corpus.name == name and corpus.sha256 != sha256:
-        say(f"{name} has changed since {opened.source} was saved")
+        say(f"{name} has changed since {opened.path} was saved")
     return model, config, optimizer, opened.step, corpus
 
 def unused_gpu(root: Path = Path("/")) -> str:
@@ -5113,34 +5050,34 @@ def unused_gpu(root: Path = Path("/")) -> str:
 def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effort: str | None) -> None:
     """Say what is going to be trained, on what, and what to expect of it."""
     c = model.config
-    ids = len(corpus.train) + len(corpus.val)
+    bytes_a_token = corpus.n_bytes / (len(corpus.train) + len(corpus.val))
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
-    where = f"on {Device.DEFAULT}"
-    if isinstance(model.ops, Fast):
-        where += f" ({model.ops.cores} cores)"
+    fast = isinstance(model.ops, Fast)
+    where = f"{Device.DEFAULT} ({model.ops.cores} cores)" if fast else Device.DEFAULT
     say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
     say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
-        f"{corpus.n_bytes / ids:.2f} bytes each on average")
+        f"{bytes_a_token:.2f} bytes each on average")
     say(f"model      {n_parameters / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
         f"{c.n_embd} channels, {c.block_size} tokens of context")
     say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x "
-        f"{c.block_size} tokens each, {where}")
+        f"{c.block_size} tokens each, on {where}")
     if effort:
         times = readings(config, c.block_size, len(corpus.train))
         say(f"effort     {effort}: {times:.0f} times through the text, dropout {c.dropout:g}, weight decay "
             f"{config.weight_decay:g}")
     if effort in REACHES:
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
-    if WHY_PLAIN:
-        say(f"note       {WHY_PLAIN}")
+    notes = [WHY_PLAIN] if WHY_PLAIN else []
     if os.environ["DEV"] == "CPU" and unused_gpu():
-        say("note       the CPU is what part II's programs are for; there seems to be a GPU as well, and "
-            f"DEV={unused_gpu()} python minimiggy.py --train is on that")
-    if CHANGED and isinstance(model.ops, Fast):
-        say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    names = [] if is_as_in_part_one(model) else untrained(model)
+        notes.append("the CPU is what part II's programs are for; there seems to be a GPU as well, and "
+                     f"DEV={unused_gpu()} python minimiggy.py --train is on that")
+    if CHANGED and fast:
+        notes.append(f"changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
+    names = untrained(model)
     if names:
-        say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
+        notes.append(f"without a part in the loss, and so not trained: {', '.join(names)}")
+    for note in notes:
+        say(f"note       {note}")
 
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
@@ -5191,12 +5128,12 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
     check_memory(model.config, config, backend, copies=1)
-    name, _ = model.source or ("", "")
-    text, name = load_text(args.data or name, args.replace_bad_bytes)
+    learned, _ = model.source or ("", "")
+    text, name = load_text(args.data or learned, args.replace_bad_bytes)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
     bits = loss * bits_per_byte(model.tokenizer, ids)
-    say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
+    say(f"{opened.path}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
         f"{len(ids) - 1:,} tokens, each counted once")
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
@@ -5226,22 +5163,18 @@ def prompt_of(asked: str, replace: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8", "replace")
     return asked
 
-def why_this_one(opened: Opened, args: argparse.Namespace) -> str:
-    """What to add to the name of a checkpoint that is not the newest of its folder."""
-    if args.init_from or args.checkpoint:
-        return ""
-    newest_path = newest_first(Path(args.out_dir))[0]
-    if newest_path == opened.source:
-        return ""
-    return f", the best on the validation text (the newest is {newest_path.name})"
-
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     opened = open_model(args, backend)
     model = opened.model
-    print(f"written by {opened.source}{why_this_one(opened, args)}", file=sys.stderr)
+    why = ""
+    if not (args.init_from or args.checkpoint):
+        newest = newest_first(Path(args.out_dir))[0]
+        why = f", the best on the validation text (the newest is {newest.name})"
+        why = "" if newest == opened.path else why
+    print(f"written by {opened.path}{why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
@@ -5253,7 +5186,7 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
 # know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
 # what the model expects next, and how to see the rest.
-def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
+def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
     learned, sha256 = opened.model.source or ("", "")
@@ -5266,7 +5199,7 @@ def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray |
             raise
         return None
     if name == learned and hashlib.sha256(text).hexdigest() != sha256:
-        say(f"{name} has changed since {opened.source} was saved")
+        say(f"{name} has changed since {opened.path} was saved")
     validation = split_text(text)[1]
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
@@ -5277,23 +5210,22 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: name the file that the page is to be")
     opened = open_model(args, backend)
-    model = opened.model
+    tokenizer = opened.model.tokenizer
     text = validation_opening(args, opened)
-    ids = model.tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
+    ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
     if not ids and text is None:
         raise UserError("the text that the model learned from is not at hand: bring it with --data, or give "
                         'a prompt, as in --look "ROMEO:"')
-    ids = ids or text[:40].tolist() or model.tokenizer.encode("\n")
-    content = look(model, ids, text, opened.checkpoint.path.parent if opened.checkpoint else None)
-    shown = f"{len(ids)} tokens"
-    if len(content["prompt"]) < len(ids):
-        shown = f"the last {len(content['prompt'])} of {shown}"
-    c = model.config
-    content["about"] = (f"{brief(opened.source)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
+    ids = ids or text[:40].tolist() or tokenizer.encode("\n")
+    content = look(opened.model, ids, text, None if args.init_from else opened.path.parent)
+    n = len(content["prompt"])
+    shown = f"the last {n} of {len(ids)} tokens" if n < len(ids) else f"{n} tokens"
+    c = opened.model.config
+    content["about"] = (f"{brief(opened.path)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
                         f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
                         f"It reads {shown}.")
     write_page(content, path)
-    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
+    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.path} reads {shown}")
     say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
     say(f"to see  open {path.resolve().as_uri()} in a browser")
 
@@ -5321,7 +5253,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.export:
         opened = open_model(args, backend)
         export(opened.model, Path(args.export))
-        say(f"wrote {opened.source} to {args.export}, as a GPT-2 that transformers load")
+        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
     elif args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
     else:

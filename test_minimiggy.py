@@ -1207,7 +1207,7 @@ def test_on_another_device_all_works_and_the_losses_are_the_cpus(device, tmp_pat
 
 def test_a_checkpoint_is_self_contained(run):
     model, _, folder = run
-    again, config, step = minimiggy.open_checkpoint(folder / "ckpt_6.safetensors")
+    again, config, step, *_ = minimiggy.open_checkpoint(folder / "ckpt_6.safetensors")
     assert (step, config, again.config) == (6, QUICK, TINY) and same(weights(again), weights(model))
     assert again.tokenizer.merges == model.tokenizer.merges and not list(folder.glob("*.tmp"))
 
@@ -1677,7 +1677,7 @@ def test_weights_that_are_not_finite_are_refused(number, tmp_path):
 def test_resume_skips_a_damaged_newest_checkpoint_and_says_so(run, tmp_path, capsys):
     shutil.copytree(run[2], tmp_path / "run")
     (tmp_path / "run" / "ckpt_9.safetensors").write_bytes(b"half of a fi")
-    path, *_, step = minimiggy.newest(tmp_path / "run")
+    _, _, step, path, _ = minimiggy.open_first(minimiggy.newest_first(tmp_path / "run"))
     assert step == 6 and path.name == "ckpt_6.safetensors" and "ckpt_9" in capsys.readouterr().out
 
 def test_going_back_moves_the_abandoned_future_aside(tmp_path):
@@ -1708,7 +1708,7 @@ def test_a_damaged_log_does_not_stop_a_run(damage, run, ids, tmp_path):
     shutil.copytree(run[2], tmp_path, dirs_exist_ok=True)
     good = (tmp_path / "log.csv").read_text()
     (tmp_path / "log.csv").write_text(good + damage)
-    model, config, step = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
+    model, config, step, *_ = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
     train(model, dataclasses.replace(config, max_iters=7), ids, ids[:500], start=step, out_dir=tmp_path)
     text = (tmp_path / "log.csv").read_text()
     assert text.startswith(good) and damage not in text.splitlines() and len(text.splitlines()) == 4
@@ -1785,7 +1785,7 @@ def test_a_full_disk_stops_nothing_and_loses_nothing(tokenizer, ids, tmp_path, m
 
 def test_numbers_that_go_wrong_stop_the_run_before_they_are_saved(run, ids, tmp_path):
     shutil.copytree(run[2], tmp_path, dirs_exist_ok=True)
-    model, config, step = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
+    model, config, step, *_ = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
     model.wte.weight.assign(model.wte.weight * math.inf).realize()
     longer = dataclasses.replace(config, max_iters=9, learning_rate=7e-5, min_lr=7e-5, eval_interval=1)
     words = "step 7 went wrong: with seed 1337 and learning rate 7.00e-05"
