@@ -2788,6 +2788,7 @@ import traceback
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 # === Chapter 23. Safe files, safe output
 #
@@ -3480,29 +3481,31 @@ class Evaluator:
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
     """The factor from nats a token to bits a byte, for the text of these token ids."""
     lengths = np.array([len(tokenizer.decode_bytes(token)) for token in range(tokenizer.vocab_size)])
-    n_bytes = 0
-    for i in range(0, len(data), 1 << 20):  # (a megabyte of numbers at a time: a text can be long)
-        n_bytes += int(lengths[data[i:i + (1 << 20)]].sum())
+    places = range(0, len(data), 1 << 20)  # (a million tokens at a time: a text can be long)
+    n_bytes = sum(int(lengths[data[i:i + (1 << 20)]].sum()) for i in places)
     return len(data) / math.log(2) / n_bytes
 
 # What has been measured is kept in a table, log.csv, and what the model has written in samples.txt, which
 # looks as it did on the screen. Both are written anew, whole, at each save. A run that goes on from step 600
 # reads them as far as that step and drops the rest, which it is going to do again.
+#
+# A log is a file like any other: an editor, a full disk or somebody's script may have been at it. So we say
+# what a row looks like: the step, and then for each other column a number or nothing. (A NaN only means that
+# the run blew up there.)
 COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
+CELL = r",((-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?)"
+ROW = re.compile(rf"\d{{1,9}}({CELL}){{{len(COLUMNS) - 1}}}", re.ASCII)
 
 class TrainingFailed(Exception):
     """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
 def log_rows(log: Path, start: int) -> list[str]:
     """The rows of log.csv up to step `start`: a run that goes on from there writes those after it again.
-    Lines that are no rows, as a program that was killed or somebody's editor may have left them, are
-    dropped."""
+    Lines that are no rows are dropped."""
     if start == 0 or not log.is_file():
         return []
-    number = r"(-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?"
-    row = re.compile(r"\d{1,9}" + f"(,{number})" * (len(COLUMNS) - 1), re.ASCII)
     lines = log.read_text(errors="replace").splitlines()
-    return [line for line in lines if row.fullmatch(line) and int(line.split(",")[0]) <= start]
+    return [line for line in lines if ROW.fullmatch(line) and int(line.split(",")[0]) <= start]
 
 def sample_blocks(file: Path, start: int) -> list[str]:
     """The texts in samples.txt that were written up to step `start`, each under a line that says at which
@@ -3521,37 +3524,23 @@ def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
     ids = np.asarray(ids)
     T = config.block_size
     if len(ids) <= T:
-        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs "
-                        f"{T + 1}: bring more text or choose a smaller block")
+        raise UserError(f"the {name} text has {len(ids)} tokens, too few for --block-size {T} (and one more)")
     if ids.max() >= config.vocab_size:
-        last = config.vocab_size - 1
-        raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {last}")
+        raise UserError(f"the {name} text has token {ids.max()}, but there are {config.vocab_size} tokens")
     return ids
 
 def clock(seconds: float) -> str:
-    """75.3 -> "1:15"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    """75.3 -> "1:15", 4000 -> "1:06:40"."""
+    return str(timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
 
-def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], samples: list[str],
-             checkpoint: bool) -> None:
-    """Write the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever goes
-    on from a checkpoint finds all rows up to it."""
-    with whole(out_dir / "log.csv") as file:
-        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
-    if samples:
-        with whole(out_dir / "samples.txt") as file:
-            file.write("".join(samples).encode())
-    if checkpoint and optimizer.config.keep:
-        model.save_checkpoint(step, optimizer, out_dir)
-        prune(out_dir, optimizer.config.keep, rows)
+def tokens_a_step(config: TrainConfig, T: int) -> int:
+    """How many tokens a step learns from, in passages of T."""
+    return config.grad_accum * config.batch_size * T
 
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # Speed is measured in laps, from one row of the log to the next; an exam or a save ends a lap, so that its
-# time is not counted. What can wait is made when it is first needed: a run that stops early never compiles an
-# exam.
+# time is not counted, and so does the fourth step, the last that has to compile something. What can wait is
+# made when it is first needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
 
@@ -3565,9 +3554,12 @@ class Run:
             self.optimizer.config = config
             self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
-        windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
-        self.val_batches = math.ceil(windows / config.batch_size)  # in all of the validation text
         self.writer = None  # made when the first sample is written
+        # Batches of validation text: how many there are, and how many of them an exam on the way reads.
+        windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
+        self.val_batches = math.ceil(windows / config.batch_size)
+        few = self.val_batches <= 4 * config.eval_iters
+        self.exam_batches = self.val_batches if few else config.eval_iters
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
         self.samples = []
@@ -3575,24 +3567,24 @@ class Run:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.rows = log_rows(self.out_dir / "log.csv", start)
             self.samples = sample_blocks(self.out_dir / "samples.txt", start)
-        tokenizer = model.tokenizer
+        tokenizer = model.tokenizer  # with one, nats a token can be told as bits a byte, by these factors
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
-        self.began = time.perf_counter()  # (`bits` and `val_bits` turn nats a token into bits a byte)
+        self.began = time.perf_counter()
         self.lap = (start, self.began)  # since which step, and when, the speed is measured
         self.last_shown = 0.0
         self.speed = 0.0  # tokens a second
-        self.step_ends = []  # when the first ten steps were over
         self.unsaved = None  # what to say about a save that failed
-
-    @property
-    def tokens_a_step(self) -> int:
-        return self.config.grad_accum * self.config.batch_size * self.model.config.block_size
 
     def measure_speed(self, step: int) -> None:
         """Tokens a second since the lap began."""
         since, then = self.lap
-        self.speed = (step - since) * self.tokens_a_step / (time.perf_counter() - then)
+        T = self.model.config.block_size
+        self.speed = (step - since) * tokens_a_step(self.config, T) / (time.perf_counter() - then)
+
+    def seconds(self, steps: float) -> float:
+        """How long so many steps take at this speed. (At first, none has been measured.)"""
+        return steps * tokens_a_step(self.config, self.model.config.block_size) / max(self.speed, 1)
 
     def show_progress(self, step: int, loss: float, norm: float, rate: float) -> None:
         """The line that is overwritten, ten times a second at most."""
@@ -3600,27 +3592,19 @@ class Run:
         if now - self.last_shown < 0.1:
             return
         self.last_shown = now
-        left = (self.config.max_iters - step) * self.tokens_a_step / max(self.speed, 1)
+        left = self.seconds(self.config.max_iters - step)
         bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
              f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
 
-    def say_how_long(self, step: int, start: int) -> None:
-        """Say, after ten steps, how long the rest is going to take: the first four of them compile and
-        record, and the shortest of the other six is one that nothing disturbed. A batch of an exam is a third
-        of a step, since it has no way back."""
+    def say_how_long(self, step: int) -> None:
+        """Say how long the rest is going to take. A batch of an exam is a third of a step, since it has no
+        way back."""
         c = self.config
-        if step <= start + 10:
-            self.step_ends.append(time.perf_counter())
-        if step != start + 10 or step == c.max_iters:
-            return
-        a_step = float(np.diff(self.step_ends)[3:].min())
-        whole = self.val_batches <= 4 * c.eval_iters  # (as in `examine`)
-        in_exam = c.eval_iters + (self.val_batches if whole else c.eval_iters)
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
-        seconds = a_step * (c.max_iters - step + exams * in_exam / 3)
-        say(f"time       {1e3 * a_step:,.0f} ms a step; the rest takes about {clock(seconds)} min if nothing "
-            "else runs\n")
+        steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
+        say(f"time       {1e3 * self.seconds(1):,.0f} ms a step; the rest takes about "
+            f"{clock(self.seconds(steps))} min if nothing else runs\n")
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some
@@ -3630,11 +3614,10 @@ class Run:
         found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
         line = f"step {step:5}  train {found['train_loss']:.3f}"
         if self.val is not None:
-            last = step == c.max_iters
-            if self.val_batches <= (50 if last else 4) * c.eval_iters:
-                found["val_loss"] = self.evaluator.whole(self.val)
-            else:
-                found["val_loss"] = self.evaluator.mean(self.val, (50 if last else 1) * c.eval_iters)
+            at_the_end = min(self.val_batches, 50 * c.eval_iters)
+            n = at_the_end if step == c.max_iters else self.exam_batches
+            whole = n == self.val_batches
+            found["val_loss"] = self.evaluator.whole(self.val) if whole else self.evaluator.mean(self.val, n)
             line += f"  val {found['val_loss']:.3f}"
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
@@ -3645,14 +3628,13 @@ class Run:
     def write_sample(self, step: int) -> None:
         """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
         c = self.config
+        tokenizer = self.model.tokenizer
         quarter = step * 4 // c.max_iters
-        if not self.model.tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
+        if not tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
             return
         self.writer = self.writer or Writer(self.model)
-        tokenizer = self.model.tokenizer
         ids = list(self.writer.stream(tokenizer.encode("\n"), 50, seed=step))
-        lines = printable(tokenizer.decode(ids)).strip().split("\n")
-        text = "    | " + "\n    | ".join(lines)
+        text = re.sub("(?m)^", "    | ", printable(tokenizer.decode(ids)).strip())
         say(text)
         self.samples.append(f"step {step}\n{text}\n")
 
@@ -3664,15 +3646,22 @@ class Run:
         self.rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
 
     def save(self, step: int, checkpoint: bool) -> None:
-        """Save. A full disk must not end a run that has taken hours: it is said, and the next save is
-        tried."""
+        """Save the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever
+        goes on from a checkpoint finds all rows up to it. A full disk must not end a run that has taken
+        hours: it is said, and the next save is tried."""
         try:
-            save_run(self.model, self.optimizer, step, self.out_dir, self.rows, self.samples, checkpoint)
+            with whole(self.out_dir / "log.csv") as file:
+                file.write("\n".join([",".join(COLUMNS), *self.rows, ""]).encode())
+            if self.samples:
+                with whole(self.out_dir / "samples.txt") as file:
+                    file.write("".join(self.samples).encode())
+            if checkpoint and self.config.keep:
+                self.model.save_checkpoint(step, self.optimizer, self.out_dir)
+                prune(self.out_dir, self.config.keep, self.rows)
             self.unsaved = None
         except OSError as error:
             self.unsaved = f"step {step} could not be saved in {self.out_dir} ({error.strerror or error})"
-            say(f"{self.unsaved}; training goes on, what was saved before is intact, and the next save is "
-                "tried")
+            say(f"{self.unsaved}; training goes on, and so does trying: what was saved before is intact")
 
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
           start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
@@ -3687,17 +3676,17 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
             raise TrainingFailed(
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-                f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
-                "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
-                f"{config.learning_rate / 4:.1e}")
+                f"a loss of {loss} and a gradient of length {norm}. It was not taken; the last checkpoint is "
+                f"intact; to go on more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
         # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         examining = last or step % config.eval_interval == 0
         logging = examining or step % 10 == 0
-        new_lap = logging or step == start + 1
+        new_lap = logging or step - start in (1, 4, 10)
         if new_lap:
             run.measure_speed(step)
-        run.say_how_long(step, start)
+        if step == start + 10 and not last:
+            run.say_how_long(step)
         run.show_progress(step, loss, norm, rate)
         row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
         if examining:
@@ -3792,16 +3781,13 @@ def set_aside(out_dir: Path, start: int) -> None:
     if start == 0:
         old += out_dir.glob("log.csv")
         old += out_dir.glob("samples.txt")
-    if not old:
-        return
-    n = 1
-    while (out_dir / f"run-{n}").exists():
-        n += 1
-    folder = out_dir / f"run-{n}"
-    folder.mkdir()
-    for path in old:
-        path.rename(folder / path.name)
-    say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
+    if old:
+        names = (f"run-{n}" for n in itertools.count(1))
+        folder = next(out_dir / name for name in names if not (out_dir / name).exists())
+        folder.mkdir()
+        for path in old:
+            path.rename(folder / path.name)
+        say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
 
 # === Chapter 28. GPT-2, in and out
 #
@@ -3865,10 +3851,8 @@ def check_is_gpt2(model: GPT) -> None:
     """UserError unless the model has a GPT-2's parameters and computes what a GPT-2 does."""
     arrays = {name: tensor.numpy() for name, tensor in model.parameters().items()}
     have = {(name, array.shape) for name, array in arrays.items()}
-    different = sorted(have ^ set(gpt2_shapes(model.config).items()))
-    if different:
-        name, shape = different[0]
-        verb = "has" if different[0] in have else "lacks"
+    for name, shape in sorted(have ^ set(gpt2_shapes(model.config).items())):
+        verb = "has" if (name, shape) in have else "lacks"
         raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(8, model.config.block_size))
     with np.errstate(all="ignore"):
@@ -3897,12 +3881,9 @@ def check_is_gpt2(model: GPT) -> None:
 def letters() -> dict[int, str]:
     """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
     others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
-    table = {}
-    others = itertools.count(256)
-    for byte in range(256):
-        plain = chr(byte).isprintable() and byte != ord(" ")
-        table[byte] = chr(byte) if plain else chr(next(others))
-    return table
+    others = map(chr, itertools.count(256))
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    return {byte: chr(byte) if byte in plain else next(others) for byte in range(256)}
 
 LETTERS = letters()
 
@@ -3916,18 +3897,18 @@ def last_parts(token: str, ids: dict[str, int]) -> list[str]:
     parts = list(token)
     while len(parts) > 2:
         joined = [left + right for left, right in itertools.pairwise(parts)]
-        numbers = [ids.get(pair, math.inf) for pair in joined]
-        first = min(numbers)
-        if first == math.inf:
+        first = min(joined, key=lambda pair: ids.get(pair, math.inf))
+        if first not in ids:
             break
-        i = numbers.index(first)
-        parts[i:i + 2] = [joined[i]]
+        i = joined.index(first)
+        parts[i:i + 2] = [first]
     return parts
 
 def earlier_parts(token: str, ids: dict[str, int]) -> tuple[int, int]:
-    """The numbers of two earlier tokens that together are this one; ValueError if there are none. In the
-    other direction, from a file to tiktoken, any two will do: it only wants to know the token's bytes."""
-    for n in range(1, len(token)):
+    """The numbers of two earlier tokens that together are this one; ValueError if there are none, or if it is
+    too long. In the other direction, from a file to tiktoken, any two will do: it only wants to know the
+    token's bytes."""
+    for n in range(1, min(len(token), LONGEST)):
         left = ids.get(token[:n], math.inf)
         right = ids.get(token[n:], math.inf)
         if max(left, right) < ids[token]:
@@ -3989,13 +3970,11 @@ INDEX = "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file of at most 64 MB; Damaged if it is something else."""
-    try:
+    with suppress(ValueError, RecursionError):
         if path.is_file() and path.stat().st_size <= 64 << 20:
             values = json.loads(read_text(path))
             if isinstance(values, dict):
                 return values
-    except (ValueError, RecursionError):
-        pass
     raise Damaged(f"{path} is damaged: it is not a JSON object")
 
 # A tokenizer in the folder can be used if ours would give the same numbers. So we make one from its list of
@@ -4014,8 +3993,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
             tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
-            if max(map(len, learned), default=0) > LONGEST:
-                raise ValueError("a token is too long")
             tokenizer = BPETokenizer("bpe", [earlier_parts(token, ids) for token in learned])
         if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
             return tokenizer
@@ -4036,8 +4013,8 @@ def weights_file(source: str) -> Path:
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
     if path.suffix in (".bin", ".pt", ".pth") and path.exists():
-        raise UserError(f"{path} is a pickle, which can contain programs and is not opened here: load its "
-                        "folder with transformers, and save_pretrained makes a model.safetensors of it")
+        raise UserError(f"{path} is a pickle, which can contain programs and is not opened here: in "
+                        "transformers, from_pretrained and save_pretrained make a model.safetensors of it")
     return path
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -4071,23 +4048,22 @@ def check_told(path: Path, config: GPTConfig) -> int:
     for key, values in fits.items():
         if key in told and told[key] not in values:
             where = about if about.exists() else f"{path}, without a config.json beside it"
-            needed = " or ".join(map(json.dumps, values))
-            raise UserError(f"{where}: {key} is {brief(json.dumps(told[key]), 50)}; these weights and part I "
-                            f"need {brief(needed, 80)}")
+            found = brief(json.dumps(told[key]), 50)
+            needed = brief(" or ".join(map(json.dumps, values)), 80)
+            raise UserError(f"{where}: {key} is {found}; these weights and part I need {needed}")
     return int(told["n_head"])
 
 def init_from(source: str, block_size: int | None = None, backend: Plain | None = None) -> GPT:
     """A GPT with the weights of a .safetensors file, of a folder that has one or several, or of one of
     HUB_MODELS; cut to its first `block_size` positions, without dropout. UserError if that is no GPT-2."""
     path = weights_file(source)
-    arrays = read_weights(path)
-    prefix = ""  # of every name; some files have one
-    if any(name.startswith("transformer.") for name in arrays):
-        prefix = "transformer."
-    wte = arrays.get(f"{prefix}wte.weight", np.zeros(0))
-    wpe = arrays.get(f"{prefix}wpe.weight", np.zeros(0))
+    # Some files have a prefix before every name. Old ones hold the causal mask of each layer, too.
+    named = {name.removeprefix("transformer."): array for name, array in read_weights(path).items()}
+    arrays = {name: array for name, array in named.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    wte = arrays.get("wte.weight", np.zeros(0))
+    wpe = arrays.get("wpe.weight", np.zeros(0))
     if wte.ndim != 2 or wpe.ndim != 2:
-        raise UserError(f"{path} has no matrices {prefix}wte.weight and {prefix}wpe.weight")
+        raise UserError(f"{path} has no matrices wte.weight and wpe.weight")
     # The size is in the shapes, but for the heads; and then everything that is told has to agree with it.
     V, C = wte.shape
     T = len(wpe)
@@ -4100,15 +4076,12 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     if block_size and block_size > T:
         raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
     config.block_size = block_size or T
-    arrays[f"{prefix}wpe.weight"] = wpe[:config.block_size]
+    arrays["wpe.weight"] = wpe[:config.block_size]
     # Every array must have its place in the model, and every parameter an array: `fill` sees to the second.
     model = GPT(config, backend, tokenizer=read_tokenizer(path.parent, V), seed=None)
-    tensors = {f"{prefix}{name}": tensor for name, tensor in model.parameters().items()}
-    for name in arrays:
-        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
-        if not mask and name not in tensors:
-            raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
-    fill(tensors, arrays, path, model.ops)
+    for name in sorted(set(arrays) - set(model.parameters())):
+        raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
+    fill(model.parameters(), arrays, path, model.ops)
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
     return model
@@ -4118,31 +4091,19 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
 
-# A log is a file like any other: an editor, a full disk or somebody's script may have been at it. A row
-# without a step is a damaged log. A value that is no number only means that the run blew up there, and is
-# left out of the pictures.
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log.csv: numbers by column, without the empty cells. UserError if it is not the log of a
-    run."""
+    """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
+    is wrong, if it is not the log of a run."""
     if not path.is_file():
         raise UserError(f"cannot read {path}: there is no such file")
     heading, *lines = read_text(path).decode().splitlines() or [""]
-    names = heading.split(",")
-    rows = []
-    line = heading
-    try:
-        if not {"step", "train_loss", "lr"} <= set(names):
-            raise ValueError("another heading")
-        for line in lines:
-            cells = dict(zip(names, line.split(","), strict=True))
-            row = {name: float(cell) for name, cell in cells.items() if cell}
-            if not 0 <= row.get("step", -1) <= 1e9:  # (a NaN is not, either)
-                raise ValueError("no step")
-            rows.append(row)
-        return rows
-    except ValueError as error:
-        problem = f"is no log of a training run, or damaged, in the line: {brief(line, 40)}"
-        raise UserError(f"{path} {problem}") from error
+    wrong = [line for line in lines if not ROW.fullmatch(line)]
+    if heading != ",".join(COLUMNS):
+        wrong = [heading]
+    if wrong:
+        raise UserError(f"{path} is no log of a run, or damaged, in the line: {brief(wrong[0], 40)}")
+    rows = [zip(COLUMNS, line.split(","), strict=True) for line in lines]
+    return [{name: float(cell) for name, cell in row if cell} for row in rows]
 
 def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
     """(step, value) for the rows that have a value in this column which a picture can show. (When a run blows
@@ -4179,10 +4140,10 @@ def chart(rows: list[tuple[float, float]]) -> str:
     return "\n".join([*lines, axis, steps_line])
 
 # In the picture, every run has one colour: a thin curve for the text that it learned from, a bold one for the
-# exam, and a filled dot where a checkpoint is kept. The name of a run stands at the end of its curve. Two
-# things are easy to get wrong. The losses of the first steps are so high that they would press everything
-# else together, so the first tenth of the run may leave the picture at the top. And names of runs that end
-# alike would be printed over each other, so each is moved up until it is clear of the one below.
+# exam, and a filled dot where a checkpoint is kept. One thing is easy to get wrong: the losses of the first
+# steps are so high that they would press everything else together. So the first tenth of the run may leave
+# the picture at the top. (Names of folders can be anything, but in matplotlib a "$" begins a formula, and a
+# letter that the font does not have makes it print a warning.)
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}
 
@@ -4196,51 +4157,37 @@ def plot(folders: list[str | Path], path: Path):
     logs = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}
     in_bits = all(column(rows, "val_bpb") for rows in logs.values())
     unit = "bpb" if in_bits else "loss"
-    # What the two axes must have room for: `last` and `peak` are the largest step and learning rate of all
-    # runs.
     last = max([step for rows in logs.values() for step, _ in column(rows, "step")], default=0)
-    peak = max([rate for rows in logs.values() for _, rate in column(rows, "lr")], default=0)
     late = []  # the values that the picture must have room for
-    names = []
     with rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # (of letters in a folder's name that its font does not have)
+        warnings.simplefilter("ignore")
         picture = figure.Figure(figsize=(8, 5.2), dpi=160)
         top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
         for i, (folder, rows) in enumerate(logs.items()):
-            curve = draw_run(top, folder, rows, unit, f"C{i}")
+            points = draw_run(top, folder, rows, unit, f"C{i}")
             bottom.plot(*zip(*column(rows, "lr"), strict=True), color=f"C{i}")
-            end, value = curve[-1]
-            names.append((value, f"C{i}", folder.resolve().name))
-            late += [y for step, y in curve if step >= min(last / 10, end)]
-        # From the lowest curve's end to the highest's, each name goes where its curve ends, or above the one
-        # before.
-        low = min(late)
-        high = max(late)
-        gap = (high - low) / 17 or max(0.1, abs(low) / 10)
-        place = -math.inf
-        for value, color, name in sorted(names):
-            place = max(value, place + gap)
-            label = f"{printable(name)}  {value:.3f}"
-            top.text(last * 1.03, place, label, color=color, va="center", parse_math=False)
+            late += [value for step, value in points if step >= min(last / 10, points[-1][0])]
+        margin = (max(late) - min(late)) / 17
         measure = "bits per byte" if in_bits else "nats per token"
-        top.set(xlim=(0, max(last, 1) * 1.02), ylim=(low - gap, high + gap),
+        top.set(ylim=(min(late) - margin, max(late) + margin),
                 title=f"{measure}   (bold: validation, thin: training, ● checkpoint)")
-        bottom.set(title="learning rate", xlabel="step", ylim=(0, 1.1 * peak or 1))
-        bottom.set(yticks=[0, peak or 1], yticklabels=["0", f"{peak or 1:g}"])
+        top.legend(loc="upper right", labelcolor="linecolor", frameon=False)
+        bottom.set(title="learning rate", xlabel="step", ylim=(0, None))
         with whole(path) as file:
             picture.savefig(file, format="png", bbox_inches="tight")
     return picture
 
 def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color: str) -> list[tuple]:
-    """Draw a run's two curves and its checkpoints; return all points (step, value), the last of which is
-    where the run's name goes."""
+    """Draw a run's two curves and its checkpoints; return all points (step, value)."""
     learned = column(rows, f"train_{unit}")
     exams = column(rows, f"val_{unit}")
     named = exams or learned
-    if not named:
+    if not learned:
         raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
     kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
-    axes.plot(*zip(*learned, strict=True), color=color, linewidth=0.8, alpha=0.45, zorder=1.9)
+    name = printable(folder.resolve().name).replace("$", r"\$")
+    label = f"{named[-1][1]:.3f}  {name}"
+    axes.plot(*zip(*learned, strict=True), color=color, linewidth=0.8, alpha=0.45, zorder=1.9, label=label)
     dots = {"color": color, "marker": "o", "markersize": 5}
     axes.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
     axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
@@ -4593,14 +4540,14 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
         for name, tensor in state_of(twin, None).items():
-            if name not in arrays:  # what is not learned has to be the same
-                tensor.replace(Tensor(fixed[name].numpy().astype(np.float64), device="CPU").realize())
-        # The twin's parameters look into numpy's memory: what we write there, the next loss is computed from.
-        for name, tensor in twin.parameters().items():
-            memory = arrays[name].ctypes.data
-            tensor.replace(Tensor.from_blob(memory, tensor.shape, dtype=dtypes.float64, device="CPU"))
+            # The twin's parameters look into numpy's memory: what we write there, the next loss is computed
+            # from. What is not learned has to be the same.
+            array = arrays.setdefault(name, fixed[name].numpy().astype(np.float64))
+            memory = Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtypes.float64, device="CPU")
+            tensor.replace(memory)
         losses = model.ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
-        for name, array in arrays.items():
+        for name in slopes:
+            array = arrays[name]
             for place in np.ndindex(array.shape):
                 middle = array[place]
                 array[place] = middle + h
@@ -4611,14 +4558,6 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
                 slopes[name][:, *place] = (above - below) / (2 * h)
     return slopes
 
-# What training uses is a single line of part I: the loss, and its gradient for all parameters at once.
-def gradients_of(model: GPT, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradients that training uses, by the parameters' names, of the loss on a batch (2, B, T)."""
-    named = model.parameters()
-    loss = model.loss(Tensor(batch[0]), Tensor(batch[1]))
-    gradients = loss.gradient(*named.values())
-    Tensor.realize(loss, *gradients)
-    return {name: gradient.numpy() for name, gradient in zip(named, gradients, strict=True)}
 
 def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     """Print for every parameter of a tiny model how far its gradient is from finite differences. Returns
@@ -4627,22 +4566,27 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     model = GPT(config, backend, seed=seed)
     rng = np.random.default_rng(seed)
     batches = rng.integers(0, config.vocab_size, (2, 2, 2, 5)).astype(np.int32)
-    for tensor in model.parameters().values():  # so that nothing is zero by accident, where errors could hide
+    parameters = model.parameters()
+    for tensor in parameters.values():  # so that nothing is zero by accident, where errors could hide
         load_array(tensor, tensor.numpy() + 0.1 * rng.standard_normal(tensor.shape, np.float32))
     show("computing the loss with each parameter a little larger and a little smaller ...")
     slopes = exact_slopes(model, batches)
-    found = [gradients_of(model, batch) for batch in batches]
+    found = []
+    for x, y in batches:  # as training does: the loss, and its gradient for all parameters at once
+        loss = model.loss(Tensor(x), Tensor(y))
+        gradients = loss.gradient(*parameters.values())
+        Tensor.realize(loss, *gradients)
+        found.append([gradient.numpy() for gradient in gradients])
     show("")
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
     largest = max(np.abs(slope).max() for slope in slopes.values())
-    for name, tensor in model.parameters().items():
-        got = np.array([gradients[name] for gradients in found])
+    for name, *got in zip(parameters, *found, strict=True):
         size = np.abs(slopes[name]).max()
         error = np.abs(got - slopes[name]).max()
         size_at_least = max(size, 1e-3 * largest)  # (some are zero, as they should be)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
-        shape = str(tuple(tensor.shape)).replace(" ", "")
+        shape = str(parameters[name].shape).replace(" ", "")
         say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
     right = bool(worst < 1e-4)  # (a NaN is not)
     say(f"largest relative error {worst:.1e}: {'all gradients are right' if right else 'SOMETHING IS WRONG'}")
@@ -4660,11 +4604,10 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
 # for the values: T C.
 def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
     """The floating-point operations that a training step cannot do without."""
-    tokens = train_config.grad_accum * train_config.batch_size * config.block_size
     C = config.n_embd
     weights = 12 * config.n_layer * C**2 + config.vocab_size * C
     attention = config.n_layer * config.block_size * C
-    return 6 * tokens * (weights + attention)
+    return 6 * tokens_a_step(train_config, config.block_size) * (weights + attention)
 
 def blas_gflops() -> float:
     """The rate of numpy's float32 matrix product on this machine, in billions of operations a second: the
@@ -4673,16 +4616,12 @@ def blas_gflops() -> float:
     with np.errstate(all="ignore"):  # (on ARM, numpy's library may warn of what has not happened)
         return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
 
-def peak_memory() -> float:
-    """The most memory that this process has had so far, in MB."""
-    import resource
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 # The first steps compile and record, so they are not counted. Writing is timed from where the context is
 # full, since from there on it goes on like that for ever.
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
+    import resource
     model = GPT(config, backend)
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     if isinstance(backend, Packed):
@@ -4704,7 +4643,9 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     second = float(np.median(seconds) if what == "step" else seconds.mean())
     speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
     result = {"bench": what, "parameters": n_parameters} | speed
-    result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
+    memory_unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory_unit
+    result |= {"gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}
     # One line, and the last one, so that a script can read it.
     print(json.dumps(result))
 
@@ -4713,41 +4654,36 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
 # besides.
-def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int) -> tuple:
-    """About how many bytes a run takes: for its parameters, in so many copies, and for its batches."""
-    L = config.n_layer
-    a_token = 8 * config.vocab_size + 72 * L * config.n_embd
-    if not isinstance(backend, Fast):
-        a_token += 168 * L * config.n_embd + 24 * L * config.n_head * config.block_size
-    tokens = train_config.batch_size * config.block_size
-    passages = 32 * train_config.grad_accum * tokens
-    return 4 * copies * size_of(config), a_token * tokens + passages
-
+#
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
 # may be allowed less. Where nobody tells, we hope for the best.
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
     limits = [math.inf]
     with suppress(OSError):
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        limits += [1024 * int(kilobytes) for kilobytes in (found.groups() if found else ())]
+        told = Path("/proc/meminfo").read_text()
+        limits += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: +(\d+) kB", told)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, in newer and older Linux
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
             limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
 
 def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:
-    """UserError, with the flag to change, if a run on the CPU would take more memory than there is."""
-    for_parameters, for_batches = memory_needed(config, train_config, backend, copies)
+    """UserError, with the flag to change, if a run on the CPU would take more memory than there is; `copies`
+    is how many numbers each parameter has."""
+    a_token = 8 * config.vocab_size + 72 * config.n_layer * config.n_embd
+    if not isinstance(backend, Fast):
+        a_token += config.n_layer * (168 * config.n_embd + 24 * config.n_head * config.block_size)
+    passages = 32 * tokens_a_step(train_config, config.block_size)
+    for_batches = a_token * train_config.batch_size * config.block_size + passages
+    for_parameters = 4 * copies * size_of(config)
     needed = for_parameters + for_batches
     available = memory_available()
-    if Device.DEFAULT != "CPU" or needed < available:
-        return
-    remedy = f"--batch-size, which is {train_config.batch_size}"
-    if for_parameters > for_batches:
-        remedy = f"--n-embd, which is {config.n_embd}"
-    raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
-                    f"are free: choose a smaller {remedy}")
+    if Device.DEFAULT == "CPU" and needed >= available:
+        by_size = for_parameters > for_batches
+        flag = f"--n-embd than {config.n_embd}" if by_size else f"--batch-size than {train_config.batch_size}"
+        raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and "
+                        f"{available / 1e9:,.1f} GB are free: choose a smaller {flag}")
 
 # === Chapter 32. The command line
 #
@@ -4984,7 +4920,7 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
 # later, when a few steps have been measured (chapter 27).
 def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
-    return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
+    return config.max_iters * tokens_a_step(config, T) / n_tokens
 
 def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainConfig, n_tokens: int) -> None:
     """Give a recipe the steps, the dropout and the weight decay for a text of `n_tokens`, unless flags
@@ -5085,9 +5021,9 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
     curve = chart(column(log, "val_bpb"))
     if curve:
         say(f"\nbits per byte on the validation text\n{curve}")
-    tokens_a_step = config.grad_accum * config.batch_size * model.config.block_size
     flops = step_flops(model.config, config)
-    speed = flops * np.median([row["tokens_per_s"] for row in log]) / tokens_a_step
+    a_token = flops / tokens_a_step(config, model.config.block_size)
+    speed = a_token * np.median([row["tokens_per_s"] for row in log])
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
         "machine's rate for a matrix product in numpy")
     if config.keep:
