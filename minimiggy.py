@@ -2950,9 +2950,8 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
                     show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
             except UnicodeDecodeError as error:
                 offset = file.buffer.tell() - len(error.object) + error.start
-                byte = error.object[error.start]
-                raise UserError(f"{path} is not UTF-8 text: byte {byte:#04x} at offset {offset} "
-                                "(--replace-bad-bytes reads on, with U+FFFD in such places)") from error
+                where = f"byte {error.object[error.start]:#04x} at offset {offset}"
+                raise UserError(f"{path} is not UTF-8: {where} (--replace-bad-bytes reads on)") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return text
@@ -2988,8 +2987,8 @@ def gpt2_tokenizer() -> BPETokenizer:
     try:
         return BPETokenizer("gpt2")
     except Exception as error:  # the network, the disk or the file itself: all can fail, in many ways
-        raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
-                        "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from error
+        remedy = "use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        raise UserError(f"GPT-2's vocabulary could not be downloaded (no network?): {remedy}") from error
 
 # And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
 # so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
@@ -3245,9 +3244,8 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
         if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
             tensors[name] = tensor  # learned or not: a table of random numbers has to come back as well
     if optimizer:
-        for name in model.parameters():
-            tensors[f"optimizer.m.{name}"] = optimizer.m[name]
-            tensors[f"optimizer.v.{name}"] = optimizer.v[name]
+        tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
+        tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
     return tensors
 
 def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
@@ -3761,8 +3759,7 @@ def alone(out_dir: Path):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        line = f"another run is at work in {out_dir}: wait for it, or choose another --out-dir"
-        raise UserError(line) from None
+        raise UserError(f"another run is at work in {out_dir}: choose another --out-dir") from None
     try:
         for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
             for unfinished in out_dir.glob(kind):
@@ -3905,9 +3902,9 @@ def last_parts(token: str, ids: dict[str, int]) -> list[str]:
     return parts
 
 def earlier_parts(token: str, ids: dict[str, int]) -> tuple[int, int]:
-    """The numbers of two earlier tokens that together are this one; ValueError if there are none, or if it is
-    too long. In the other direction, from a file to tiktoken, any two will do: it only wants to know the
-    token's bytes."""
+    """The numbers of two earlier tokens that together are this one; ValueError if there are none. In the
+    other direction, from a file to tiktoken, any two will do: it only wants to know the token's bytes. (A
+    hostile file may have a token of a million letters, and to try all its places would take for ever.)"""
     for n in range(1, min(len(token), LONGEST)):
         left = ids.get(token[:n], math.inf)
         right = ids.get(token[n:], math.inf)
@@ -4022,12 +4019,11 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     if not path.name.endswith(".json"):
         return read_safetensors(path)[0]
     places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(type(name) is str for name in places.values()):
-        raise UserError(f"{path} is damaged: it does not say which tensor is in which file")
+    names = list(places.values()) if isinstance(places, dict) else [None]
+    if not all(type(name) is str and Path(name).name == name for name in names):
+        raise UserError(f"{path} is damaged: it does not say which file beside it has which tensor")
     arrays = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise UserError(f"{path} is damaged: it names a file in another folder")
+    for name in sorted(set(names)):
         arrays |= read_safetensors(path.with_name(name))[0]
     return arrays
 
@@ -4761,12 +4757,11 @@ def add_actions(parser: Parser) -> None:
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--train", action="store_true", help="train a model from the start")
     flag("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
-    flag("--sample", metavar="PROMPT", help="write on after PROMPT, with the best checkpoint (FILE:name "
-         "takes the prompt from a file, - from standard input)")
+    flag("--sample", metavar="PROMPT", help="write on after PROMPT (FILE:name: from a file, -: from stdin)")
     flag("--eval-only", action="store_true", help="the best checkpoint's loss on the whole validation text")
     flag("--export", metavar="DIR", help="write the best checkpoint for Hugging Face's transformers")
-    flag("--look", metavar="PROMPT", nargs="?", const="", help="write look.html, a page that shows how the "
-         "best checkpoint reads PROMPT (or, without one, the opening of the validation text)")
+    flag("--look", metavar="PROMPT", nargs="?", const="", help="write a page that shows how the best "
+         "checkpoint reads PROMPT, or the opening of the validation text")
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -4774,17 +4769,15 @@ def add_actions(parser: Parser) -> None:
 def add_files(parser: Parser) -> None:
     """The flags that say which text, which weights, and where to keep what is made."""
     flag = parser.add_argument_group("text and files").add_argument
-    flag("--data", metavar="NAME|FILE",
-         help="the text to learn from: shakespeare (the default), play, or a UTF-8 text file")
+    flag("--data", metavar="NAME|FILE", help="shakespeare (the default), play, or a UTF-8 text file")
     flag("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
     flag("--tokenizer", choices=["bpe", "bytes", "gpt2"],
          help="learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     flag("--out-dir", metavar="DIR", default="checkpoints",
          help="where checkpoints, log.csv and samples.txt are (default: %(default)s)")
-    flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the best in --out-dir (with "
-         "--resume: instead of the newest)")
-    flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
-         f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    flag("--checkpoint", metavar="FILE", help="use this one, not the best (or newest) in --out-dir")
+    flag("--init-from", metavar="GPT2", help="begin with, or use, the weights of a GPT-2: a .safetensors "
+         f"file, a folder that has one, or {', '.join(HUB_MODELS)}, which are downloaded")
     flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
     flag("--effort", choices=list(RECIPES), help="train for about 1.5 minutes, 10 minutes or an hour on two "
          "cores, with a model of the size that is best for that (other flags still count)")
@@ -4880,8 +4873,7 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     for name, value in has.items():
         wanted = getattr(args, name)
         if wanted not in (None, value):
-            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.path}, whose model has {value}: "
-                            "leave the flag out, or --train a new model")
+            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.path}, whose model has {value}")
     if isinstance(backend, Packed) and not is_as_in_part_one(opened.model):
         raise UserError(f"--weights {args.weights} is for part I's model as it is: leave the flag out")
     if tokenizer is None and not args.export:
@@ -4893,16 +4885,27 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
 # soon as it has been encoded. Ten pieces of a megabyte, spread over it, are enough to learn a vocabulary.
 Corpus = namedtuple("Corpus", "name sha256 n_bytes tokenizer train val")
 
-def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokenizer | None = None) -> Corpus:
-    """The text that `data` names (see load_text), encoded; without a `tokenizer`, by the one that
+def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tuple[bytearray, str]:
+    """The text that --data asks for, or else the one that a model learned from, or else the default; and its
+    name, as from `load_text`."""
+    learned, sha256 = opened and opened.model.source or (None, None)
+    text, name = load_text(args.data or learned, args.replace_bad_bytes)
+    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
+        say(f"{name} has changed since {opened.path} was saved")
+    return text, name
+
+def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
+    """The text to train on, encoded: by the tokenizer of the model that is there, or by the one that
     --tokenizer asks for."""
-    text, name = load_text(data, args.replace_bad_bytes)
+    text, name = asked_or_learned(args, opened)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
     train_text, val_text = split_text(text)
-    if tokenizer is None and args.tokenizer == "gpt2":
+    if opened:
+        tokenizer = opened.model.tokenizer
+    elif args.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
-    elif tokenizer is None:
+    else:
         places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
         pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
         show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
@@ -4914,10 +4917,10 @@ def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokeni
     show("")
     return Corpus(name, hashlib.sha256(text).hexdigest(), len(text), tokenizer, train_ids, val_ids)
 
-# *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
-# text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
-# wrong text or the wrong size, one sees it before an hour has passed. How long it will take is said a moment
-# later, when a few steps have been measured (chapter 27).
+# *Training* begins anew, or with a model from elsewhere, or goes on from a checkpoint. The three differ only
+# in what is there already. What is going to happen is said first, in four lines: with a wrong text or the
+# wrong size, one sees it before an hour has passed. How long it will take is said a moment later, when a few
+# steps have been measured (chapter 27).
 def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
     return config.max_iters * tokens_a_step(config, T) / n_tokens
@@ -4936,39 +4939,29 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
     if args.weight_decay is None:
         config.weight_decay = max(0.1, round(times / 60, 2))
 
-def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
-    """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
-    text."""
-    gpt_config = chosen(args, GPTConfig)
-    config = chosen(args, TrainConfig)
-    if args.init_from:
-        model = open_model(args, backend).model
-        check_memory(model.config, config, backend)
-        return model, config, None, 0, read_corpus(args, args.data, model.tokenizer)
-    corpus = read_corpus(args, args.data)
-    gpt_config.vocab_size = corpus.tokenizer.vocab_size
+def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, Corpus]:
+    """For --train and --resume: the model, its optimizer with the config, the number of steps that it has
+    taken, and the text. What flags say of training replaces what a checkpoint says."""
+    opened = open_model(args, backend) if args.resume or args.init_from else None
+    config = chosen(args, TrainConfig, opened.config if args.resume else None)
+    if args.resume and opened.step >= config.max_iters:
+        raise UserError(f"{opened.path} has all its {config.max_iters} steps: give a higher --max-iters")
+    gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
+    corpus = read_corpus(args, opened)
+    if not opened:
+        gpt_config.vocab_size = corpus.tokenizer.vocab_size
     if args.effort:
         fit_recipe(args, gpt_config, config, len(corpus.train))
     check_memory(gpt_config, config, backend)
-    model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
-    return model, config, None, 0, corpus
-
-def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, AdamW, int, Corpus]:
-    """For --resume: the same from a checkpoint. What flags say of training replaces what the checkpoint
-    says."""
-    opened = open_model(args, backend)
-    model = opened.model
-    config = chosen(args, TrainConfig, opened.config)
-    if opened.step >= config.max_iters:
-        raise UserError(f"{opened.path} has all its {config.max_iters} steps: give a higher --max-iters")
-    check_memory(model.config, config, backend)
+    if opened:
+        model = opened.model
+    else:
+        model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
+    model.source = (corpus.name, corpus.sha256)
     optimizer = AdamW(model, config)
-    fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
-    name, sha256 = model.source or ("", "")
-    corpus = read_corpus(args, args.data or name, model.tokenizer)
-    if corpus.name == name and corpus.sha256 != sha256:
-        say(f"{name} has changed since {opened.path} was saved")
-    return model, config, optimizer, opened.step, corpus
+    if args.resume:
+        fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
+    return model, optimizer, opened.step if opened else 0, corpus
 
 def unused_gpu(root: Path = Path("/")) -> str:
     """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
@@ -4983,37 +4976,40 @@ def unused_gpu(root: Path = Path("/")) -> str:
     has_gpu = (root / "dev/dri/renderD128").exists() and any("pocl" not in name for name in vendors)
     return "CL" if has_gpu else ""  # (pocl is OpenCL on the CPU)
 
+def size_in_words(model: GPT) -> str:
+    """How large a model is."""
+    n = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    c = model.config
+    return (f"{n / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
+            f"{c.block_size} tokens of context")
+
 def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effort: str | None) -> None:
     """Say what is going to be trained, on what, and what to expect of it."""
-    c = model.config
-    bytes_a_token = corpus.n_bytes / (len(corpus.train) + len(corpus.val))
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    T = model.config.block_size
+    tokenizer = corpus.tokenizer
+    each = corpus.n_bytes / (len(corpus.train) + len(corpus.val))
     fast = isinstance(model.ops, Fast)
     where = f"{Device.DEFAULT} ({model.ops.cores} cores)" if fast else Device.DEFAULT
+    batch = f"{config.grad_accum * config.batch_size} x {T} tokens each"
     say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
-    say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
-        f"{bytes_a_token:.2f} bytes each on average")
-    say(f"model      {n_parameters / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
-        f"{c.n_embd} channels, {c.block_size} tokens of context")
-    say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x "
-        f"{c.block_size} tokens each, on {where}")
+    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {each:.2f} bytes each on average")
+    say(f"model      {size_in_words(model)}")
+    say(f"training   steps {start + 1} to {config.max_iters}, {batch}, on {where}")
     if effort:
-        times = readings(config, c.block_size, len(corpus.train))
-        say(f"effort     {effort}: {times:.0f} times through the text, dropout {c.dropout:g}, weight decay "
-            f"{config.weight_decay:g}")
+        times = f"{readings(config, T, len(corpus.train)):.0f} times through the text"
+        forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
+        say(f"effort     {effort}: {times}, {forgetting}")
     if effort in REACHES:
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
-    notes = [WHY_PLAIN] if WHY_PLAIN else []
+    if WHY_PLAIN:
+        say(f"note       {WHY_PLAIN}")
     if os.environ["DEV"] == "CPU" and unused_gpu():
-        notes.append("the CPU is what part II's programs are for; there seems to be a GPU as well, and "
-                     f"DEV={unused_gpu()} python minimiggy.py --train is on that")
+        say(f"note       there seems to be a GPU: DEV={unused_gpu()} python minimiggy.py --train is on that, "
+            "though part II's programs are for the CPU")
     if CHANGED and fast:
-        notes.append(f"changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    names = untrained(model)
-    if names:
-        notes.append(f"without a part in the loss, and so not trained: {', '.join(names)}")
-    for note in notes:
-        say(f"note       {note}")
+        say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
+    if names := untrained(model):
+        say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
@@ -5036,19 +5032,18 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
 def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
-    model, config, optimizer, start, corpus = (go_on if args.resume else begin)(args, backend)
+    model, optimizer, start, corpus = prepare(args, backend)
+    config = optimizer.config
     checked("training", corpus.train, model.config)
     checked("validation", corpus.val, model.config)
     # By now everything has been looked at that can be wrong, and only now something is moved.
     set_aside(out_dir, start)
-    model.source = (corpus.name, corpus.sha256)
     limit = 1e9 * blas_gflops()
     introduce(model, config, start, corpus, args.effort)
     train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
           stop=stop)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    finished = not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists()
-    if finished:
+    if not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists():
         conclude(model, config, out_dir, flags, limit)
         return 0
     next_command = f"to go on: python minimiggy.py --resume{flags}"
@@ -5064,8 +5059,7 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
     check_memory(model.config, config, backend, copies=1)
-    learned, _ = model.source or ("", "")
-    text, name = load_text(args.data or learned, args.replace_bad_bytes)
+    text, name = asked_or_learned(args, opened)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
     bits = loss * bits_per_byte(model.tokenizer, ids)
@@ -5125,18 +5119,14 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
 def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
-    learned, sha256 = opened.model.source or ("", "")
-    if not (args.data or learned):
+    if not (args.data or opened.model.source):
         return None
     try:
-        text, name = load_text(args.data or learned, args.replace_bad_bytes)
+        validation = split_text(asked_or_learned(args, opened)[0])[1]
     except UserError:
         if args.data:
             raise
         return None
-    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
-        say(f"{name} has changed since {opened.path} was saved")
-    validation = split_text(text)[1]
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
 def run_look(args: argparse.Namespace, backend: Plain) -> None:
@@ -5156,10 +5146,7 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     content = look(opened.model, ids, text, None if args.init_from else opened.path.parent)
     n = len(content["prompt"])
     shown = f"the last {n} of {len(ids)} tokens" if n < len(ids) else f"{n} tokens"
-    c = opened.model.config
-    content["about"] = (f"{brief(opened.path)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
-                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
-                        f"It reads {shown}.")
+    content["about"] = f"{brief(opened.path)}, {size_in_words(opened.model)}. It reads {shown}."
     write_page(content, path)
     say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.path} reads {shown}")
     say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
@@ -5221,8 +5208,7 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
-    return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "
-                "tracker (--debug shows the traceback)")
+    return 70, f"a mistake in this program ({what}): please report it (--debug shows the traceback)"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code. Whatever goes wrong gets one line on stderr."""
