@@ -3536,9 +3536,9 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
     return config.grad_accum * config.batch_size * T
 
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
-# Speed is measured in laps, from one row of the log to the next; an exam or a save ends a lap, so that its
-# time is not counted, and so does the fourth step, the last that has to compile something. What can wait is
-# made when it is first needed: a run that stops early never compiles an exam.
+# A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
+# which does not mind that the first four have to compile something. What can wait is made when it is first
+# needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
 
@@ -3569,20 +3569,17 @@ class Run:
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
         self.began = time.perf_counter()
-        self.lap = (start, self.began)  # since which step, and when, the speed is measured
         self.last_shown = 0.0
-        self.speed = 0.0  # tokens a second
+        self.times = deque(maxlen=10)  # how many seconds the last steps took
         self.unsaved = None  # what to say about a save that failed
 
-    def measure_speed(self, step: int) -> None:
-        """Tokens a second since the lap began."""
-        since, then = self.lap
-        T = self.model.config.block_size
-        self.speed = (step - since) * tokens_a_step(self.config, T) / (time.perf_counter() - then)
-
     def seconds(self, steps: float) -> float:
-        """How long so many steps take at this speed. (At first, none has been measured.)"""
-        return steps * tokens_a_step(self.config, self.model.config.block_size) / max(self.speed, 1)
+        """How long so many steps take."""
+        return steps * float(np.median(self.times))
+
+    def speed(self) -> float:
+        """Tokens a second."""
+        return tokens_a_step(self.config, self.model.config.block_size) / self.seconds(1)
 
     def show_progress(self, step: int, loss: float, norm: float, rate: float) -> None:
         """The line that is overwritten, ten times a second at most."""
@@ -3593,7 +3590,7 @@ class Run:
         left = self.seconds(self.config.max_iters - step)
         bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
-             f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
+             f"{self.speed():,.0f} tokens/s  {clock(left)} to go")
 
     def say_how_long(self, step: int) -> None:
         """Say how long the rest is going to take. A batch of an exam is a third of a step, since it has no
@@ -3620,7 +3617,7 @@ class Run:
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
             line += f" = {found['val_bpb']:.3f} bits/byte"
-        say(f"{line}  {self.speed:,.0f} tokens/s  {clock(time.perf_counter() - self.began)}")
+        say(f"{line}  {self.speed():,.0f} tokens/s  {clock(time.perf_counter() - self.began)}")
         return found
 
     def write_sample(self, step: int) -> None:
@@ -3638,7 +3635,7 @@ class Run:
 
     def log(self, row: dict[str, float]) -> None:
         """Add a row to the log; it is written at the next save."""
-        row["tokens_per_s"] = round(self.speed)
+        row["tokens_per_s"] = round(self.speed())
         if self.bits:
             row["train_bpb"] = row["train_loss"] * self.bits
         self.rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
@@ -3669,7 +3666,9 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     go wrong, or if the last save fails."""
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
+    began = time.perf_counter()
     for step, loss, norm in training(model, config, run.data, run.optimizer, start):
+        run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
             raise TrainingFailed(
@@ -3680,9 +3679,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         last = step == config.max_iters
         examining = last or step % config.eval_interval == 0
         logging = examining or step % 10 == 0
-        new_lap = logging or step - start in (1, 4, 10)
-        if new_lap:
-            run.measure_speed(step)
         if step == start + 10 and not last:
             run.say_how_long(step)
         run.show_progress(step, loss, norm, rate)
@@ -3698,8 +3694,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             run.save(step, saving)
         if stop and saving:  # (if the signal came after that save had been decided, one more step is taken)
             break
-        if new_lap or saving:
-            run.lap = (step, time.perf_counter())
+        began = time.perf_counter()
     show("")
     if run.unsaved:
         raise TrainingFailed(f"{run.unsaved}; what was saved before is intact")
@@ -4160,9 +4155,20 @@ def plot(folders: list[str | Path], path: Path):
         picture = figure.Figure(figsize=(8, 5.2), dpi=160)
         top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
         for i, (folder, rows) in enumerate(logs.items()):
-            points = draw_run(top, folder, rows, unit, f"C{i}")
+            learned = column(rows, f"train_{unit}")
+            exams = column(rows, f"val_{unit}")
+            if not learned:
+                raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
+            late += [value for step, value in learned + exams if step >= min(last / 10, learned[-1][0])]
+            named = exams or learned
+            name = printable(folder.resolve().name).replace("$", r"\$")
+            thin = {"linewidth": 0.8, "alpha": 0.45, "zorder": 1.9, "label": f"{named[-1][1]:.3f}  {name}"}
+            dots = {"color": f"C{i}", "marker": "o", "markersize": 5}
+            kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
+            top.plot(*zip(*learned, strict=True), color=f"C{i}", **thin)
+            top.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
+            top.plot(*zip(*kept, strict=True), linewidth=0, **dots)
             bottom.plot(*zip(*column(rows, "lr"), strict=True), color=f"C{i}")
-            late += [value for step, value in points if step >= min(last / 10, points[-1][0])]
         margin = (max(late) - min(late)) / 17
         measure = "bits per byte" if in_bits else "nats per token"
         top.set(ylim=(min(late) - margin, max(late) + margin),
@@ -4172,22 +4178,6 @@ def plot(folders: list[str | Path], path: Path):
         with whole(path) as file:
             picture.savefig(file, format="png", bbox_inches="tight")
     return picture
-
-def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color: str) -> list[tuple]:
-    """Draw a run's two curves and its checkpoints; return all points (step, value)."""
-    learned = column(rows, f"train_{unit}")
-    exams = column(rows, f"val_{unit}")
-    named = exams or learned
-    if not learned:
-        raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
-    kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
-    name = printable(folder.resolve().name).replace("$", r"\$")
-    label = f"{named[-1][1]:.3f}  {name}"
-    axes.plot(*zip(*learned, strict=True), color=color, linewidth=0.8, alpha=0.45, zorder=1.9, label=label)
-    dots = {"color": color, "marker": "o", "markersize": 5}
-    axes.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
-    axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
-    return learned + named
 
 # === Chapter 30. Looking inside
 #
