@@ -2884,7 +2884,13 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = sha256 or announced_sha256(url)
+        if sha256 is None:
+            # A server such as Hugging Face's hub tells it, in quotes, in the header of its answer. (It does
+            # so where it points to the place where the file is stored, so we do not follow it there.)
+            headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
+            sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
+        if len(sha256) != 64:
+            raise OSError("the server announces no SHA-256")
         fetch_rest(url, unfinished)
         with open(unfinished, "rb") as file:
             came = hashlib.file_digest(file, "sha256").hexdigest()
@@ -2899,16 +2905,6 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         raise OSError(line) from error
     finally:
         show("")
-
-def announced_sha256(url: str) -> str:
-    """The SHA-256 that a server such as Hugging Face's hub tells, in quotes, in the header of its answer. (It
-    does so where it points to the place where the file is stored, so we do not follow it there.)"""
-    import requests
-    headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
-    sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
-    if len(sha256) != 64:
-        raise OSError("the server announces no SHA-256")
-    return sha256
 
 def fetch_rest(url: str, unfinished: Path) -> None:
     """Add to the file `unfinished` what it lacks of the file at `url`, and show how far it is."""
@@ -3054,7 +3050,8 @@ KNOBS = {
     "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
     "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
     "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
-    "num_samples": (1, 1_000_000, "texts to write, some side by side")}
+    "num_samples": (1, 1_000_000, "texts to write, some side by side"),
+    "devices": (1, 1024, f"CPU cores to use, for part II's programs (default: all, {CORES} here)")}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
 def flag_of(name: str) -> str:
@@ -3314,8 +3311,8 @@ def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimize
             raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
     fill(state_of(model, optimizer), arrays, path, model.ops)
     if metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {path} was saved while part I had other layers or operations than now: "
-              "what this model computes may be something else", file=sys.stderr)
+        print(f"minimiggy: {path} was saved while part I had other layers or operations: its model may "
+              "compute something else now", file=sys.stderr)
 
 # They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
 # files.
@@ -4005,8 +4002,7 @@ def weights_file(source: str) -> Path:
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
     if path.suffix in (".bin", ".pt", ".pth") and path.exists():
-        raise UserError(f"{path} is a pickle, which can contain programs and is not opened here: in "
-                        "transformers, from_pretrained and save_pretrained make a model.safetensors of it")
+        raise UserError(f"{path} is a pickle, which can hold programs: open it with transformers and save it")
     return path
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -4632,8 +4628,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     memory_unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory_unit
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}
-    # One line, and the last one, so that a script can read it.
-    print(json.dumps(result))
+    print(json.dumps(result))  # (one line, and the last one, so that a script can read it)
 
 # Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
 # programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
@@ -4730,8 +4725,7 @@ def make_parser() -> Parser:
     add_actions(parser)
     add_files(parser)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N",
-                       help=f"CPU cores to use, for part II's programs (default: all, {CORES} here)")
+    group.add_argument("--devices", type=int, metavar="N", help=KNOBS["devices"][2])
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
     group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
                        help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
@@ -4794,7 +4788,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if value == "" and name not in ("sample", "look", "stop"):
             raise UserError(f"{flag_of(name)} is empty")
-        if name in KNOBS and value is not None:
+        if value is not None:
             check_value(name, value, type(value))
     if args.train and args.checkpoint or args.resume and args.init_from:
         raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
@@ -4804,8 +4798,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
     if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
         raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
-    if args.devices is not None and not 1 <= args.devices <= 1024:
-        raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
 # *With which operations?* With part II's where they run, on all cores, unless the flags say otherwise. There
 # is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
@@ -5130,8 +5122,7 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     text = validation_opening(args, opened)
     ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
     if not ids and text is None:
-        raise UserError("the text that the model learned from is not at hand: bring it with --data, or give "
-                        'a prompt, as in --look "ROMEO:"')
+        raise UserError("what the model learned from is not at hand: give a prompt, or the text with --data")
     ids = ids or text[:40].tolist() or tokenizer.encode("\n")
     content = look(opened.model, ids, text, None if args.init_from else opened.path.parent)
     n = len(content["prompt"])
