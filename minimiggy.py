@@ -2817,6 +2817,7 @@ import traceback
 import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 # === Chapter 23. Safe files, safe output
 #
@@ -2908,11 +2909,18 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     the next try."""
     if path.exists():
         return
+    import requests  # here and not above: most runs need no network, and the import takes 0.2 s
     unfinished = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sha256 = sha256 or announced_sha256(url)
-        fetch_rest(url, unfinished, path.name)
+        if sha256 is None:
+            # A server such as Hugging Face's hub tells it, in quotes, in the header of its answer. (It does
+            # so where it points to the place where the file is stored, so we do not follow it there.)
+            headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
+            sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
+        if len(sha256) != 64:
+            raise OSError("the server announces no SHA-256")
+        fetch_rest(url, unfinished)
         with open(unfinished, "rb") as file:
             came = hashlib.file_digest(file, "sha256").hexdigest()
         if came != sha256:
@@ -2920,50 +2928,33 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
             raise OSError("what came is another file: wrong SHA-256")
         unfinished.replace(path)
     except OSError as error:
-        line = f"could not download {path.name} ({trouble(error)}): try again, or bring {url} to {path}"
+        of_the_network = isinstance(error, requests.RequestException)  # (which is a kind of OSError)
+        why = "the server cannot be reached, or has stopped" if of_the_network else in_words(error)
+        line = f"could not download {path.name} ({why}): try again, or bring {url} to {path}"
         raise OSError(line) from error
     finally:
         show("")
 
-def announced_sha256(url: str) -> str:
-    """The SHA-256 that a server such as Hugging Face's hub tells, in quotes, in the header of its answer. (It
-    does so where it points to the place where the file is stored, so we do not follow it there.)"""
-    import requests  # here and not above: most runs need no network, and the import takes 0.2 s
-    headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
-    sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
-    if len(sha256) != 64:
-        raise OSError("the server announces no SHA-256")
-    return sha256
-
-def fetch_rest(url: str, unfinished: Path, name: str) -> None:
-    """Add to `unfinished` what it lacks of the file at `url`; `name` is for the line that shows how far it
-    is."""
+def fetch_rest(url: str, unfinished: Path) -> None:
+    """Add to the file `unfinished` what it lacks of the file at `url`, and show how far it is."""
     import requests
-    got = unfinished.stat().st_size if unfinished.exists() else 0
-    headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
-    if got:
-        headers["Range"] = f"bytes={got}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:
-            return
-        response.raise_for_status()
-        goes_on = response.status_code == 206
-        with open(unfinished, "ab" if goes_on else "wb", buffering=0) as file:
+    with open(unfinished, "ab", buffering=0) as file:
+        headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
+        if file.tell():
+            headers["Range"] = f"bytes={file.tell()}-"
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416:
+                return
+            if not response.ok:
+                raise OSError(f"the server answers {response.status_code}")
+            if response.status_code != 206:
+                file.truncate(0)
             left = response.headers.get("content-length", "")
             total = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left.isdecimal() else ""
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
-                show(f"downloading {name}: {file.tell() / 1e6:.1f}{total} MB")
+                show(f"downloading {unfinished.stem}: {file.tell() / 1e6:.1f}{total} MB")
             os.fsync(file.fileno())
-
-def trouble(error: OSError) -> str:
-    """Why a download failed, in plain words. (The errors of requests are OSErrors.)"""
-    import requests
-    if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code}"
-    if isinstance(error, requests.RequestException):
-        return "the server cannot be reached, or has stopped in the middle"
-    return in_words(error)
 
 # A text of your own may be anything: written on Windows (its lines end with "\r\n", and a "byte-order mark",
 # three bytes that mean nothing, may stand in front), hundreds of megabytes long, or no text at all. It is
@@ -2984,9 +2975,8 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
                     show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
             except UnicodeDecodeError as error:
                 offset = file.buffer.tell() - len(error.object) + error.start
-                byte = error.object[error.start]
-                raise UserError(f"{path} is not UTF-8 text: byte {byte:#04x} at offset {offset} "
-                                "(--replace-bad-bytes reads on, with U+FFFD in such places)") from error
+                where = f"byte {error.object[error.start]:#04x} at offset {offset}"
+                raise UserError(f"{path} is not UTF-8: {where} (--replace-bad-bytes reads on)") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return text
@@ -2994,29 +2984,25 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
 # tiktoken is quick, but cannot take a text of any length at once: its regular expressions overflow the stack
 # on a million blanks, and the lists of numbers that it returns take ten times the memory of an array. So a
 # long text is encoded in pieces. They must end where the pattern of chapter 3 cuts in any case, or a token
-# would be torn apart: after the letters of a word, or before white space.
-SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)"
+# would be torn apart: after the letters of a word, or before white space. What comes after the last such
+# place waits for the next piece. (But if all of it is white space, nothing waits: it may go on for ever.)
+SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
 def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
     """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint16 if they fit,
     else int32."""
     import regex
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    arrays = [np.zeros(0, kind)]
-    start = 0
-    length = size
-    while start < len(text):
-        end = border(text, start + length)
-        piece = str(text[start:end], "utf-8")
-        cut = regex.search(f"(?r){SURE_CUT}", piece)  # (?r): from the right, so the last such place
-        if end < len(text) and not piece.isspace():
-            if cut is None:
-                length *= 2  # a piece without any: a longer one may have one
-                continue
-            piece = piece[:cut.end()]
-        arrays.append(np.array(tokenizer.encode(piece), kind))
-        start += len(piece.encode())
-        length = size
+    arrays = []
+    decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
+    waiting = ""
+    for place in range(0, len(text), size):
+        waiting += decoder.decode(text[place:place + size])
+        cut = regex.search(f"(?r){SURE_CUT}", waiting)  # (?r): from the right, so the last such place
+        if cut:
+            arrays.append(np.array(tokenizer.encode(waiting[:cut.end()]), kind))
+            waiting = waiting[cut.end():]
+    arrays.append(np.array(tokenizer.encode(waiting), kind))
     return np.concatenate(arrays)
 
 BPETokenizer.encode_array = encode_array
@@ -3026,19 +3012,12 @@ def gpt2_tokenizer() -> BPETokenizer:
     try:
         return BPETokenizer("gpt2")
     except Exception as error:  # the network, the disk or the file itself: all can fail, in many ways
-        raise UserError("GPT-2's vocabulary could not be downloaded (no network?): use --tokenizer bpe or "
-                        "bytes, or set TIKTOKEN_CACHE_DIR to a folder that has it") from error
+        remedy = "use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+        raise UserError(f"GPT-2's vocabulary could not be downloaded (no network?): {remedy}") from error
 
 # And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
 # so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
 # name.
-def find_file(name: str) -> Path | None:
-    """The file of that name, or None, also if no file can have it: too long, say, or a link to itself."""
-    try:
-        path = Path(name).resolve()
-        return path if path.is_file() else None
-    except (OSError, ValueError, RuntimeError):
-        return None
 
 def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     """The text that `--data` asks for, and what to ask for to get it again; None asks for the default.
@@ -3053,10 +3032,10 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
                 raise UserError(f"{error}, or use --data play") from error
             say(f"{error}\ntraining on data/play.txt, a play that came with this file, instead")
             name = "play"
-    path = find_file(ours.get(name, name))
-    if path is None:
+    path = Path(ours.get(name, name))
+    if not os.path.isfile(path):  # (nor if no file can have such a name: Path's own would raise an error)
         raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
-    return read_text(path, replace), name if name in ours else str(path)
+    return read_text(path, replace), name if name in ours else str(path.resolve())
 
 # === Chapter 25. What a knob may be
 #
@@ -3100,7 +3079,8 @@ KNOBS = {
     "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
     "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
     "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
-    "num_samples": (1, 1_000_000, "texts to write, some side by side")}
+    "num_samples": (1, 1_000_000, "texts to write, some side by side"),
+    "devices": (1, 1024, f"CPU cores to use, for part II's programs (default: all, {CORES} here)")}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
 def flag_of(name: str) -> str:
@@ -3121,8 +3101,7 @@ def check_config(config) -> None:
     for field in dataclasses.fields(config):
         check_value(field.name, getattr(config, field.name), type(field.default))
     if isinstance(config, GPTConfig) and config.n_embd % config.n_head:
-        shares = f"--n-embd {config.n_embd} into equal shares"
-        raise UserError(f"--n-head {config.n_head} does not divide {shares}")
+        raise UserError(f"--n-head {config.n_head} does not divide --n-embd {config.n_embd}")
 
 # === Chapter 26. Checkpoints
 #
@@ -3185,7 +3164,7 @@ DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
 
 class Damaged(UserError):
-    """What is wrong with a file."""
+    """What is wrong with a file; whoever catches it says which file."""
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a file, by name, as windows on it, and its texts. (bfloat16, which numpy lacks, comes as
@@ -3195,11 +3174,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if not path.is_file():
             raise UserError(f"cannot read {path}: there is no such file")
         with open(path, "rb") as file:
-            header, metadata, start = read_header(file)
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(path.stat().st_size - 8, LONGEST_HEADER):
+                raise Damaged("it is cut off, or not a safetensors file")
+            header = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            if not all(type(text) is str for text in metadata.values()):
+                raise Damaged("it has metadata that is not text")
             file_bytes = np.memmap(file, np.uint8, "c")  # "c": whoever writes to it gets a copy of that page
-            arrays = windows(header, file_bytes[start:])
+            arrays = windows(header, file_bytes[8 + length:])
             if "sha256" in metadata:
-                file.seek(start)
+                file.seek(8 + length)
                 pieces = iter(functools.partial(file.read, 1 << 20), b"")
                 if metadata["sha256"] != sha256_of(header, metadata, pieces):
                     raise Damaged("its bytes are not those that were written (wrong SHA-256)")
@@ -3213,19 +3198,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header is not one of a safetensors file") from error
 
-def read_header(file) -> tuple[dict, dict[str, str], int]:
-    """A file's header, its texts, and where its numbers begin. Damaged, or the errors of json, if it has
-    none."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, LONGEST_HEADER):
-        raise Damaged("it is cut off, or not a safetensors file")
-    header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    if not all(type(text) is str for text in metadata.values()):
-        raise Damaged("it has metadata that is not text")
-    return header, metadata, 8 + length
-
 def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays that a header describes, as windows on the bytes that come after it."""
     arrays = {}
@@ -3238,8 +3210,7 @@ def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
         if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(numbers) for n in shape):
             raise Damaged(f"{brief(name, 60)} has an impossible shape")
         kind = np.dtype(DTYPES[entry["dtype"]])
-        fits = start == place and end <= len(numbers)
-        if not fits or end - start != kind.itemsize * math.prod(shape):
+        if start != place or end > len(numbers) or end - start != kind.itemsize * math.prod(shape):
             raise Damaged(f"{brief(name, 60)} is not where it belongs, or the file is cut off")
         arrays[name] = numbers[start:end].view(kind).reshape(shape)
         place = end
@@ -3255,8 +3226,7 @@ def load_array(tensor: Tensor, array: np.ndarray) -> None:
     if KNOWN and tensor.device == "CPU":
         memory_of(tensor)[...] = array
     else:
-        numbers = Tensor(np.ascontiguousarray(array), device=tensor.device).cast(tensor.dtype)
-        tensor.assign(numbers).realize()
+        tensor.assign(Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, device=tensor.device)).realize()
 
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Numbers of any precision as float32. Those of bfloat16 are the upper halves of a float32's 32 bits."""
@@ -3277,8 +3247,7 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
             found = f"{array.dtype} {array.shape}"
             raise UserError(f"{path} does not fit this model: {name} is {found}, not float {tensor.shape}")
         numbers = as_float32(array)
-        ends = [numbers.min(initial=0), numbers.max(initial=0)]  # (a NaN is both the least and the largest)
-        if not np.isfinite(ends).all():
+        if not np.isfinite(numbers.min(initial=0) + numbers.max(initial=0)):  # (a NaN is both)
             raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
     for name, tensor in tensors.items():
         load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
@@ -3286,10 +3255,9 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
-# whatever you add to it is saved as well. `read_checkpoint` reads and checks a file once; `restore` and
-# `model_of` use what it has found.
+# whatever you add to it is saved as well.
 FORMAT = "minimiggy 3"
-Checkpoint = namedtuple("Checkpoint", "path step arrays metadata")
+Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
@@ -3302,9 +3270,8 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
         if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
             tensors[name] = tensor  # learned or not: a table of random numbers has to come back as well
     if optimizer:
-        for name in model.parameters():
-            tensors[f"optimizer.m.{name}"] = optimizer.m[name]
-            tensors[f"optimizer.v.{name}"] = optimizer.v[name]
+        tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
+        tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
     return tensors
 
 def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
@@ -3312,7 +3279,7 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; ValueError if the text is not of that kind. (Merges in a hostile file could double the
+    """The opposite; Damaged if the text is not of that kind. (Merges in a hostile file could double the
     length of a token forty times, and so take all memory.)"""
     try:
         saved = json.loads(text)
@@ -3324,11 +3291,11 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
             tokens.append(tokens[left] + tokens[right])
             if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
                 raise ValueError("an impossible merge")
-        if len(set(tokens)) < len(tokens):
-            raise ValueError("two tokens are the same")
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise ValueError("its tokenizer is none of ours") from error
-    return BPETokenizer("bpe", merges)
+        if len(set(tokens)) == len(tokens):
+            return BPETokenizer("bpe", merges)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
+        pass
+    raise Damaged("its tokenizer is none of ours")
 
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
@@ -3349,32 +3316,32 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     write_safetensors(path, state_of(model, optimizer), metadata)
     return path
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint whose every byte has been checked; UserError if it is none."""
+def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays and the texts of a checkpoint, whose every byte has been checked; UserError if it is
+    none."""
     arrays, metadata = read_safetensors(path)
-    number = metadata.get("iter_num", "")
-    if metadata.get("format") != FORMAT or "sha256" not in metadata or not re.fullmatch("[0-9]{1,9}", number):
+    number = re.fullmatch("[0-9]{1,9}", metadata.get("iter_num", ""))
+    if metadata.get("format") != FORMAT or "sha256" not in metadata or not number:
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
-    return Checkpoint(path, int(number), arrays, metadata)
-
-def restore(checkpoint: Checkpoint, model: GPT, optimizer: AdamW | None = None) -> None:
-    """Give a model, and an optimizer, the numbers of a checkpoint. UserError, and nothing has changed, if it
-    does not fit."""
-    named = state_of(model, None)
-    for name in checkpoint.arrays:
-        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
-            raise UserError(f"{checkpoint.path} does not fit this model, which has no {brief(name, 60)}")
-    fill(state_of(model, optimizer), checkpoint.arrays, checkpoint.path, model.ops)
-    if checkpoint.metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {checkpoint.path} was saved while part I had other layers or operations than now: "
-              "what this model computes may be something else", file=sys.stderr)
+    return arrays, metadata
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
-    """Restore a model, and an optimizer if one is given, from a file; return the number of the step.
+    """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
     UserError, and nothing has changed, if the file is damaged or does not fit."""
-    checkpoint = read_checkpoint(Path(path))
-    restore(checkpoint, model, optimizer)
-    return checkpoint.step
+    arrays, metadata = read_checkpoint(Path(path))
+    restore(model, arrays, metadata, path, optimizer)
+    return int(metadata["iter_num"])
+
+def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
+    """The same with what has been read from `path`."""
+    named = state_of(model, None)
+    for name in arrays:
+        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
+            raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
+    fill(state_of(model, optimizer), arrays, path, model.ops)
+    if metadata.get("made_by", PART_ONE) != PART_ONE:
+        print(f"minimiggy: {path} was saved while part I had other layers or operations: its model may "
+              "compute something else now", file=sys.stderr)
 
 # They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
 # files.
@@ -3403,17 +3370,18 @@ def config_from(kind: type, text: str):
     except (ValueError, TypeError, RecursionError) as error:
         raise Damaged(f"its {kind.__name__} has other fields than ours") from error
 
-def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT, TrainConfig]:
-    """The model of a checkpoint, with its tokenizer and its numbers, and the config that it was trained with;
-    UserError if they cannot be made."""
-    metadata = checkpoint.metadata
+def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoint:
+    """The model of a checkpoint, with its tokenizer and its numbers; the config that it was trained with; its
+    step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
+    path = Path(path)
+    arrays, metadata = read_checkpoint(path)
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
-        if size_of(config) > 100 * sum(array.size for array in checkpoint.arrays.values()):
+        if size_of(config) > 100 * sum(array.size for array in arrays.values()):
             raise Damaged("it has far fewer numbers than the model that it speaks of")
         model = GPT(config, backend, seed=None)
-        restore(checkpoint, model)
+        restore(model, arrays, metadata, path)
         text = metadata.get("tokenizer")
         if text and len(text) > 100 + 20 * config.vocab_size:  # (18 for "[399998, 399999], ")
             raise Damaged("its tokenizer is too long for its vocabulary")
@@ -3421,16 +3389,10 @@ def model_of(checkpoint: Checkpoint, backend: Plain | None = None) -> tuple[GPT,
         if text and model.tokenizer.vocab_size > config.vocab_size:
             raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
-        raise UserError(brief(f"{checkpoint.path} cannot be opened: {error}")) from error
+        raise UserError(brief(f"{path} cannot be opened: {error}")) from error
     if "data" in metadata:
         model.source = (metadata["data"], metadata.get("data_sha256", ""))
-    return model, train_config
-
-def open_checkpoint(path: str | Path, backend: Plain | None = None) -> tuple[GPT, TrainConfig, int]:
-    """The model of a checkpoint, with its tokenizer; the config that it was trained with; and the number of
-    steps. UserError if the file is damaged."""
-    checkpoint = read_checkpoint(Path(path))
-    return *model_of(checkpoint, backend), checkpoint.step
+    return Checkpoint(model, train_config, int(metadata["iter_num"]), path, arrays)
 
 # In a folder there are several checkpoints. Not all of them need be kept: the last few, for whoever has to go
 # back a little, and the one whose exam went best. A run goes on from the newest. But to write, the best one
@@ -3469,25 +3431,18 @@ def best_first(out_dir: Path) -> list[Path]:
     """The same with the best one, if there was an exam, before all others: the order for writing."""
     found = checkpoints(out_dir)
     best = best_step(log_rows(out_dir / "log.csv", max(found)), found)
-    paths = list(reversed(found.values()))
-    return sorted(paths, key=lambda path: path != found.get(best))  # (`sorted` leaves the order of equals)
+    return sorted(newest_first(out_dir), key=lambda path: step_of(path) != best)  # (leaves equals in order)
 
-def open_first(paths: list[Path], backend: Plain | None = None) -> tuple[Checkpoint, GPT, TrainConfig]:
-    """The first of these checkpoints that is whole, and its model. What is skipped is named; UserError if all
-    are damaged."""
+def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
+    """The first of these checkpoints that is whole. What is skipped is named; UserError if all are
+    damaged."""
     for path in paths:
         try:
-            checkpoint = read_checkpoint(path)
-            return checkpoint, *model_of(checkpoint, backend)
+            return open_checkpoint(path, backend)
         except UserError as error:
             last_error = error
             say(f"skipped: {error}")
     raise last_error
-
-def newest(out_dir: Path, backend: Plain | None = None) -> tuple[Path, GPT, TrainConfig, int]:
-    """The path of the newest checkpoint that is whole, its model, its config and its step."""
-    checkpoint, model, config = open_first(newest_first(out_dir), backend)
-    return checkpoint.path, model, config, checkpoint.step
 
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
     """Delete all checkpoints but the newest `keep` and the best one, by the log's `rows`."""
@@ -3550,29 +3505,31 @@ class Evaluator:
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
     """The factor from nats a token to bits a byte, for the text of these token ids."""
     lengths = np.array([len(tokenizer.decode_bytes(token)) for token in range(tokenizer.vocab_size)])
-    n_bytes = 0
-    for i in range(0, len(data), 1 << 20):  # (a megabyte of numbers at a time: a text can be long)
-        n_bytes += int(lengths[data[i:i + (1 << 20)]].sum())
+    places = range(0, len(data), 1 << 20)  # (a million tokens at a time: a text can be long)
+    n_bytes = sum(int(lengths[data[i:i + (1 << 20)]].sum()) for i in places)
     return len(data) / math.log(2) / n_bytes
 
 # What has been measured is kept in a table, log.csv, and what the model has written in samples.txt, which
 # looks as it did on the screen. Both are written anew, whole, at each save. A run that goes on from step 600
 # reads them as far as that step and drops the rest, which it is going to do again.
+#
+# A log is a file like any other: an editor, a full disk or somebody's script may have been at it. So we say
+# what a row looks like: the step, and then for each other column a number or nothing. (A NaN only means that
+# the run blew up there.)
 COLUMNS = ["step", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_s", "train_bpb"]
+CELL = r",((-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?)"
+ROW = re.compile(rf"\d{{1,9}}({CELL}){{{len(COLUMNS) - 1}}}", re.ASCII)
 
 class TrainingFailed(Exception):
     """A run that could not go on, or whose last checkpoint could not be written: exit code 1."""
 
 def log_rows(log: Path, start: int) -> list[str]:
     """The rows of log.csv up to step `start`: a run that goes on from there writes those after it again.
-    Lines that are no rows, as a program that was killed or somebody's editor may have left them, are
-    dropped."""
+    Lines that are no rows are dropped."""
     if start == 0 or not log.is_file():
         return []
-    number = r"(-?\d+(\.\d+)?(e[-+]?\d+)?|inf|nan)?"
-    row = re.compile(r"\d{1,9}" + f"(,{number})" * (len(COLUMNS) - 1), re.ASCII)
     lines = log.read_text(errors="replace").splitlines()
-    return [line for line in lines if row.fullmatch(line) and int(line.split(",")[0]) <= start]
+    return [line for line in lines if ROW.fullmatch(line) and int(line.split(",")[0]) <= start]
 
 def sample_blocks(file: Path, start: int) -> list[str]:
     """The texts in samples.txt that were written up to step `start`, each under a line that says at which
@@ -3591,37 +3548,23 @@ def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
     ids = np.asarray(ids)
     T = config.block_size
     if len(ids) <= T:
-        raise UserError(f"the {name} text has {len(ids)} tokens, but a block of --block-size {T} needs "
-                        f"{T + 1}: bring more text or choose a smaller block")
+        raise UserError(f"the {name} text has {len(ids)} tokens, too few for --block-size {T} (and one more)")
     if ids.max() >= config.vocab_size:
-        last = config.vocab_size - 1
-        raise UserError(f"the {name} text has token {ids.max()}, but the vocabulary ends at {last}")
+        raise UserError(f"the {name} text has token {ids.max()}, but there are {config.vocab_size} tokens")
     return ids
 
 def clock(seconds: float) -> str:
-    """75.3 -> "1:15"."""
-    minutes, seconds = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{seconds:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    """75.3 -> "1:15", 4000 -> "1:06:40"."""
+    return str(timedelta(seconds=int(seconds))).removeprefix("0:").removeprefix("0")
 
-def save_run(model: GPT, optimizer: AdamW, step: int, out_dir: Path, rows: list[str], samples: list[str],
-             checkpoint: bool) -> None:
-    """Write the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever goes
-    on from a checkpoint finds all rows up to it."""
-    with whole(out_dir / "log.csv") as file:
-        file.write("\n".join([",".join(COLUMNS), *rows, ""]).encode())
-    if samples:
-        with whole(out_dir / "samples.txt") as file:
-            file.write("".join(samples).encode())
-    if checkpoint and optimizer.config.keep:
-        model.save_checkpoint(step, optimizer, out_dir)
-        prune(out_dir, optimizer.config.keep, rows)
+def tokens_a_step(config: TrainConfig, T: int) -> int:
+    """How many tokens a step learns from, in passages of T."""
+    return config.grad_accum * config.batch_size * T
 
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
-# Speed is measured in laps, from one row of the log to the next; an exam or a save ends a lap, so that its
-# time is not counted. What can wait is made when it is first needed: a run that stops early never compiles an
-# exam.
+# A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
+# which does not mind that the first four have to compile something. What can wait is made when it is first
+# needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
 
@@ -3635,9 +3578,12 @@ class Run:
             self.optimizer.config = config
             self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
-        windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
-        self.val_batches = math.ceil(windows / config.batch_size)  # in all of the validation text
         self.writer = None  # made when the first sample is written
+        # Batches of validation text: how many there are, and how many of them an exam on the way reads.
+        windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
+        self.val_batches = math.ceil(windows / config.batch_size)
+        few = self.val_batches <= 4 * config.eval_iters
+        self.exam_batches = self.val_batches if few else config.eval_iters
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
         self.samples = []
@@ -3645,24 +3591,21 @@ class Run:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.rows = log_rows(self.out_dir / "log.csv", start)
             self.samples = sample_blocks(self.out_dir / "samples.txt", start)
-        tokenizer = model.tokenizer
+        tokenizer = model.tokenizer  # with one, nats a token can be told as bits a byte, by these factors
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
-        self.began = time.perf_counter()  # (`bits` and `val_bits` turn nats a token into bits a byte)
-        self.lap = (start, self.began)  # since which step, and when, the speed is measured
+        self.began = time.perf_counter()
         self.last_shown = 0.0
-        self.speed = 0.0  # tokens a second
-        self.step_ends = []  # when the first ten steps were over
+        self.times = deque(maxlen=10)  # how many seconds the last steps took
         self.unsaved = None  # what to say about a save that failed
 
-    @property
-    def tokens_a_step(self) -> int:
-        return self.config.grad_accum * self.config.batch_size * self.model.config.block_size
+    def seconds(self, steps: float) -> float:
+        """How long so many steps take."""
+        return steps * float(np.median(self.times))
 
-    def measure_speed(self, step: int) -> None:
-        """Tokens a second since the lap began."""
-        since, then = self.lap
-        self.speed = (step - since) * self.tokens_a_step / (time.perf_counter() - then)
+    def speed(self) -> float:
+        """Tokens a second."""
+        return tokens_a_step(self.config, self.model.config.block_size) / self.seconds(1)
 
     def show_progress(self, step: int, loss: float, norm: float, rate: float) -> None:
         """The line that is overwritten, ten times a second at most."""
@@ -3670,27 +3613,19 @@ class Run:
         if now - self.last_shown < 0.1:
             return
         self.last_shown = now
-        left = (self.config.max_iters - step) * self.tokens_a_step / max(self.speed, 1)
+        left = self.seconds(self.config.max_iters - step)
         bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
-             f"{self.speed:,.0f} tokens/s  {clock(left)} to go")
+             f"{self.speed():,.0f} tokens/s  {clock(left)} to go")
 
-    def say_how_long(self, step: int, start: int) -> None:
-        """Say, after ten steps, how long the rest is going to take: the first four of them compile and
-        record, and the shortest of the other six is one that nothing disturbed. A batch of an exam is a third
-        of a step, since it has no way back."""
+    def say_how_long(self, step: int) -> None:
+        """Say how long the rest is going to take. A batch of an exam is a third of a step, since it has no
+        way back."""
         c = self.config
-        if step <= start + 10:
-            self.step_ends.append(time.perf_counter())
-        if step != start + 10 or step == c.max_iters:
-            return
-        a_step = float(np.diff(self.step_ends)[3:].min())
-        whole = self.val_batches <= 4 * c.eval_iters  # (as in `examine`)
-        in_exam = c.eval_iters + (self.val_batches if whole else c.eval_iters)
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
-        seconds = a_step * (c.max_iters - step + exams * in_exam / 3)
-        say(f"time       {1e3 * a_step:,.0f} ms a step; the rest takes about {clock(seconds)} min if nothing "
-            "else runs\n")
+        steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
+        say(f"time       {1e3 * self.seconds(1):,.0f} ms a step; the rest takes about "
+            f"{clock(self.seconds(steps))} min if nothing else runs\n")
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some
@@ -3700,49 +3635,54 @@ class Run:
         found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
         line = f"step {step:5}  train {found['train_loss']:.3f}"
         if self.val is not None:
-            last = step == c.max_iters
-            if self.val_batches <= (50 if last else 4) * c.eval_iters:
-                found["val_loss"] = self.evaluator.whole(self.val)
-            else:
-                found["val_loss"] = self.evaluator.mean(self.val, (50 if last else 1) * c.eval_iters)
+            at_the_end = min(self.val_batches, 50 * c.eval_iters)
+            n = at_the_end if step == c.max_iters else self.exam_batches
+            whole = n == self.val_batches
+            found["val_loss"] = self.evaluator.whole(self.val) if whole else self.evaluator.mean(self.val, n)
             line += f"  val {found['val_loss']:.3f}"
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
             line += f" = {found['val_bpb']:.3f} bits/byte"
-        say(f"{line}  {self.speed:,.0f} tokens/s  {clock(time.perf_counter() - self.began)}")
+        say(f"{line}  {self.speed():,.0f} tokens/s  {clock(time.perf_counter() - self.began)}")
         return found
 
     def write_sample(self, step: int) -> None:
         """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
         c = self.config
+        tokenizer = self.model.tokenizer
         quarter = step * 4 // c.max_iters
-        if not self.model.tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
+        if not tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
             return
         self.writer = self.writer or Writer(self.model)
-        tokenizer = self.model.tokenizer
         ids = list(self.writer.stream(tokenizer.encode("\n"), 50, seed=step))
-        lines = printable(tokenizer.decode(ids)).strip().split("\n")
-        text = "    | " + "\n    | ".join(lines)
+        text = re.sub("(?m)^", "    | ", printable(tokenizer.decode(ids)).strip())
         say(text)
         self.samples.append(f"step {step}\n{text}\n")
 
     def log(self, row: dict[str, float]) -> None:
         """Add a row to the log; it is written at the next save."""
-        row["tokens_per_s"] = round(self.speed)
+        row["tokens_per_s"] = round(self.speed())
         if self.bits:
             row["train_bpb"] = row["train_loss"] * self.bits
         self.rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
 
     def save(self, step: int, checkpoint: bool) -> None:
-        """Save. A full disk must not end a run that has taken hours: it is said, and the next save is
-        tried."""
+        """Save the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever
+        goes on from a checkpoint finds all rows up to it. A full disk must not end a run that has taken
+        hours: it is said, and the next save is tried."""
         try:
-            save_run(self.model, self.optimizer, step, self.out_dir, self.rows, self.samples, checkpoint)
+            with whole(self.out_dir / "log.csv") as file:
+                file.write("\n".join([",".join(COLUMNS), *self.rows, ""]).encode())
+            if self.samples:
+                with whole(self.out_dir / "samples.txt") as file:
+                    file.write("".join(self.samples).encode())
+            if checkpoint and self.config.keep:
+                self.model.save_checkpoint(step, self.optimizer, self.out_dir)
+                prune(self.out_dir, self.config.keep, self.rows)
             self.unsaved = None
         except OSError as error:
             self.unsaved = f"step {step} could not be saved in {self.out_dir} ({error.strerror or error})"
-            say(f"{self.unsaved}; training goes on, what was saved before is intact, and the next save is "
-                "tried")
+            say(f"{self.unsaved}; training goes on, and so does trying: what was saved before is intact")
 
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
           start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
@@ -3752,22 +3692,21 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     go wrong, or if the last save fails."""
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
+    began = time.perf_counter()
     for step, loss, norm in training(model, config, run.data, run.optimizer, start):
+        run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
             raise TrainingFailed(
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-                f"a loss of {loss} and a gradient of length {norm}. The step was not taken and the last "
-                "checkpoint is intact; to go on from it more carefully: --resume --learning-rate "
-                f"{config.learning_rate / 4:.1e}")
+                f"a loss of {loss} and a gradient of length {norm}. It was not taken; the last checkpoint is "
+                f"intact; to go on more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
         # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         examining = last or step % config.eval_interval == 0
         logging = examining or step % 10 == 0
-        new_lap = logging or step == start + 1
-        if new_lap:
-            run.measure_speed(step)
-        run.say_how_long(step, start)
+        if step == start + 10 and not last:
+            run.say_how_long(step)
         run.show_progress(step, loss, norm, rate)
         row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
         if examining:
@@ -3781,8 +3720,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             run.save(step, saving)
         if stop and saving:  # (if the signal came after that save had been decided, one more step is taken)
             break
-        if new_lap or saving:
-            run.lap = (step, time.perf_counter())
+        began = time.perf_counter()
     show("")
     if run.unsaved:
         raise TrainingFailed(f"{run.unsaved}; what was saved before is intact")
@@ -3842,8 +3780,7 @@ def alone(out_dir: Path):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        line = f"another run is at work in {out_dir}: wait for it, or choose another --out-dir"
-        raise UserError(line) from None
+        raise UserError(f"another run is at work in {out_dir}: choose another --out-dir") from None
     try:
         for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
             for unfinished in out_dir.glob(kind):
@@ -3862,16 +3799,13 @@ def set_aside(out_dir: Path, start: int) -> None:
     if start == 0:
         old += out_dir.glob("log.csv")
         old += out_dir.glob("samples.txt")
-    if not old:
-        return
-    n = 1
-    while (out_dir / f"run-{n}").exists():
-        n += 1
-    folder = out_dir / f"run-{n}"
-    folder.mkdir()
-    for path in old:
-        path.rename(folder / path.name)
-    say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
+    if old:
+        names = (f"run-{n}" for n in itertools.count(1))
+        folder = next(out_dir / name for name in names if not (out_dir / name).exists())
+        folder.mkdir()
+        for path in old:
+            path.rename(folder / path.name)
+        say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
 
 # === Chapter 28. GPT-2, in and out
 #
@@ -3935,10 +3869,8 @@ def check_is_gpt2(model: GPT) -> None:
     """UserError unless the model has a GPT-2's parameters and computes what a GPT-2 does."""
     arrays = {name: tensor.numpy() for name, tensor in model.parameters().items()}
     have = {(name, array.shape) for name, array in arrays.items()}
-    different = sorted(have ^ set(gpt2_shapes(model.config).items()))
-    if different:
-        name, shape = different[0]
-        verb = "has" if different[0] in have else "lacks"
+    for name, shape in sorted(have ^ set(gpt2_shapes(model.config).items())):
+        verb = "has" if (name, shape) in have else "lacks"
         raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(8, model.config.block_size))
     with np.errstate(all="ignore"):
@@ -3967,12 +3899,9 @@ def check_is_gpt2(model: GPT) -> None:
 def letters() -> dict[int, str]:
     """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
     others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
-    table = {}
-    others = itertools.count(256)
-    for byte in range(256):
-        plain = chr(byte).isprintable() and byte != ord(" ")
-        table[byte] = chr(byte) if plain else chr(next(others))
-    return table
+    others = map(chr, itertools.count(256))
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    return {byte: chr(byte) if byte in plain else next(others) for byte in range(256)}
 
 LETTERS = letters()
 
@@ -3986,18 +3915,18 @@ def last_parts(token: str, ids: dict[str, int]) -> list[str]:
     parts = list(token)
     while len(parts) > 2:
         joined = [left + right for left, right in itertools.pairwise(parts)]
-        numbers = [ids.get(pair, math.inf) for pair in joined]
-        first = min(numbers)
-        if first == math.inf:
+        first = min(joined, key=lambda pair: ids.get(pair, math.inf))
+        if first not in ids:
             break
-        i = numbers.index(first)
-        parts[i:i + 2] = [joined[i]]
+        i = joined.index(first)
+        parts[i:i + 2] = [first]
     return parts
 
 def earlier_parts(token: str, ids: dict[str, int]) -> tuple[int, int]:
     """The numbers of two earlier tokens that together are this one; ValueError if there are none. In the
-    other direction, from a file to tiktoken, any two will do: it only wants to know the token's bytes."""
-    for n in range(1, len(token)):
+    other direction, from a file to tiktoken, any two will do: it only wants to know the token's bytes. (A
+    hostile file may have a token of a million letters, and to try all its places would take for ever.)"""
+    for n in range(1, min(len(token), LONGEST)):
         left = ids.get(token[:n], math.inf)
         right = ids.get(token[n:], math.inf)
         if max(left, right) < ids[token]:
@@ -4059,13 +3988,11 @@ INDEX = "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file of at most 64 MB; Damaged if it is something else."""
-    try:
+    with suppress(ValueError, RecursionError):
         if path.is_file() and path.stat().st_size <= 64 << 20:
             values = json.loads(read_text(path))
             if isinstance(values, dict):
                 return values
-    except (ValueError, RecursionError):
-        pass
     raise Damaged(f"{path} is damaged: it is not a JSON object")
 
 # A tokenizer in the folder can be used if ours would give the same numbers. So we make one from its list of
@@ -4084,8 +4011,6 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
             tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
-            if max(map(len, learned), default=0) > LONGEST:
-                raise ValueError("a token is too long")
             tokenizer = BPETokenizer("bpe", [earlier_parts(token, ids) for token in learned])
         if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
             return tokenizer
@@ -4106,8 +4031,7 @@ def weights_file(source: str) -> Path:
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
     if path.suffix in (".bin", ".pt", ".pth") and path.exists():
-        raise UserError(f"{path} is a pickle, which can contain programs and is not opened here: load its "
-                        "folder with transformers, and save_pretrained makes a model.safetensors of it")
+        raise UserError(f"{path} is a pickle, which can hold programs: open it with transformers and save it")
     return path
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -4115,12 +4039,11 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     if not path.name.endswith(".json"):
         return read_safetensors(path)[0]
     places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(type(name) is str for name in places.values()):
-        raise UserError(f"{path} is damaged: it does not say which tensor is in which file")
+    names = list(places.values()) if isinstance(places, dict) else [None]
+    if not all(type(name) is str and Path(name).name == name for name in names):
+        raise UserError(f"{path} is damaged: it does not say which file beside it has which tensor")
     arrays = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise UserError(f"{path} is damaged: it names a file in another folder")
+    for name in sorted(set(names)):
         arrays |= read_safetensors(path.with_name(name))[0]
     return arrays
 
@@ -4141,23 +4064,22 @@ def check_told(path: Path, config: GPTConfig) -> int:
     for key, values in fits.items():
         if key in told and told[key] not in values:
             where = about if about.exists() else f"{path}, without a config.json beside it"
-            needed = " or ".join(map(json.dumps, values))
-            raise UserError(f"{where}: {key} is {brief(json.dumps(told[key]), 50)}; these weights and part I "
-                            f"need {brief(needed, 80)}")
+            found = brief(json.dumps(told[key]), 50)
+            needed = brief(" or ".join(map(json.dumps, values)), 80)
+            raise UserError(f"{where}: {key} is {found}; these weights and part I need {needed}")
     return int(told["n_head"])
 
 def init_from(source: str, block_size: int | None = None, backend: Plain | None = None) -> GPT:
     """A GPT with the weights of a .safetensors file, of a folder that has one or several, or of one of
     HUB_MODELS; cut to its first `block_size` positions, without dropout. UserError if that is no GPT-2."""
     path = weights_file(source)
-    arrays = read_weights(path)
-    prefix = ""  # of every name; some files have one
-    if any(name.startswith("transformer.") for name in arrays):
-        prefix = "transformer."
-    wte = arrays.get(f"{prefix}wte.weight", np.zeros(0))
-    wpe = arrays.get(f"{prefix}wpe.weight", np.zeros(0))
+    # Some files have a prefix before every name. Old ones hold the causal mask of each layer, too.
+    named = {name.removeprefix("transformer."): array for name, array in read_weights(path).items()}
+    arrays = {name: array for name, array in named.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+    wte = arrays.get("wte.weight", np.zeros(0))
+    wpe = arrays.get("wpe.weight", np.zeros(0))
     if wte.ndim != 2 or wpe.ndim != 2:
-        raise UserError(f"{path} has no matrices {prefix}wte.weight and {prefix}wpe.weight")
+        raise UserError(f"{path} has no matrices wte.weight and wpe.weight")
     # The size is in the shapes, but for the heads; and then everything that is told has to agree with it.
     V, C = wte.shape
     T = len(wpe)
@@ -4170,15 +4092,12 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     if block_size and block_size > T:
         raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
     config.block_size = block_size or T
-    arrays[f"{prefix}wpe.weight"] = wpe[:config.block_size]
+    arrays["wpe.weight"] = wpe[:config.block_size]
     # Every array must have its place in the model, and every parameter an array: `fill` sees to the second.
     model = GPT(config, backend, tokenizer=read_tokenizer(path.parent, V), seed=None)
-    tensors = {f"{prefix}{name}": tensor for name, tensor in model.parameters().items()}
-    for name in arrays:
-        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # old files hold the causal mask, too
-        if not mask and name not in tensors:
-            raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
-    fill(tensors, arrays, path, model.ops)
+    for name in sorted(set(arrays) - set(model.parameters())):
+        raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
+    fill(model.parameters(), arrays, path, model.ops)
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
     return model
@@ -4188,31 +4107,19 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
 
-# A log is a file like any other: an editor, a full disk or somebody's script may have been at it. A row
-# without a step is a damaged log. A value that is no number only means that the run blew up there, and is
-# left out of the pictures.
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a log.csv: numbers by column, without the empty cells. UserError if it is not the log of a
-    run."""
+    """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
+    is wrong, if it is not the log of a run."""
     if not path.is_file():
         raise UserError(f"cannot read {path}: there is no such file")
     heading, *lines = read_text(path).decode().splitlines() or [""]
-    names = heading.split(",")
-    rows = []
-    line = heading
-    try:
-        if not {"step", "train_loss", "lr"} <= set(names):
-            raise ValueError("another heading")
-        for line in lines:
-            cells = dict(zip(names, line.split(","), strict=True))
-            row = {name: float(cell) for name, cell in cells.items() if cell}
-            if not 0 <= row.get("step", -1) <= 1e9:  # (a NaN is not, either)
-                raise ValueError("no step")
-            rows.append(row)
-        return rows
-    except ValueError as error:
-        problem = f"is no log of a training run, or damaged, in the line: {brief(line, 40)}"
-        raise UserError(f"{path} {problem}") from error
+    wrong = [line for line in lines if not ROW.fullmatch(line)]
+    if heading != ",".join(COLUMNS):
+        wrong = [heading]
+    if wrong:
+        raise UserError(f"{path} is no log of a run, or damaged, in the line: {brief(wrong[0], 40)}")
+    rows = [zip(COLUMNS, line.split(","), strict=True) for line in lines]
+    return [{name: float(cell) for name, cell in row if cell} for row in rows]
 
 def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]:
     """(step, value) for the rows that have a value in this column which a picture can show. (When a run blows
@@ -4249,10 +4156,10 @@ def chart(rows: list[tuple[float, float]]) -> str:
     return "\n".join([*lines, axis, steps_line])
 
 # In the picture, every run has one colour: a thin curve for the text that it learned from, a bold one for the
-# exam, and a filled dot where a checkpoint is kept. The name of a run stands at the end of its curve. Two
-# things are easy to get wrong. The losses of the first steps are so high that they would press everything
-# else together, so the first tenth of the run may leave the picture at the top. And names of runs that end
-# alike would be printed over each other, so each is moved up until it is clear of the one below.
+# exam, and a filled dot where a checkpoint is kept. One thing is easy to get wrong: the losses of the first
+# steps are so high that they would press everything else together. So the first tenth of the run may leave
+# the picture at the top. (Names of folders can be anything, but in matplotlib a "$" begins a formula, and a
+# letter that the font does not have makes it print a warning.)
 STYLE = {"font.size": 11, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
          "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92"}
 
@@ -4266,55 +4173,36 @@ def plot(folders: list[str | Path], path: Path):
     logs = {Path(folder): read_log(Path(folder) / "log.csv") for folder in folders}
     in_bits = all(column(rows, "val_bpb") for rows in logs.values())
     unit = "bpb" if in_bits else "loss"
-    # What the two axes must have room for: `last` and `peak` are the largest step and learning rate of all
-    # runs.
     last = max([step for rows in logs.values() for step, _ in column(rows, "step")], default=0)
-    peak = max([rate for rows in logs.values() for _, rate in column(rows, "lr")], default=0)
     late = []  # the values that the picture must have room for
-    names = []
     with rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # (of letters in a folder's name that its font does not have)
+        warnings.simplefilter("ignore")
         picture = figure.Figure(figsize=(8, 5.2), dpi=160)
         top, bottom = picture.subplots(2, sharex=True, gridspec_kw={"height_ratios": [5, 1], "hspace": 0.25})
         for i, (folder, rows) in enumerate(logs.items()):
-            curve = draw_run(top, folder, rows, unit, f"C{i}")
+            learned = column(rows, f"train_{unit}")
+            exams = column(rows, f"val_{unit}")
+            if not learned:
+                raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
+            late += [value for step, value in learned + exams if step >= min(last / 10, learned[-1][0])]
+            named = exams or learned
+            name = printable(folder.resolve().name).replace("$", r"\$")
+            thin = {"linewidth": 0.8, "alpha": 0.45, "zorder": 1.9, "label": f"{named[-1][1]:.3f}  {name}"}
+            dots = {"color": f"C{i}", "marker": "o", "markersize": 5}
+            kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
+            top.plot(*zip(*learned, strict=True), color=f"C{i}", **thin)
+            top.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
+            top.plot(*zip(*kept, strict=True), linewidth=0, **dots)
             bottom.plot(*zip(*column(rows, "lr"), strict=True), color=f"C{i}")
-            end, value = curve[-1]
-            names.append((value, f"C{i}", folder.resolve().name))
-            late += [y for step, y in curve if step >= min(last / 10, end)]
-        # From the lowest curve's end to the highest's, each name goes where its curve ends, or above the one
-        # before.
-        low = min(late)
-        high = max(late)
-        gap = (high - low) / 17 or max(0.1, abs(low) / 10)
-        place = -math.inf
-        for value, color, name in sorted(names):
-            place = max(value, place + gap)
-            label = f"{printable(name)}  {value:.3f}"
-            top.text(last * 1.03, place, label, color=color, va="center", parse_math=False)
+        margin = (max(late) - min(late)) / 17
         measure = "bits per byte" if in_bits else "nats per token"
-        top.set(xlim=(0, max(last, 1) * 1.02), ylim=(low - gap, high + gap),
+        top.set(ylim=(min(late) - margin, max(late) + margin),
                 title=f"{measure}   (bold: validation, thin: training, ● checkpoint)")
-        bottom.set(title="learning rate", xlabel="step", ylim=(0, 1.1 * peak or 1))
-        bottom.set(yticks=[0, peak or 1], yticklabels=["0", f"{peak or 1:g}"])
+        top.legend(loc="upper right", labelcolor="linecolor", frameon=False)
+        bottom.set(title="learning rate", xlabel="step", ylim=(0, None))
         with whole(path) as file:
             picture.savefig(file, format="png", bbox_inches="tight")
     return picture
-
-def draw_run(axes, folder: Path, rows: list[dict[str, float]], unit: str, color: str) -> list[tuple]:
-    """Draw a run's two curves and its checkpoints; return all points (step, value), the last of which is
-    where the run's name goes."""
-    learned = column(rows, f"train_{unit}")
-    exams = column(rows, f"val_{unit}")
-    named = exams or learned
-    if not named:
-        raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
-    kept = [point for point in named if (folder / f"ckpt_{point[0]:.0f}.safetensors").exists()]
-    axes.plot(*zip(*learned, strict=True), color=color, linewidth=0.8, alpha=0.45, zorder=1.9)
-    dots = {"color": color, "marker": "o", "markersize": 5}
-    axes.plot(*zip(*exams, strict=True), linewidth=2, markerfacecolor="white", **dots)
-    axes.plot(*zip(*kept, strict=True), linewidth=0, **dots)
-    return learned + named
 
 # === Chapter 30. Looking inside
 #
@@ -4663,14 +4551,14 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
         for name, tensor in state_of(twin, None).items():
-            if name not in arrays:  # what is not learned has to be the same
-                tensor.replace(Tensor(fixed[name].numpy().astype(np.float64), device="CPU").realize())
-        # The twin's parameters look into numpy's memory: what we write there, the next loss is computed from.
-        for name, tensor in twin.parameters().items():
-            memory = arrays[name].ctypes.data
-            tensor.replace(Tensor.from_blob(memory, tensor.shape, dtype=dtypes.float64, device="CPU"))
+            # The twin's parameters look into numpy's memory: what we write there, the next loss is computed
+            # from. What is not learned has to be the same.
+            array = arrays.setdefault(name, fixed[name].numpy().astype(np.float64))
+            memory = Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtypes.float64, device="CPU")
+            tensor.replace(memory)
         losses = model.ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
-        for name, array in arrays.items():
+        for name in slopes:
+            array = arrays[name]
             for place in np.ndindex(array.shape):
                 middle = array[place]
                 array[place] = middle + h
@@ -4681,14 +4569,6 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
                 slopes[name][:, *place] = (above - below) / (2 * h)
     return slopes
 
-# What training uses is a single line of part I: the loss, and its gradient for all parameters at once.
-def gradients_of(model: GPT, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """The gradients that training uses, by the parameters' names, of the loss on a batch (2, B, T)."""
-    named = model.parameters()
-    loss = model.loss(Tensor(batch[0]), Tensor(batch[1]))
-    gradients = loss.gradient(*named.values())
-    Tensor.realize(loss, *gradients)
-    return {name: gradient.numpy() for name, gradient in zip(named, gradients, strict=True)}
 
 def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     """Print for every parameter of a tiny model how far its gradient is from finite differences. Returns
@@ -4697,22 +4577,27 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     model = GPT(config, backend, seed=seed)
     rng = np.random.default_rng(seed)
     batches = rng.integers(0, config.vocab_size, (2, 2, 2, 5)).astype(np.int32)
-    for tensor in model.parameters().values():  # so that nothing is zero by accident, where errors could hide
+    parameters = model.parameters()
+    for tensor in parameters.values():  # so that nothing is zero by accident, where errors could hide
         load_array(tensor, tensor.numpy() + 0.1 * rng.standard_normal(tensor.shape, np.float32))
     show("computing the loss with each parameter a little larger and a little smaller ...")
     slopes = exact_slopes(model, batches)
-    found = [gradients_of(model, batch) for batch in batches]
+    found = []
+    for x, y in batches:  # as training does: the loss, and its gradient for all parameters at once
+        loss = model.loss(Tensor(x), Tensor(y))
+        gradients = loss.gradient(*parameters.values())
+        Tensor.realize(loss, *gradients)
+        found.append([gradient.numpy() for gradient in gradients])
     show("")
     say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
     largest = max(np.abs(slope).max() for slope in slopes.values())
-    for name, tensor in model.parameters().items():
-        got = np.array([gradients[name] for gradients in found])
+    for name, *got in zip(parameters, *found, strict=True):
         size = np.abs(slopes[name]).max()
         error = np.abs(got - slopes[name]).max()
         size_at_least = max(size, 1e-3 * largest)  # (some are zero, as they should be)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
-        shape = str(tuple(tensor.shape)).replace(" ", "")
+        shape = str(parameters[name].shape).replace(" ", "")
         say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
     right = bool(worst < 1e-4)  # (a NaN is not)
     say(f"largest relative error {worst:.1e}: {'all gradients are right' if right else 'SOMETHING IS WRONG'}")
@@ -4730,11 +4615,10 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
 # for the values: T C.
 def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
     """The floating-point operations that a training step cannot do without."""
-    tokens = train_config.grad_accum * train_config.batch_size * config.block_size
     C = config.n_embd
     weights = 12 * config.n_layer * C**2 + config.vocab_size * C
     attention = config.n_layer * config.block_size * C
-    return 6 * tokens * (weights + attention)
+    return 6 * tokens_a_step(train_config, config.block_size) * (weights + attention)
 
 def blas_gflops() -> float:
     """The rate of numpy's float32 matrix product on this machine, in billions of operations a second: the
@@ -4743,16 +4627,12 @@ def blas_gflops() -> float:
     with np.errstate(all="ignore"):  # (on ARM, numpy's library may warn of what has not happened)
         return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
 
-def peak_memory() -> float:
-    """The most memory that this process has had so far, in MB."""
-    import resource
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 # The first steps compile and record, so they are not counted. Writing is timed from where the context is
 # full, since from there on it goes on like that for ever.
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
+    import resource
     model = GPT(config, backend)
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     if isinstance(backend, Packed):
@@ -4774,50 +4654,46 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     second = float(np.median(seconds) if what == "step" else seconds.mean())
     speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
     result = {"bench": what, "parameters": n_parameters} | speed
-    result |= {"gflops": flops / second / 1e9, "peak_mb": peak_memory(), "blas_gflops": blas_gflops()}
-    # One line, and the last one, so that a script can read it.
-    print(json.dumps(result))
+    memory_unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory_unit
+    result |= {"gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}
+    print(json.dumps(result))  # (one line, and the last one, so that a script can read it)
 
 # Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
 # programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
 # besides.
-def memory_needed(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int) -> tuple:
-    """About how many bytes a run takes: for its parameters, in so many copies, and for its batches."""
-    L = config.n_layer
-    a_token = 8 * config.vocab_size + 72 * L * config.n_embd
-    if not isinstance(backend, Fast):
-        a_token += 168 * L * config.n_embd + 24 * L * config.n_head * config.block_size
-    tokens = train_config.batch_size * config.block_size
-    passages = 32 * train_config.grad_accum * tokens
-    return 4 * copies * size_of(config), a_token * tokens + passages
-
+#
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
 # may be allowed less. Where nobody tells, we hope for the best.
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
     limits = [math.inf]
     with suppress(OSError):
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        limits += [1024 * int(kilobytes) for kilobytes in (found.groups() if found else ())]
+        told = Path("/proc/meminfo").read_text()
+        limits += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable: +(\d+) kB", told)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, in newer and older Linux
         with suppress(OSError, ValueError):  # no such file, or "max": no limit
             limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
 
 def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:
-    """UserError, with the flag to change, if a run on the CPU would take more memory than there is."""
-    for_parameters, for_batches = memory_needed(config, train_config, backend, copies)
+    """UserError, with the flag to change, if a run on the CPU would take more memory than there is; `copies`
+    is how many numbers each parameter has."""
+    a_token = 8 * config.vocab_size + 72 * config.n_layer * config.n_embd
+    if not isinstance(backend, Fast):
+        a_token += config.n_layer * (168 * config.n_embd + 24 * config.n_head * config.block_size)
+    passages = 32 * tokens_a_step(train_config, config.block_size)
+    for_batches = a_token * train_config.batch_size * config.block_size + passages
+    for_parameters = 4 * copies * size_of(config)
     needed = for_parameters + for_batches
     available = memory_available()
-    if Device.DEFAULT != "CPU" or needed < available:
-        return
-    remedy = f"--batch-size, which is {train_config.batch_size}"
-    if for_parameters > for_batches:
-        remedy = f"--n-embd, which is {config.n_embd}"
-    raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and {available / 1e9:,.1f} GB "
-                    f"are free: choose a smaller {remedy}")
+    if Device.DEFAULT == "CPU" and needed >= available:
+        by_size = for_parameters > for_batches
+        flag = f"--n-embd than {config.n_embd}" if by_size else f"--batch-size than {train_config.batch_size}"
+        raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and "
+                        f"{available / 1e9:,.1f} GB are free: choose a smaller {flag}")
 
 # === Chapter 32. The command line
 #
@@ -4878,8 +4754,7 @@ def make_parser() -> Parser:
     add_actions(parser)
     add_files(parser)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N",
-                       help=f"CPU cores to use, for part II's programs (default: all, {CORES} here)")
+    group.add_argument("--devices", type=int, metavar="N", help=KNOBS["devices"][2])
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
     group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
                        help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
@@ -4895,12 +4770,11 @@ def add_actions(parser: Parser) -> None:
     flag = group.add_mutually_exclusive_group(required=True).add_argument
     flag("--train", action="store_true", help="train a model from the start")
     flag("--resume", action="store_true", help="go on training from the newest checkpoint in --out-dir")
-    flag("--sample", metavar="PROMPT", help="write on after PROMPT, with the best checkpoint (FILE:name "
-         "takes the prompt from a file, - from standard input)")
+    flag("--sample", metavar="PROMPT", help="write on after PROMPT (FILE:name: from a file, -: from stdin)")
     flag("--eval-only", action="store_true", help="the best checkpoint's loss on the whole validation text")
     flag("--export", metavar="DIR", help="write the best checkpoint for Hugging Face's transformers")
-    flag("--look", metavar="PROMPT", nargs="?", const="", help="write look.html, a page that shows how the "
-         "best checkpoint reads PROMPT (or, without one, the opening of the validation text)")
+    flag("--look", metavar="PROMPT", nargs="?", const="", help="write a page that shows how the best "
+         "checkpoint reads PROMPT, or the opening of the validation text")
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
@@ -4908,17 +4782,15 @@ def add_actions(parser: Parser) -> None:
 def add_files(parser: Parser) -> None:
     """The flags that say which text, which weights, and where to keep what is made."""
     flag = parser.add_argument_group("text and files").add_argument
-    flag("--data", metavar="NAME|FILE",
-         help="the text to learn from: shakespeare (the default), play, or a UTF-8 text file")
+    flag("--data", metavar="NAME|FILE", help="shakespeare (the default), play, or a UTF-8 text file")
     flag("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
     flag("--tokenizer", choices=["bpe", "bytes", "gpt2"],
          help="learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     flag("--out-dir", metavar="DIR", default="checkpoints",
          help="where checkpoints, log.csv and samples.txt are (default: %(default)s)")
-    flag("--checkpoint", metavar="FILE", help="use this checkpoint instead of the best in --out-dir (with "
-         "--resume: instead of the newest)")
-    flag("--init-from", metavar="GPT2", help="begin with, or use, these weights: a .safetensors file of a "
-         f"GPT-2, a folder that has one, or one of {', '.join(HUB_MODELS)}, which are downloaded")
+    flag("--checkpoint", metavar="FILE", help="use this one, not the best (or newest) in --out-dir")
+    flag("--init-from", metavar="GPT2", help="begin with, or use, the weights of a GPT-2: a .safetensors "
+         f"file, a folder that has one, or {', '.join(HUB_MODELS)}, which are downloaded")
     flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
     flag("--effort", choices=list(RECIPES), help="train for about 1.5 minutes, 10 minutes or an hour on two "
          "cores, with a model of the size that is best for that (other flags still count)")
@@ -4945,20 +4817,16 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if value == "" and name not in ("sample", "look", "stop"):
             raise UserError(f"{flag_of(name)} is empty")
-        if name in KNOBS and value is not None:
+        if value is not None:
             check_value(name, value, type(value))
     if args.train and args.checkpoint or args.resume and args.init_from:
-        raise UserError("--train begins anew or from --init-from, --resume goes on from the newest "
-                        "--checkpoint")
+        raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     if args.effort and (args.init_from or not (args.train or args.bench)):
-        raise UserError("--effort chooses the size of a new model and how it learns: it goes with --train, "
-                        "and not with a model that is there")
+        raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
     if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
         raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
-    if args.devices is not None and not 1 <= args.devices <= 1024:
-        raise UserError(f"--devices must be between 1 and 1024, not {args.devices}")
 
 # *With which operations?* With part II's where they run, on all cores, unless the flags say otherwise. There
 # is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
@@ -4970,12 +4838,10 @@ def choose_backend(args: argparse.Namespace) -> Plain:
     if args.devices is None and args.weights == "f32":
         return backend
     if not isinstance(backend, Fast):
-        raise UserError("--devices and --weights are for part II's programs; here, part I's operations run, "
-                        "which use one core and float32")
-    cores = args.devices or backend.cores
-    if cores > CORES:
-        print(f"--devices {cores}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
-        cores = CORES
+        raise UserError("--devices and --weights are for part II's programs, but here part I's run")
+    cores = min(CORES, args.devices or backend.cores)
+    if args.devices and args.devices > CORES:
+        print(f"--devices {args.devices}: there are {CORES} cores, so {CORES} are used", file=sys.stderr)
     return Fast(cores) if args.weights == "f32" else Packed(cores, args.weights)
 
 # *With which numbers?* Five sources are asked in turn. What a user has typed counts most. A checkpoint comes
@@ -4985,19 +4851,12 @@ def choose_backend(args: argparse.Namespace) -> Plain:
 def chosen(args: argparse.Namespace, kind: type, saved=None):
     """A config of a `kind`: each field from the user's flag, else from a `saved` config, else from the recipe
     of --effort, else the command line's default, else part I's. UserError if a value cannot be."""
-    values = {}
-    defaults = DEFAULTS | RECIPES.get(args.effort, {})
-    for field in dataclasses.fields(kind):
-        given = getattr(args, field.name)
-        if given is not None:
-            values[field.name] = given
-        elif saved:
-            values[field.name] = getattr(saved, field.name)
-        else:
-            values[field.name] = defaults.get(field.name, field.default)
+    before = dataclasses.asdict(saved) if saved else DEFAULTS | RECIPES.get(args.effort, {})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(kind)]
+    config = kind(**{name: value for name, value in (before | given).items() if name in names})
     if kind is TrainConfig and not saved and args.min_lr is None:
-        values["min_lr"] = 0.0 if args.effort else values["learning_rate"] / 10
-    config = kind(**values)
+        config.min_lr = 0.0 if args.effort else config.learning_rate / 10
     check_config(config)
     return config
 
@@ -5005,77 +4864,77 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
 # training, the newest), a certain one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag
 # that speaks of another size was meant for another model, and to ignore it would be worse than to refuse.
 
-Opened = namedtuple("Opened", "source model config step checkpoint")
-
-def open_model(args: argparse.Namespace, backend: Plain) -> Opened:
-    """The model that the flags ask for: where it came from, itself, its training config, its step, and its
-    checkpoint, if it has one. UserError if other flags speak of another model."""
+def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
+    """The model that the flags ask for, as `open_checkpoint` returns it; one from elsewhere has no step and
+    no arrays. UserError if other flags speak of another model."""
+    out_dir = Path(args.out_dir)
     if args.init_from:  # here, block_size and dropout may be chosen anew
         model = init_from(args.init_from, args.block_size, backend)
         model.config.dropout = args.dropout or 0.0
-        opened = Opened(args.init_from, model, chosen(args, TrainConfig), 0, None)
+        opened = Checkpoint(model, chosen(args, TrainConfig), 0, args.init_from, None)
     elif args.checkpoint:
-        checkpoint = read_checkpoint(Path(args.checkpoint))
-        opened = Opened(args.checkpoint, *model_of(checkpoint, backend), checkpoint.step, checkpoint)
+        opened = open_checkpoint(args.checkpoint, backend)
     else:
-        order = newest_first if args.resume else best_first
-        checkpoint, model, config = open_first(order(Path(args.out_dir)), backend)
-        opened = Opened(checkpoint.path, model, config, checkpoint.step, checkpoint)
+        opened = open_first(newest_first(out_dir) if args.resume else best_first(out_dir), backend)
     # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
-    has = dataclasses.asdict(opened.model.config)
-    has["tokenizer"] = tokenizer.name if tokenizer else None
+    has = dataclasses.asdict(opened.model.config) | {"tokenizer": tokenizer and tokenizer.name}
     if tokenizer and tokenizer.vocab_size == 256:
         has["tokenizer"] = "bytes"
     for name, value in has.items():
         wanted = getattr(args, name)
         if wanted not in (None, value):
-            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.source}, whose model has {value}: "
-                            "leave the flag out, or --train a new model")
+            raise UserError(f"{flag_of(name)} {wanted} contradicts {opened.path}, whose model has {value}")
     if isinstance(backend, Packed) and not is_as_in_part_one(opened.model):
-        raise UserError(f"--weights {args.weights} is for part I's model as it is, and this one's layers or "
-                        "operations have been changed: leave the flag out")
+        raise UserError(f"--weights {args.weights} is for part I's model as it is: leave the flag out")
     if tokenizer is None and not args.export:
-        raise UserError(f"{opened.source} has no tokenizer that we know, so its model cannot read text")
+        raise UserError(f"{opened.path} has no tokenizer that we know, so its model cannot read text")
     return opened
 
 # *Which text?* It is needed as token ids, together with a few facts about it: its name, so that a resumed run
 # finds it again, and its SHA-256, so that it notices if the text has changed. The text itself is let go as
-# soon as it has been encoded.
-
+# soon as it has been encoded. Ten pieces of a megabyte, spread over it, are enough to learn a vocabulary.
 Corpus = namedtuple("Corpus", "name sha256 n_bytes tokenizer train val")
 
-def learn_tokenizer(text: memoryview, kind: str | None, vocab_size: int) -> BPETokenizer:
-    """The tokenizer that --tokenizer asks for. Ten pieces of a megabyte, spread over a text, are enough to
-    learn a vocabulary from."""
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    places = range(0, len(text), max(1 << 20, len(text) // 10))
-    pieces = [str(text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
-    show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
-    return BPETokenizer.train("".join(pieces), 256 if kind == "bytes" else vocab_size)
+def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tuple[bytearray, str]:
+    """The text that --data asks for, or else the one that a model learned from, or else the default; and its
+    name, as from `load_text`."""
+    learned, sha256 = opened and opened.model.source or (None, None)
+    text, name = load_text(args.data or learned, args.replace_bad_bytes)
+    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
+        say(f"{name} has changed since {opened.path} was saved")
+    return text, name
 
-def read_corpus(args: argparse.Namespace, data: str | None, tokenizer: BPETokenizer | None = None) -> Corpus:
-    """The text that `data` names (see load_text), encoded; without a `tokenizer`, one is learned."""
-    text, name = load_text(data, args.replace_bad_bytes)
+def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
+    """The text to train on, encoded: by the tokenizer of the model that is there, or by the one that
+    --tokenizer asks for."""
+    text, name = asked_or_learned(args, opened)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
     train_text, val_text = split_text(text)
-    if tokenizer is None:
-        tokenizer = learn_tokenizer(train_text, args.tokenizer, chosen(args, GPTConfig).vocab_size)
+    if opened:
+        tokenizer = opened.model.tokenizer
+    elif args.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    else:
+        places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
+        pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
+        show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
+        vocab_size = 256 if args.tokenizer == "bytes" else chosen(args, GPTConfig).vocab_size
+        tokenizer = BPETokenizer.train("".join(pieces), vocab_size)
     show(f"encoding {len(text) / 1e6:.1f} MB ...")
     train_ids = tokenizer.encode_array(train_text)
     val_ids = tokenizer.encode_array(val_text)
     show("")
     return Corpus(name, hashlib.sha256(text).hexdigest(), len(text), tokenizer, train_ids, val_ids)
 
-# *Training*, from the start or from a checkpoint. The two ways differ in where the model, the config and the
-# text come from; from there on, they are one. What is going to happen is said first, in four lines: with a
-# wrong text or the wrong size, one sees it before an hour has passed. How long it will take is said a moment
-# later, when a few steps have been measured (chapter 27).
+# *Training* begins anew, or with a model from elsewhere, or goes on from a checkpoint. The three differ only
+# in what is there already. What is going to happen is said first, in four lines: with a wrong text or the
+# wrong size, one sees it before an hour has passed. How long it will take is said a moment later, when a few
+# steps have been measured (chapter 27).
 def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
-    return config.max_iters * config.grad_accum * config.batch_size * T / n_tokens
+    return config.max_iters * tokens_a_step(config, T) / n_tokens
 
 def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainConfig, n_tokens: int) -> None:
     """Give a recipe the steps, the dropout and the weight decay for a text of `n_tokens`, unless flags
@@ -5091,40 +4950,29 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
     if args.weight_decay is None:
         config.weight_decay = max(0.1, round(times / 60, 2))
 
-def begin(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, None, int, Corpus]:
-    """For --train: a new model or one from elsewhere, the config, no optimizer as yet, step 0, and the
-    text."""
-    gpt_config = chosen(args, GPTConfig)
-    config = chosen(args, TrainConfig)
-    if args.init_from:
-        model = open_model(args, backend).model
-        check_memory(model.config, config, backend)
-        return model, config, None, 0, read_corpus(args, args.data, model.tokenizer)
-    corpus = read_corpus(args, args.data)
-    gpt_config.vocab_size = corpus.tokenizer.vocab_size
+def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, Corpus]:
+    """For --train and --resume: the model, its optimizer with the config, the number of steps that it has
+    taken, and the text. What flags say of training replaces what a checkpoint says."""
+    opened = open_model(args, backend) if args.resume or args.init_from else None
+    config = chosen(args, TrainConfig, opened.config if args.resume else None)
+    if args.resume and opened.step >= config.max_iters:
+        raise UserError(f"{opened.path} has all its {config.max_iters} steps: give a higher --max-iters")
+    gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
+    corpus = read_corpus(args, opened)
+    if not opened:
+        gpt_config.vocab_size = corpus.tokenizer.vocab_size
     if args.effort:
         fit_recipe(args, gpt_config, config, len(corpus.train))
     check_memory(gpt_config, config, backend)
-    model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
-    return model, config, None, 0, corpus
-
-def go_on(args: argparse.Namespace, backend: Plain) -> tuple[GPT, TrainConfig, AdamW, int, Corpus]:
-    """For --resume: the same from a checkpoint. What flags say of training replaces what the checkpoint
-    says."""
-    opened = open_model(args, backend)
-    model = opened.model
-    config = chosen(args, TrainConfig, opened.config)
-    if opened.step >= config.max_iters:
-        raise UserError(f"{opened.source} has all its {config.max_iters} steps: give a higher --max-iters "
-                        "to go on")
-    check_memory(model.config, config, backend)
+    if opened:
+        model = opened.model
+    else:
+        model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
+    model.source = (corpus.name, corpus.sha256)
     optimizer = AdamW(model, config)
-    restore(opened.checkpoint, model, optimizer)
-    name, sha256 = model.source or ("", "")
-    corpus = read_corpus(args, args.data or name, model.tokenizer)
-    if corpus.name == name and corpus.sha256 != sha256:
-        say(f"{name} has changed since {opened.source} was saved")
-    return model, config, optimizer, opened.step, corpus
+    if args.resume:
+        fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
+    return model, optimizer, opened.step if opened else 0, corpus
 
 def unused_gpu(root: Path = Path("/")) -> str:
     """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
@@ -5139,36 +4987,39 @@ def unused_gpu(root: Path = Path("/")) -> str:
     has_gpu = (root / "dev/dri/renderD128").exists() and any("pocl" not in name for name in vendors)
     return "CL" if has_gpu else ""  # (pocl is OpenCL on the CPU)
 
+def size_in_words(model: GPT) -> str:
+    """How large a model is."""
+    n = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    c = model.config
+    return (f"{n / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, "
+            f"{c.block_size} tokens of context")
+
 def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effort: str | None) -> None:
     """Say what is going to be trained, on what, and what to expect of it."""
-    c = model.config
-    ids = len(corpus.train) + len(corpus.val)
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
-    where = f"on {Device.DEFAULT}"
-    if isinstance(model.ops, Fast):
-        where += f" ({model.ops.cores} cores)"
+    T = model.config.block_size
+    tokenizer = corpus.tokenizer
+    each = corpus.n_bytes / (len(corpus.train) + len(corpus.val))
+    fast = isinstance(model.ops, Fast)
+    where = f"{Device.DEFAULT} ({model.ops.cores} cores)" if fast else Device.DEFAULT
+    batch = f"{config.grad_accum * config.batch_size} x {T} tokens each"
     say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
-    say(f"tokenizer  {corpus.tokenizer.name}: {corpus.tokenizer.vocab_size:,} tokens, "
-        f"{corpus.n_bytes / ids:.2f} bytes each on average")
-    say(f"model      {n_parameters / 1e6:.2f} million parameters: {c.n_layer} layers, {c.n_head} heads, "
-        f"{c.n_embd} channels, {c.block_size} tokens of context")
-    say(f"training   steps {start + 1} to {config.max_iters}, {config.grad_accum * config.batch_size} x "
-        f"{c.block_size} tokens each, {where}")
+    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {each:.2f} bytes each on average")
+    say(f"model      {size_in_words(model)}")
+    say(f"training   steps {start + 1} to {config.max_iters}, {batch}, on {where}")
     if effort:
-        times = readings(config, c.block_size, len(corpus.train))
-        say(f"effort     {effort}: {times:.0f} times through the text, dropout {c.dropout:g}, weight decay "
-            f"{config.weight_decay:g}")
+        times = f"{readings(config, T, len(corpus.train)):.0f} times through the text"
+        forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
+        say(f"effort     {effort}: {times}, {forgetting}")
     if effort in REACHES:
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
     if os.environ["DEV"] == "CPU" and unused_gpu():
-        say("note       the CPU is what part II's programs are for; there seems to be a GPU as well, and "
-            f"DEV={unused_gpu()} python minimiggy.py --train is on that")
-    if CHANGED and isinstance(model.ops, Fast):
+        say(f"note       there seems to be a GPU: DEV={unused_gpu()} python minimiggy.py --train is on that, "
+            "though part II's programs are for the CPU")
+    if CHANGED and fast:
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    names = [] if is_as_in_part_one(model) else untrained(model)
-    if names:
+    if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
@@ -5177,9 +5028,9 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
     curve = chart(column(log, "val_bpb"))
     if curve:
         say(f"\nbits per byte on the validation text\n{curve}")
-    tokens_a_step = config.grad_accum * config.batch_size * model.config.block_size
     flops = step_flops(model.config, config)
-    speed = flops * np.median([row["tokens_per_s"] for row in log]) / tokens_a_step
+    a_token = flops / tokens_a_step(config, model.config.block_size)
+    speed = a_token * np.median([row["tokens_per_s"] for row in log])
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
         "machine's rate for a matrix product in numpy")
     if config.keep:
@@ -5192,19 +5043,18 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
 def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
-    model, config, optimizer, start, corpus = (go_on if args.resume else begin)(args, backend)
+    model, optimizer, start, corpus = prepare(args, backend)
+    config = optimizer.config
     checked("training", corpus.train, model.config)
     checked("validation", corpus.val, model.config)
     # By now everything has been looked at that can be wrong, and only now something is moved.
     set_aside(out_dir, start)
-    model.source = (corpus.name, corpus.sha256)
     limit = 1e9 * blas_gflops()
     introduce(model, config, start, corpus, args.effort)
     train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
           stop=stop)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    finished = not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists()
-    if finished:
+    if not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists():
         conclude(model, config, out_dir, flags, limit)
         return 0
     next_command = f"to go on: python minimiggy.py --resume{flags}"
@@ -5220,12 +5070,11 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
     check_memory(model.config, config, backend, copies=1)
-    name, _ = model.source or ("", "")
-    text, name = load_text(args.data or name, args.replace_bad_bytes)
+    text, name = asked_or_learned(args, opened)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
     bits = loss * bits_per_byte(model.tokenizer, ids)
-    say(f"{opened.source}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
+    say(f"{opened.path}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
         f"{len(ids) - 1:,} tokens, each counted once")
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
@@ -5255,22 +5104,18 @@ def prompt_of(asked: str, replace: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8", "replace")
     return asked
 
-def why_this_one(opened: Opened, args: argparse.Namespace) -> str:
-    """What to add to the name of a checkpoint that is not the newest of its folder."""
-    if args.init_from or args.checkpoint:
-        return ""
-    newest_path = newest_first(Path(args.out_dir))[0]
-    if newest_path == opened.source:
-        return ""
-    return f", the best on the validation text (the newest is {newest_path.name})"
-
 def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     opened = open_model(args, backend)
     model = opened.model
-    print(f"written by {opened.source}{why_this_one(opened, args)}", file=sys.stderr)
+    why = ""
+    if not (args.init_from or args.checkpoint):
+        newest = newest_first(Path(args.out_dir))[0]
+        why = f", the best on the validation text (the newest is {newest.name})"
+        why = "" if newest == opened.path else why
+    print(f"written by {opened.path}{why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
@@ -5282,21 +5127,17 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
 # know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
 # what the model expects next, and how to see the rest.
-def validation_opening(args: argparse.Namespace, opened: Opened) -> np.ndarray | None:
+def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
-    learned, sha256 = opened.model.source or ("", "")
-    if not (args.data or learned):
+    if not (args.data or opened.model.source):
         return None
     try:
-        text, name = load_text(args.data or learned, args.replace_bad_bytes)
+        validation = split_text(asked_or_learned(args, opened)[0])[1]
     except UserError:
         if args.data:
             raise
         return None
-    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
-        say(f"{name} has changed since {opened.source} was saved")
-    validation = split_text(text)[1]
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
 def run_look(args: argparse.Namespace, backend: Plain) -> None:
@@ -5306,23 +5147,18 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: name the file that the page is to be")
     opened = open_model(args, backend)
-    model = opened.model
+    tokenizer = opened.model.tokenizer
     text = validation_opening(args, opened)
-    ids = model.tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
+    ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
     if not ids and text is None:
-        raise UserError("the text that the model learned from is not at hand: bring it with --data, or give "
-                        'a prompt, as in --look "ROMEO:"')
-    ids = ids or text[:40].tolist() or model.tokenizer.encode("\n")
-    content = look(model, ids, text, opened.checkpoint.path.parent if opened.checkpoint else None)
-    shown = f"{len(ids)} tokens"
-    if len(content["prompt"]) < len(ids):
-        shown = f"the last {len(content['prompt'])} of {shown}"
-    c = model.config
-    content["about"] = (f"{brief(opened.source)}: {size_of(c) / 1e6:.2f} million parameters, {c.n_layer} "
-                        f"layers, {c.n_head} heads, {c.n_embd} channels, {c.block_size} tokens of context. "
-                        f"It reads {shown}.")
+        raise UserError("what the model learned from is not at hand: give a prompt, or the text with --data")
+    ids = ids or text[:40].tolist() or tokenizer.encode("\n")
+    content = look(opened.model, ids, text, None if args.init_from else opened.path.parent)
+    n = len(content["prompt"])
+    shown = f"the last {n} of {len(ids)} tokens" if n < len(ids) else f"{n} tokens"
+    content["about"] = f"{brief(opened.path)}, {size_in_words(opened.model)}. It reads {shown}."
     write_page(content, path)
-    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.source} reads {shown}")
+    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.path} reads {shown}")
     say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
     say(f"to see  open {path.resolve().as_uri()} in a browser")
 
@@ -5350,7 +5186,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.export:
         opened = open_model(args, backend)
         export(opened.model, Path(args.export))
-        say(f"wrote {opened.source} to {args.export}, as a GPT-2 that transformers load")
+        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
     elif args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
     else:
@@ -5382,8 +5218,7 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
-    return 70, (f"a mistake in this program ({what}); please report it with this line to the project's issue "
-                "tracker (--debug shows the traceback)")
+    return 70, f"a mistake in this program ({what}): please report it (--debug shows the traceback)"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code. Whatever goes wrong gets one line on stderr."""
