@@ -1222,7 +1222,7 @@ class Array:
     unscaled = __getitem__
 
     def scale_of(self, row):
-        """By what the `unscaled` numbers of a row must be multiplied. (Chapter 22 has other scales than 1.)"""
+        """By what the `unscaled` numbers of a row are to be multiplied; chapter 22 has other scales than 1."""
         return 1.0
 
 LINE = 16  # float32 numbers in a cache line, the unit in which memory is fetched
@@ -2701,16 +2701,16 @@ class Unpacked:
         return self.unscaled(index) * self.scale_of(index[0])
 
 def with_unpacked(k, *arrays, inner, place: int, **options):
-    """The kernel `inner`, whose argument number `place` is a packed matrix. Its scales are the last argument."""
+    """The kernel `inner`, whose argument number `place` is a packed matrix; its scales come last."""
     *arrays, scale = arrays
     arrays[place] = Unpacked(arrays[place], scale)
     inner(k, *arrays, **options)
 
-# A backend for this is `Fast`, with a `run` that hands over the scales as well where it meets a packed matrix.
-# A matrix is packed as it is loaded (`fill` in chapter 26 asks for it), so that it never stands in memory as
-# float32. The layers are part I's, and the tensor that one of them calls its `weight` then has whole numbers,
-# which mean something only together with the scales that the backend has for it. So this is for part I's
-# layers as they are, to write and to examine; whoever wants more is refused.
+# A backend for this is `Fast`, with a `run` that, where it meets a packed matrix, hands over its scales as
+# well. A matrix is packed as it is loaded (`fill` in chapter 26 asks for it), so that it never stands in
+# memory as float32. The layers are part I's, and the tensor that one of them calls its `weight` then has
+# whole numbers, which mean something only together with the scales that the backend has for it. So this is
+# for part I's layers as they are, to write and to examine; whoever wants more is refused.
 class Packed(Fast):
     """`Fast` with matrices of fewer bits: `kind` is "bf16" or "int8"."""
     def __init__(self, cores: int, kind: str):
