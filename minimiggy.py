@@ -1242,6 +1242,12 @@ class Array:
     def __setitem__(self, index, value) -> None:
         self.kernel.last = (self[index].store(value),)
 
+    unscaled = __getitem__
+
+    def scale_of(self, row):
+        """By what the `unscaled` numbers of a row are to be multiplied; chapter 22 has other scales than 1."""
+        return 1.0
+
 LINE = 16  # float32 numbers in a cache line, the unit in which memory is fetched
 
 class Kernel:
@@ -1606,15 +1612,8 @@ def parts_of(K: int, cores: int) -> tuple[int, int]:
     streams = divisor(K, 8)
     return streams, divisor(K // streams, cores)
 
-def unpacked(number):
-    """The float32 number that one of a packed matrix stands for (chapter 22), but for its row's scale."""
-    if number.dtype == dtypes.uint16:
-        return (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
-    return number.cast(dtypes.float)
-
-def matvec(k, parts, x, w, scale=None):
-    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w. (If w is
-    packed, its rows have scales (K,).)"""
+def matvec(k, parts, x, w):
+    """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w."""
     K, N = w.shape
     P, R, _ = parts.shape
     streams, _ = parts_of(K, k.cores)
@@ -1626,11 +1625,10 @@ def matvec(k, parts, x, w, scale=None):
                 parts[part, r, block * width + j] = 0.0
             for i in k.loop(steps):
                 rows = [(part * streams + stream) * steps + i for stream in range(streams)]
-                scales = [scale[row] if scale else 1.0 for row in rows]
-                factors = [[x[r, row] * one for row, one in zip(rows, scales, strict=True)] for r in range(R)]
+                factors = [[x[r, row] * w.scale_of(row) for row in rows] for r in range(R)]
                 for j in k.loop(width):
                     column = block * width + j
-                    weights = [unpacked(w[row, column]) for row in rows]
+                    weights = [w.unscaled((row, column)) for row in rows]
                     for r in range(R):
                         terms = (a * b for a, b in zip(factors[r], weights, strict=True))
                         parts[part, r, column] = sum(terms, parts[part, r, column])
@@ -1645,9 +1643,9 @@ def add_parts(k, y, parts, *others, biased: bool):
             before = 0.0 if bias is None else bias[j]
             y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
-def dot_rows(k, y, x, table, scale=None):
-    """y (R, V) = x (R, C) @ table^T, for a table (V, C), which may be packed with scales (V,). A sum must
-    wait for each addition before the next, so some are on their way at a time."""
+def dot_rows(k, y, x, table):
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C). A sum must wait for each addition before the next,
+    so some are on their way at a time."""
     V, C = table.shape
     R = x.rows
     size = pieces(V, k.cores)
@@ -1657,9 +1655,9 @@ def dot_rows(k, y, x, table, scale=None):
         for i in k.loop(pieces(size, at_once)):
             row = first + (step_back(i, at_once, size) if size > at_once else 0)
             places = [(r, row + extra) for r in range(R) for extra in range(min(at_once, size))]
-            terms = [lambda c, r=r, v=v: x[r, c] * unpacked(table[v, c]) for r, v in places]
+            terms = [lambda c, r=r, v=v: x[r, c] * table.unscaled((v, c)) for r, v in places]
             for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
-                y[r, v] = total * scale[v] if scale else total
+                y[r, v] = total * table.scale_of(v)
 
 # === Chapter 16. Flash attention
 #
@@ -2695,9 +2693,10 @@ GPT.generate = generate
 # [0.1, -0.032, 0.254, 0.0]
 #
 # Only what comes from memory is small. In the registers each number becomes a float32 again, and sums are
-# float32 sums. The kernels of 15.3 do so as they read (`unpacked`), and multiply by the scale where that is
-# once a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What does it cost?
-# As many bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
+# float32 sums. To the kernels an `Unpacked` looks like any other matrix. But to multiply each number by its
+# scale as it is read would cost those of 15.3 a seventh of their speed. So they take the numbers `unscaled`,
+# and the scale once a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What
+# is lost? As many bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16: the upper 16 bits, uint16."""
     bits = array.view(np.uint32)
@@ -2716,26 +2715,31 @@ class Unpacked:
         self.numbers = numbers
         self.scale = scale
         self.shape = numbers.shape
-        self.rows = numbers.rows
-        self.columns = numbers.columns
+
+    def unscaled(self, index):
+        """A number as it was packed, float32."""
+        number = self.numbers[index]
+        if number.dtype == dtypes.uint16:
+            number = (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
+        return number.cast(dtypes.float)
+
+    def scale_of(self, row):
+        return self.scale[row]
 
     def __getitem__(self, index):
-        row, _ = index
-        return unpacked(self.numbers[index]) * self.scale[row]
+        return self.unscaled(index) * self.scale_of(index[0])
 
-def embed_packed(k, x, table, scale, idx):
-    """`embed` with a packed table."""
-    embed(k, x, Unpacked(table, scale), idx)
+def with_unpacked(k, *arrays, inner, place: int, **options):
+    """The kernel `inner`, whose argument number `place` is a packed matrix; its scales come last."""
+    *arrays, scale = arrays
+    arrays[place] = Unpacked(arrays[place], scale)
+    inner(k, *arrays, **options)
 
-def matmul_packed(k, C, A, B, scale, bias=None, *, b_transposed=False):
-    """`matmul` with a packed B."""
-    matmul(k, C, A, Unpacked(B, scale), bias, b_transposed=b_transposed)
-
-# A backend for this is `Fast` with three operations that know packed matrices. A matrix is packed as it is
-# loaded (`fill` in chapter 26 asks for it), so that it never stands in memory as float32. The layers are part
-# I's, and the tensor that one of them calls its `weight` then has whole numbers, which mean something only
-# together with the scale that the backend has for it. So this is for part I's layers as they are, to write
-# and to examine; whoever wants more is refused.
+# A backend for this is `Fast`, with a `run` that, where it meets a packed matrix, hands over its scales as
+# well. A matrix is packed as it is loaded (`fill` in chapter 26 asks for it), so that it never stands in
+# memory as float32. The layers are part I's, and the tensor that one of them calls its `weight` then has
+# whole numbers, which mean something only together with the scales that the backend has for it. So this is
+# for part I's layers as they are, to write and to examine; whoever wants more is refused.
 class Packed(Fast):
     """`Fast` with matrices of fewer bits: `kind` is "bf16" or "int8"."""
     def __init__(self, cores: int, kind: str):
@@ -2756,37 +2760,14 @@ class Packed(Fast):
         tensor.replace(numbers)
         self.scales[id(tensor)] = scale
 
-    def embed(self, idx, table):
-        scale = self.scales.get(id(table))
-        if scale is None:
-            return super().embed(idx, table)
-        x = Tensor.empty(*idx.shape, table.shape[1])
-        return self.run(embed_packed, [x], [table, scale, in_memory(idx)], self.cannot_learn)[0]
-
-    def linear(self, x, weight, bias=None):
-        scale = self.scales.get(id(weight))
-        if scale is None:
-            return super().linear(x, weight, bias)
-        K, N = weight.shape
-        check("linear", x.shape[-1] == K, x, weight)
-        biases = [] if bias is None else [bias]
-        y = Tensor.empty(*x.shape[:-1], N)
-        rows = x.numel() // K
-        if rows > FEW:
-            return self.run(matmul_packed, [y], [x, weight, scale, *biases], self.cannot_learn)[0]
-        _, n = parts_of(K, self.cores)
-        parts = self.run(matvec, [Tensor.empty(n, rows, N)], [x, weight, scale], self.cannot_learn)[0]
-        return self.run(add_parts, [y], [parts, *biases], self.cannot_learn, biased=bias is not None)[0]
-
-    def unembed(self, x, table):
-        scale = self.scales.get(id(table))
-        if scale is None:
-            return super().unembed(x, table)
-        check("unembed", x.shape[-1] == table.shape[1], x, table)
-        y = Tensor.empty(*x.shape[:-1], table.shape[0])
-        if x.numel() <= FEW * table.shape[1]:
-            return self.run(dot_rows, [y], [x, table, scale], self.cannot_learn)[0]
-        return self.run(matmul_packed, [y], [x, table, scale], self.cannot_learn, b_transposed=True)[0]
+    def run(self, kernel, results, inputs, back=None, **options):
+        packed = [i for i, tensor in enumerate(inputs) if id(tensor) in self.scales]
+        if not packed:
+            return super().run(kernel, results, inputs, back, **options)
+        [i] = packed
+        inputs = [*inputs, self.scales[id(inputs[i])]]
+        options |= {"inner": kernel, "place": len(results) + i}
+        return super().run(with_unpacked, results, inputs, self.cannot_learn, **options)
 
     def pack(self, model: GPT) -> None:
         """The same for all matrices of a model that has its numbers already."""
