@@ -2841,6 +2841,8 @@ def printable(text: str) -> str:
     """`text` with U+FFFD in place of each control character, except for tabs and ends of lines."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
+# An error is told in one line, however long a name in it may be: a path has up to 4096 letters, and a tensor
+# of a hostile file millions. The beginning and the end say most, so what goes is the middle.
 def brief(text, most: int = 300) -> str:
     """`text` as one printable line of at most `most` characters; if it is longer, its middle is left out."""
     line = printable(str(text)).replace("\n", " ")
@@ -3107,6 +3109,8 @@ def numbers_of(tensor) -> memoryview:
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
     `path` was before is then intact. However large they are together, they are copied one at a time."""
+    # The header comes first, and in it the SHA-256, so that has to be known before a number is written. That
+    # is why all numbers are fetched twice: once to be counted, once to be written.
     header = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -3236,10 +3240,12 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     if isinstance(model.ops, Packed) and model.ops.scales:
         raise UserError(f"a model with weights in {model.ops.kind} is neither saved nor filled again")
     model.parameters()  # which gives memory to those that have none
+    # A tensor of two names, such as a table that two layers share, is saved once. And it need not be learned:
+    # a table of random numbers has to come back as well.
     tensors = {}
     for name, tensor in get_state_dict(model).items():
         if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
-            tensors[name] = tensor  # learned or not: a table of random numbers has to come back as well
+            tensors[name] = tensor
     if optimizer:
         tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
         tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
@@ -3305,6 +3311,8 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 
 def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
     """The same with what has been read from `path`."""
+    # What the file has too much is as wrong as what it lacks: it comes from a model with more layers, say.
+    # (But whoever only wants to let the model write need not have an optimizer for Adam's averages.)
     named = state_of(model, None)
     for name in arrays:
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
@@ -3346,6 +3354,8 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
     path = Path(path)
     arrays, metadata = read_checkpoint(path)
+    # A hostile file can ask for much, so each thing here takes no more memory than the one before it has
+    # shown to be right: first a few numbers, then a model like those in the file, then its tokenizer.
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
@@ -3466,10 +3476,12 @@ class Evaluator:
 
     def whole(self, data: np.ndarray) -> float:
         """The mean over all tokens but the first, which nothing comes before; each is counted once."""
+        # Of 53 tokens, 52 are predicted. With T = 8, windows begin at 0, 8, ... 40; the last one ends with
+        # the text and so begins at 44, and its first 4 predictions have been counted by the one before it.
         starts = np.arange(0, len(data) - 1, self.T)
-        starts[-1] = len(data) - 1 - self.T       # the last window must end with the text, so it reaches back
+        starts[-1] = len(data) - 1 - self.T
         losses = self.at(data, starts)
-        repeated = -(len(data) - 1) % self.T      # over so many tokens of the one before it
+        repeated = -(len(data) - 1) % self.T
         losses[-1, :repeated] = 0
         return float(losses.sum(dtype=np.float64) / (len(data) - 1))
 
@@ -3532,6 +3544,14 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
     """How many tokens a step learns from, in passages of T."""
     return config.grad_accum * config.batch_size * T
 
+# This is how the first lines of a run look, on the screen and in its log:
+#
+#     step   200  train 4.621  val 4.571 = 2.922 bits/byte  32,701 tokens/s  0:06
+#     200,4.6208272,4.5712543,2.9216,0.00397,1.18,32701,2.9536
+#
+# After 200 steps and six seconds, a token takes 4.621 nats on the text that was learned from and 4.571 on the
+# other one, of which each byte takes 2.922 bits. Early on, the text that is examined can be the easier one.
+#
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
 # which does not mind that the first four have to compile something. What can wait is made when it is first
@@ -3619,6 +3639,8 @@ class Run:
 
     def write_sample(self, step: int) -> None:
         """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
+        # It writes at the first exam of each quarter that is over: in 2000 steps with an exam every 200, at
+        # 600, 1000, 1600 and 2000.
         c = self.config
         tokenizer = self.model.tokenizer
         quarter = step * 4 // c.max_iters
@@ -3707,6 +3729,8 @@ def untrained(model: GPT) -> list[str]:
     idx = Tensor(np.zeros((1, model.config.block_size), np.int32)).realize()
     key = Tensor(np.zeros(1, np.uint32)).realize()
     gradients = model.loss(idx, idx, key).gradient(*named.values())
+    # Where tinygrad finds no way from the loss to a parameter, the gradient is the constant 0, which is on no
+    # device. A gradient that is computed, and happens to be 0 for this text, is another matter.
     constant = [(name, slope) for name, slope in zip(named, gradients, strict=True) if slope.device is None]
     return [name for name, slope in constant if not slope.numpy().any()]
 
@@ -4021,14 +4045,14 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 # The weights tell nearly everything: V, C and T are the shapes of two tables, and the layers can be counted.
 # But the number of heads stands nowhere in them, and neither does the activation. That is what the
 # config.json is for, and whatever it says must be true of part I.
+# Where it is missing, we take 64 channels a head, as OpenAI's own models have; if the file is there and does
+# not say, 12 heads, as transformers do.
 def check_told(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
     about = path.with_name("config.json")
     C = config.n_embd
-    told = {"n_head": C / 64}  # OpenAI's own models have heads of 64 channels
-    if about.exists():
-        told = {"n_head": 12} | read_json(about)  # (12 is what transformers take if it says nothing)
+    told = {"n_head": 12} | read_json(about) if about.exists() else {"n_head": C / 64}
     fits = GPT2 | {"vocab_size": [config.vocab_size], "n_embd": [C], "n_layer": [config.n_layer],
                    "n_positions": [config.block_size], "n_ctx": [config.block_size], "n_inner": [None, 4 * C],
                    "n_head": [n for n in range(1, C + 1) if C % n == 0]}
@@ -4509,6 +4533,10 @@ def write_page(content: dict, path: Path) -> None:
 # seconds. The losses are part I's, in plain operations; the gradients are those that training uses, from part
 # II's programs where there are any. If you have changed the model, this is the check to run. Each gradient is
 # taken twice, on two batches, since one that was added to another by mistake looks right the first time.
+#
+# Why h = 1e-5? The formula takes a curve for a straight line, and its error grows like h^2: 1e-10 here. But a
+# float64 has 16 digits, and the difference of two nearly equal losses keeps few of them; divided by 2h, what
+# is lost of a loss of 2 nats is some 1e-11. A larger h makes the one worse, a smaller one the other.
 def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, np.ndarray]:
     """The slopes of the plain loss on each batch, by the parameters' names, from finite differences in
     float64: of shape (N, ...) for a parameter of shape (...). `batches` (N, 2, B, T) int32: what is read,
@@ -4566,7 +4594,9 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     for name, *got in zip(parameters, *found, strict=True):
         size = np.abs(slopes[name]).max()
         error = np.abs(got - slopes[name]).max()
-        size_at_least = max(size, 1e-3 * largest)  # (some are zero, as they should be)
+        # Some gradients have to be zero, and then an error relative to them says nothing: a bias that is
+        # added to all keys adds the same to all scores of a query, which softmax does not see.
+        size_at_least = max(size, 1e-3 * largest)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
         shape = str(parameters[name].shape).replace(" ", "")
         say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
@@ -4618,6 +4648,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
         work = Writer(model).stream([0], config.block_size + 401, seed=0)
         warm_up = config.block_size + 1
         flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
+    # Python asks for the time after each step or token: the differences are what they took.
     times = [time.perf_counter() for _ in work]
     seconds = np.diff(times)[warm_up:]
     # The median passes over what else the machine did. But that some tokens take longer, since half the
@@ -4690,7 +4721,9 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # with 0.13 of weight decay, made 2.24 bits a byte of 2.20. At twenty readings of 250 KB, ten times as much
 # weight decay was worth 0.09. So they are no numbers of a recipe; they follow from how often the text is
 # read. The dropout is 1 % for each time after the seventh, 30 % at most, and the weight decay 1/60 for each
-# time, 0.1 at least. And 40 readings are enough for any text, so a short one gets fewer steps.
+# time, 0.1 at least. And 40 readings are enough for any text, so a short one gets fewer steps. "coffee", for
+# example, takes 7600 steps of 8 x 128 tokens, and tiny Shakespeare has 415,000 to learn from: they are read
+# 19 times, with a dropout of 0.12 and a weight decay of 0.31.
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
@@ -4715,7 +4748,8 @@ class Parser(argparse.ArgumentParser):
 
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
 # configs, whose flags, help texts and defaults are read off chapter 5 and the table of knobs. `argparse` does
-# the rest.
+# the rest. A flag that nobody has given is None (or False), so that we can tell it from one that was given a
+# default's value: `--resume --batch-size 12` asks for 12 whatever the run had before.
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
     parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
@@ -4782,7 +4816,8 @@ def add_knobs(group, kind: type) -> None:
             group.add_argument(*names, dest=field.name, type=of, metavar=metavar, help=text)
 
 # Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
-# typed one wrong number need not wait for a download to hear of it.
+# typed one wrong number need not wait for a download to hear of it. And where a flag would do nothing though
+# one could expect it to, as in `--resume --effort coffee`, one need not wait for an hour.
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
@@ -4945,6 +4980,8 @@ def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, 
         fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
     return model, optimizer, opened.step if opened else 0, corpus
 
+# tinygrad computes where DEV says, and whoever has never heard of DEV will not miss the GPU that they have. So
+# we look for one, and tell.
 def unused_gpu(root: Path = Path("/")) -> str:
     """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
     `root`, since to ask a driver can take seconds."""
@@ -4993,6 +5030,9 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
+# At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31)
+# and the median speed give operations a second, and numpy's product of matrices, which is timed before the
+# training begins, says how many are possible.
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")
@@ -5050,9 +5090,9 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
     """Print the prompt and, as they come, the `tokens` that follow it, as far as the text `stop`."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
-    # And what may become `stop` waits until that is decided.
+    # And what may become `stop` waits until that is decided: for "JULIET", as many characters as "JULIE" has.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     waiting = ""
     print(printable(prompt), end="", flush=True)
     for token in tokens:
@@ -5170,7 +5210,8 @@ def run(args: argparse.Namespace) -> int:
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
 # the line says what it was and where, so that whoever mends it has something to go by. Exit codes tell
 # scripts the same: 2 for the user's mistakes, 1 for a run that failed, 70 for our mistakes, 128 and more for
-# signals.
+# signals. On another device than the CPU, what tinygrad raises is not ours to mend: its programs for that
+# device do not run here.
 def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     """The exit code and the line for an error."""
     if isinstance(error, KeyboardInterrupt):
@@ -5198,7 +5239,9 @@ def main(argv: list[str] | None = None) -> int:
         code = run(make_parser().parse_args(arguments))
         keep_programs()
         return code
-    except BrokenPipeError:  # as in `... | head`: who listened has heard enough
+    except BrokenPipeError:
+        # As in `... | head`: who listened has heard enough. What is still to be written goes nowhere, or
+        # Python would try once more at its end, and complain. 141 is what a shell says of such a program.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
@@ -5210,9 +5253,11 @@ def main(argv: list[str] | None = None) -> int:
             print("minimiggy:", brief(line), file=sys.stderr)
         return code
 
+# A shell can close one of a program's three streams (`>&-`), and it is None then; it gets one that leads
+# nowhere. And a terminal may not know all letters: it gets a "?" for those, which is better than an error.
 if __name__ == "__main__":
     for stream in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream) is None:  # a shell has closed it: `>&-`
+        if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
     sys.exit(main())
