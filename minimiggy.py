@@ -3544,13 +3544,14 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
     """How many tokens a step learns from, in passages of T."""
     return config.grad_accum * config.batch_size * T
 
-# This is how the first lines of a run look, on the screen and in its log:
+# This is what an exam looks like on the screen and, but for the number of digits, in the log:
 #
 #     step   200  train 4.621  val 4.571 = 2.922 bits/byte  32,701 tokens/s  0:06
-#     200,4.6208272,4.5712543,2.9216,0.00397,1.18,32701,2.9536
+#     200,4.6206,4.5715,2.9222,0.00398,0.908,32701,2.7303
 #
-# After 200 steps and six seconds, a token takes 4.621 nats on the text that was learned from and 4.571 on the
-# other one, of which each byte takes 2.922 bits. Early on, the text that is examined can be the easier one.
+# A token takes 4.621 nats in the text that was learned from, and only 4.571 in the other. Is that one easier?
+# The bits a byte say no: 2.922 against 2.730, the log's last number. The vocabulary was learned from the first
+# text and has longer tokens for it; there are fewer of them, and each has more to say.
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
@@ -4980,8 +4981,8 @@ def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, 
         fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
     return model, optimizer, opened.step if opened else 0, corpus
 
-# tinygrad computes where DEV says, and whoever has never heard of DEV will not miss the GPU that they have. So
-# we look for one, and tell.
+# tinygrad computes where DEV says, and whoever has never heard of DEV will not miss the GPU that they have.
+# So we look for one, and tell.
 def unused_gpu(root: Path = Path("/")) -> str:
     """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
     `root`, since to ask a driver can take seconds."""
