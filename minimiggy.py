@@ -3013,47 +3013,29 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
 # === Chapter 25. What a knob may be
 #
 # Part I says what each number of a config means, and believes whatever it is given. But numbers also come
-# from a keyboard or from a file that somebody sent. This table has the smallest and the largest sensible
-# value of each, and a line of help. The command line makes its flags from it, and a checkpoint's configs are
-# held against it, so that neither can drift away from the other. (A field that you add to a config needs no
-# entry: it becomes a flag that takes any value.)
+# from a keyboard or from a file that somebody sent. This table has the smallest and the largest value of
+# each. What flags say is held against it, and so are a checkpoint's configs, so that neither can drift away
+# from the other. The ends are generous: they are there to catch a slip of the finger and a hostile file, not
+# to tell what is wise. (A field that you add to a config needs no entry. It becomes a flag that takes any
+# value, and the comment behind it becomes the flag's line of help, as with those of chapter 5.)
 @dataclasses.dataclass
 class SampleConfig:
     """How text is written."""
-    max_tokens: int = 300
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    num_samples: int = 1
+    max_tokens: int = 300          # tokens to write
+    temperature: float = 0.8       # 0: always the likeliest token; 1: as the model thinks; more: bolder
+    top_k: int = 0                 # draw among the k likeliest tokens only; 0: among all
+    top_p: float = 1.0             # draw among the fewest tokens that have this share of all probability
+    num_samples: int = 1           # texts to write
 
 KNOBS = {
-    "block_size": (1, 65536, "tokens that the model sees at once, its context length T"),
-    "vocab_size": (2, 400_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)"),
-    "n_layer": (1, 1000, "transformer blocks, one after the other"),
-    "n_head": (1, 1000, "attention heads in a block; must divide --n-embd"),
-    "n_embd": (1, 65536, "channels a token is represented by, C"),
-    "dropout": (0.0, 0.99, "share of activations zeroed at random while training, against overfitting"),
-    "batch_size": (1, 65536, "sequences in a batch, B"),
-    "learning_rate": (0.0, 10.0, "largest step size of Adam, reached after the warm-up"),
-    "warmup_steps": (0, 10**9, "steps over which the learning rate rises from 0"),
-    "max_iters": (1, 10**9, "training steps in all"),
-    "eval_interval": (1, 10**9, "steps between two evaluations"),
-    "eval_iters": (1, 10**6, "batches that an evaluation averages over"),
-    "min_lr": (0.0, 10.0, "learning rate at the end of the cosine decay"),
-    "weight_decay": (0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step"),
-    "beta1": (0.0, 0.9999, "Adam's memory of the gradient"),
-    "beta2": (0.0, 0.9999, "Adam's memory of the squared gradient"),
-    "grad_clip": (1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened"),
-    "grad_accum": (1, 1000, "batches whose gradients are averaged into one step"),
-    "seed": (0, 2**31 - 1, "seed of every random choice: weights, batches, dropout"),
-    "save_every": (0, 10**9, "steps between two checkpoints; 0: one at each evaluation"),
-    "keep": (0, 10**9, "newest checkpoints to keep, besides the one of the lowest validation loss; 0: none"),
-    "max_tokens": (0, 10**9, "tokens to write"),
-    "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
-    "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
-    "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
-    "num_samples": (1, 1_000_000, "texts to write, some side by side"),
-    "devices": (1, 1024, f"CPU cores to use, for part II's programs (default: all, {CORES} here)")}
+    "block_size": (1, 65536), "vocab_size": (2, 400_000), "n_layer": (1, 1000), "n_head": (1, 1000),
+    "n_embd": (1, 65536), "dropout": (0.0, 0.99),
+    "batch_size": (1, 65536), "learning_rate": (0.0, 10.0), "warmup_steps": (0, 10**9),
+    "max_iters": (1, 10**9), "eval_interval": (1, 10**9), "eval_iters": (1, 10**6), "min_lr": (0.0, 10.0),
+    "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.9999), "grad_clip": (1e-9, 1e9),
+    "grad_accum": (1, 1000), "seed": (0, 2**31 - 1), "save_every": (0, 10**9), "keep": (0, 10**9),
+    "max_tokens": (0, 10**9), "temperature": (0.0, 100.0), "top_k": (0, 10**6), "top_p": (1e-9, 1.0),
+    "num_samples": (1, 10**6), "devices": (1, 1024)}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
 def flag_of(name: str) -> str:
@@ -3065,7 +3047,7 @@ def check_value(name: str, value, kind: type) -> None:
     for a fraction; a NaN is in no range.)"""
     if name not in KNOBS:
         return
-    low, high, _ = KNOBS[name]
+    low, high = KNOBS[name]
     if type(value) not in (int, kind) or not low <= value <= high:
         raise UserError(f"{flag_of(name)} must be between {low} and {high}, not {brief(value, 50)}")
 
@@ -3550,7 +3532,7 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 #     200,4.6206,4.5715,2.9222,0.00398,0.908,32701,2.7303
 #
 # A token takes 4.621 nats in the text that was learned from, and only 4.571 in the other. Is that one easier?
-# The bits a byte say no: 2.922 against 2.730, the log's last number. The vocabulary was learned from the first
+# The bits a byte say no: 2.922 against 2.730, the last number. The vocabulary was learned from the first
 # text and has longer tokens for it; there are fewer of them, and each has more to say.
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
@@ -4748,9 +4730,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
 
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
-# configs, whose flags, help texts and defaults are read off chapter 5 and the table of knobs. `argparse` does
-# the rest. A flag that nobody has given is None (or False), so that we can tell it from one that was given a
-# default's value: `--resume --batch-size 12` asks for 12 whatever the run had before.
+# configs, whose flags, help texts and defaults are read off the configs themselves. `argparse` does the rest.
+# A flag that nobody has given is None (or False), so that we can tell it from one that was given a default's
+# value: `--resume --batch-size 12` asks for 12 whatever the run had before.
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
     parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
@@ -4760,13 +4742,17 @@ def make_parser() -> Parser:
     add_actions(parser)
     add_files(parser)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N", help=KNOBS["devices"][2])
+    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES})")
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
     group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
                        help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    comments = {}
+    with suppress(OSError, NameError):  # there need not be a file
+        comments = dict(re.findall("(?m)^    ([a-z0-9_]+): .*# (.*)", Path(__file__).read_text("utf-8")))
     for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
-        add_knobs(parser.add_argument_group(title), kind)
+        group = parser.add_argument_group(title)
+        add_knobs(group, kind, comments)
     group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
     return parser
 
@@ -4802,13 +4788,13 @@ def add_files(parser: Parser) -> None:
          "cores, with a model of the size that is best for that (other flags still count)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
-def add_knobs(group, kind: type) -> None:
+def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
     """A flag for each field of a config, written with hyphens or, as in Python, with underscores."""
     for field in dataclasses.fields(kind):
         # Two names, or one where they are equal; `fromkeys` keeps the order, which a set would not.
         names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])
-        _, _, text = KNOBS.get(field.name, (None, None, "a field of your own"))
-        text += f" (default: {DEFAULTS.get(field.name, field.default)})"
+        default = DEFAULTS.get(field.name, field.default)
+        text = f"{comments.get(field.name, '').replace('%', '%%')} (default: {default})"
         of = type(field.default)
         if of is bool:
             group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)

@@ -2298,6 +2298,9 @@ def test_help_version_and_any_directory(tmp_path):
 
     help = run("--help")
     assert help.returncode == 0 and "examples:" in help.stdout
+    said = " ".join(help.stdout.split())
+    for flag, words in (("--block_size N", "tokens that the model sees at once"), ("--top_p X", "draw among")):
+        assert words in said.split(flag)[1][:60]  # (the comment behind the field)
     assert help.stdout.startswith("usage: python minimiggy.py WHAT")
     assert run("--version").stdout == f"minimiggy {minimiggy.VERSION}\n"
     wrong = run("--sample", "x")
