@@ -3238,23 +3238,29 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; Damaged if the text is not of that kind. (Merges in a hostile file could double the
-    length of a token forty times, and so take all memory.)"""
+    """The opposite; Damaged if the text is not of that kind."""
     try:
         saved = json.loads(text)
         if saved["name"] == "gpt2":
             return gpt2_tokenizer()
-        merges = [(int(left), int(right)) for left, right in saved["merges"]]
-        tokens = [bytes([byte]) for byte in range(256)]
-        for left, right in merges:
-            tokens.append(tokens[left] + tokens[right])
-            if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
-                raise ValueError("an impossible merge")
-        if len(set(tokens)) == len(tokens):
-            return BPETokenizer("bpe", merges)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
-        pass
-    raise Damaged("its tokenizer is none of ours")
+        return tokenizer_of([(int(left), int(right)) for left, right in saved["merges"]])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise Damaged("its tokenizer is none of ours") from error
+
+# A list of merges can be a trap. Let each token be two of the one before it: forty of them, less than a line
+# in a file, make a token of 10^12 bytes. Numbers below zero lead there as well, since Python counts them from
+# the end of a list.
+def tokenizer_of(merges: list[tuple[int, int]]) -> BPETokenizer:
+    """The tokenizer of these merges, which come from elsewhere; ValueError or IndexError if they cannot
+    be."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+        if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
+            raise ValueError("an impossible merge")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("two tokens are the same")
+    return BPETokenizer("bpe", merges)
 
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
@@ -3434,7 +3440,6 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 # text a few windows have to do, evenly spread and always the same ones, so that two exams can be compared.
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
-
     def __init__(self, model: GPT, batch_size: int):
         def losses(x: Tensor, y: Tensor) -> tuple[Tensor]:
             return (model.ops.cross_entropy(model(x), y).realize(),)  # (B, T)
@@ -3541,7 +3546,6 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 # needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
-
     def __init__(self, model: GPT, config: TrainConfig, train_data, val_data, optimizer, start: int, out_dir):
         self.model = model
         self.config = config
@@ -3989,7 +3993,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
             tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
-            tokenizer = BPETokenizer("bpe", [earlier_parts(token, ids) for token in learned])
+            tokenizer = tokenizer_of([earlier_parts(token, ids) for token in learned])
         if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
             return tokenizer
     say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
@@ -4856,7 +4860,6 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
 # *Which model?* Writing, examining and exporting all need one: the best checkpoint of a folder (or, to go on
 # training, the newest), a certain one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag
 # that speaks of another size was meant for another model, and to ignore it would be worse than to refuse.
-
 def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     """The model that the flags ask for, as `open_checkpoint` returns it; one from elsewhere has no step and
     no arrays. UserError if other flags speak of another model."""
@@ -5108,12 +5111,10 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     n_samples = how.pop("num_samples")
     opened = open_model(args, backend)
     model = opened.model
-    why = ""
-    if not (args.init_from or args.checkpoint):
-        newest = newest_first(Path(args.out_dir))[0]
-        why = f", the best on the validation text (the newest is {newest.name})"
-        why = "" if newest == opened.path else why
-    print(f"written by {opened.path}{why}", file=sys.stderr)
+    chosen_by_us = not (args.init_from or args.checkpoint)
+    newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
+    why = f", the best on the validation text (the newest is {newest.name})"
+    print(f"written by {opened.path}{'' if newest == opened.path else why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
