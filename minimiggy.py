@@ -2851,6 +2851,8 @@ def printable(text: str) -> str:
     """`text` with U+FFFD in place of each control character, except for tabs and ends of lines."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
+# An error is told in one line, however long a name in it may be: a path has up to 4096 letters, and a tensor
+# of a hostile file millions. The beginning and the end say most, so what goes is the middle.
 def brief(text, most: int = 300) -> str:
     """`text` as one printable line of at most `most` characters; if it is longer, its middle is left out."""
     line = printable(str(text)).replace("\n", " ")
@@ -3021,47 +3023,29 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
 # === Chapter 25. What a knob may be
 #
 # Part I says what each number of a config means, and believes whatever it is given. But numbers also come
-# from a keyboard or from a file that somebody sent. This table has the smallest and the largest sensible
-# value of each, and a line of help. The command line makes its flags from it, and a checkpoint's configs are
-# held against it, so that neither can drift away from the other. (A field that you add to a config needs no
-# entry: it becomes a flag that takes any value.)
+# from a keyboard or from a file that somebody sent. This table has the smallest and the largest value of
+# each. What flags say is held against it, and so are a checkpoint's configs, so that neither can drift away
+# from the other. The ends are generous: they are there to catch a slip of the finger and a hostile file, not
+# to tell what is wise. (A field that you add to a config needs no entry. It becomes a flag that takes any
+# value, and the comment behind it becomes the flag's line of help, as with those of chapter 5.)
 @dataclasses.dataclass
 class SampleConfig:
     """How text is written."""
-    max_tokens: int = 300
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    num_samples: int = 1
+    max_tokens: int = 300          # tokens to write
+    temperature: float = 0.8       # 0: always the likeliest token; 1: as the model thinks; more: bolder
+    top_k: int = 0                 # draw among the k likeliest tokens only; 0: among all
+    top_p: float = 1.0             # draw among the fewest tokens that have this share of all probability
+    num_samples: int = 1           # texts to write
 
 KNOBS = {
-    "block_size": (1, 65536, "tokens that the model sees at once, its context length T"),
-    "vocab_size": (2, 400_000, "tokens in the vocabulary, V (how many to learn, for --tokenizer bpe)"),
-    "n_layer": (1, 1000, "transformer blocks, one after the other"),
-    "n_head": (1, 1000, "attention heads in a block; must divide --n-embd"),
-    "n_embd": (1, 65536, "channels a token is represented by, C"),
-    "dropout": (0.0, 0.99, "share of activations zeroed at random while training, against overfitting"),
-    "batch_size": (1, 65536, "sequences in a batch, B"),
-    "learning_rate": (0.0, 10.0, "largest step size of Adam, reached after the warm-up"),
-    "warmup_steps": (0, 10**9, "steps over which the learning rate rises from 0"),
-    "max_iters": (1, 10**9, "training steps in all"),
-    "eval_interval": (1, 10**9, "steps between two evaluations"),
-    "eval_iters": (1, 10**6, "batches that an evaluation averages over"),
-    "min_lr": (0.0, 10.0, "learning rate at the end of the cosine decay"),
-    "weight_decay": (0.0, 10.0, "share of lr by which each weight of a matrix shrinks at a step"),
-    "beta1": (0.0, 0.9999, "Adam's memory of the gradient"),
-    "beta2": (0.0, 0.9999, "Adam's memory of the squared gradient"),
-    "grad_clip": (1e-9, 1e9, "longest gradient (2-norm over all parameters); a longer one is shortened"),
-    "grad_accum": (1, 1000, "batches whose gradients are averaged into one step"),
-    "seed": (0, 2**31 - 1, "seed of every random choice: weights, batches, dropout"),
-    "save_every": (0, 10**9, "steps between two checkpoints; 0: one at each evaluation"),
-    "keep": (0, 10**9, "newest checkpoints to keep, besides the one of the lowest validation loss; 0: none"),
-    "max_tokens": (0, 10**9, "tokens to write"),
-    "temperature": (0.0, 100.0, "0: always the likeliest token; 1: as the model thinks; more: bolder"),
-    "top_k": (0, 1_000_000, "draw among the K likeliest tokens only; 0: among all"),
-    "top_p": (1e-9, 1.0, "draw among the fewest tokens that have this share of all probability"),
-    "num_samples": (1, 1_000_000, "texts to write, some side by side"),
-    "devices": (1, 1024, f"CPU cores to use, for part II's programs (default: all, {CORES} here)")}
+    "block_size": (1, 65536), "vocab_size": (2, 400_000), "n_layer": (1, 1000), "n_head": (1, 1000),
+    "n_embd": (1, 65536), "dropout": (0.0, 0.99),
+    "batch_size": (1, 65536), "learning_rate": (0.0, 10.0), "warmup_steps": (0, 10**9),
+    "max_iters": (1, 10**9), "eval_interval": (1, 10**9), "eval_iters": (1, 10**6), "min_lr": (0.0, 10.0),
+    "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.9999), "grad_clip": (1e-9, 1e9),
+    "grad_accum": (1, 1000), "seed": (0, 2**31 - 1), "save_every": (0, 10**9), "keep": (0, 10**9),
+    "max_tokens": (0, 10**9), "temperature": (0.0, 100.0), "top_k": (0, 10**6), "top_p": (1e-9, 1.0),
+    "num_samples": (1, 10**6), "devices": (1, 1024)}
 
 # A message about a value names its flag and not its field, since the flag is what most people have typed.
 def flag_of(name: str) -> str:
@@ -3073,7 +3057,7 @@ def check_value(name: str, value, kind: type) -> None:
     for a fraction; a NaN is in no range.)"""
     if name not in KNOBS:
         return
-    low, high, _ = KNOBS[name]
+    low, high = KNOBS[name]
     if type(value) not in (int, kind) or not low <= value <= high:
         raise UserError(f"{flag_of(name)} must be between {low} and {high}, not {brief(value, 50)}")
 
@@ -3097,6 +3081,9 @@ def check_config(config) -> None:
 #     the header     {"wte.weight": {"dtype": "F32", "shape": [1024, 128], "data_offsets": [0, 524288]}, ...}
 #     the numbers    of one tensor after the other, as they stand in memory
 #
+# For the model that `--train` makes, with its 0.93 million parameters and the two averages of each, that is
+# 11 MB of numbers behind a header of 25 KB.
+#
 # Unlike Python's own format, pickle, it cannot contain a program that runs when the file is opened. In the
 # header, under the name "__metadata__", there is room for texts, and one of ours is a SHA-256 of everything
 # else in the file. It cannot count itself, so it is computed without its own entry.
@@ -3117,6 +3104,8 @@ def numbers_of(tensor) -> memoryview:
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
     `path` was before is then intact. However large they are together, they are copied one at a time."""
+    # The header comes first, and in it the SHA-256, so that has to be known before a number is written. That
+    # is why all numbers are fetched twice: once to be counted, once to be written.
     header = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -3246,10 +3235,12 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     if isinstance(model.ops, Packed) and model.ops.scales:
         raise UserError(f"a model with weights in {model.ops.kind} is neither saved nor filled again")
     model.parameters()  # which gives memory to those that have none
+    # A tensor of two names, such as a table that two layers share, is saved once. And it need not be learned:
+    # a table of random numbers has to come back as well.
     tensors = {}
     for name, tensor in get_state_dict(model).items():
         if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
-            tensors[name] = tensor  # learned or not: a table of random numbers has to come back as well
+            tensors[name] = tensor
     if optimizer:
         tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
         tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
@@ -3260,23 +3251,29 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; Damaged if the text is not of that kind. (Merges in a hostile file could double the
-    length of a token forty times, and so take all memory.)"""
+    """The opposite; Damaged if the text is not of that kind."""
     try:
         saved = json.loads(text)
         if saved["name"] == "gpt2":
             return gpt2_tokenizer()
-        merges = [(int(left), int(right)) for left, right in saved["merges"]]
-        tokens = [bytes([byte]) for byte in range(256)]
-        for left, right in merges:
-            tokens.append(tokens[left] + tokens[right])
-            if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
-                raise ValueError("an impossible merge")
-        if len(set(tokens)) == len(tokens):
-            return BPETokenizer("bpe", merges)
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError):
-        pass
-    raise Damaged("its tokenizer is none of ours")
+        return tokenizer_of([(int(left), int(right)) for left, right in saved["merges"]])
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise Damaged("its tokenizer is none of ours") from error
+
+# A list of merges can be a trap. Let each token be two of the one before it: forty of them, less than a line
+# in a file, make a token of 10^12 bytes. Numbers below zero lead there as well, since Python counts them from
+# the end of a list.
+def tokenizer_of(merges: list[tuple[int, int]]) -> BPETokenizer:
+    """The tokenizer of these merges, which come from elsewhere; ValueError or IndexError if they cannot
+    be."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+        if min(left, right) < 0 or len(tokens[-1]) > LONGEST:
+            raise ValueError("an impossible merge")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("two tokens are the same")
+    return BPETokenizer("bpe", merges)
 
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
@@ -3315,6 +3312,8 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 
 def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
     """The same with what has been read from `path`."""
+    # What the file has too much is as wrong as what it lacks: it comes from a model with more layers, say.
+    # (But whoever only wants to let the model write need not have an optimizer for Adam's averages.)
     named = state_of(model, None)
     for name in arrays:
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
@@ -3356,6 +3355,8 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
     path = Path(path)
     arrays, metadata = read_checkpoint(path)
+    # A hostile file can ask for much, so each thing here takes no more memory than the one before it has
+    # shown to be right: first a few numbers, then a model like those in the file, then its tokenizer.
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
@@ -3452,7 +3453,6 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 # text a few windows have to do, evenly spread and always the same ones, so that two exams can be compared.
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
-
     def __init__(self, model: GPT, batch_size: int):
         def losses(x: Tensor, y: Tensor) -> tuple[Tensor]:
             return (model.ops.cross_entropy(model(x), y).realize(),)  # (B, T)
@@ -3476,10 +3476,12 @@ class Evaluator:
 
     def whole(self, data: np.ndarray) -> float:
         """The mean over all tokens but the first, which nothing comes before; each is counted once."""
+        # Of 53 tokens, 52 are predicted. With T = 8, windows begin at 0, 8, ... 40; the last one ends with
+        # the text and so begins at 44, and its first 4 predictions have been counted by the one before it.
         starts = np.arange(0, len(data) - 1, self.T)
-        starts[-1] = len(data) - 1 - self.T       # the last window must end with the text, so it reaches back
+        starts[-1] = len(data) - 1 - self.T
         losses = self.at(data, starts)
-        repeated = -(len(data) - 1) % self.T      # over so many tokens of the one before it
+        repeated = -(len(data) - 1) % self.T
         losses[-1, :repeated] = 0
         return float(losses.sum(dtype=np.float64) / (len(data) - 1))
 
@@ -3542,13 +3544,21 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
     """How many tokens a step learns from, in passages of T."""
     return config.grad_accum * config.batch_size * T
 
+# This is what an exam looks like on the screen and, but for the number of digits, in the log:
+#
+#     step   200  train 4.621  val 4.571 = 2.922 bits/byte  32,701 tokens/s  0:06
+#     200,4.6206,4.5715,2.9222,0.00398,0.908,32701,2.7303
+#
+# A token takes 4.621 nats in the text that was learned from, and only 4.571 in the other. Is that one easier?
+# The bits a byte say no: 2.922 against 2.730, the last number. The vocabulary was learned from the first
+# text and has longer tokens for it; there are fewer of them, and each has more to say.
+#
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
 # which does not mind that the first four have to compile something. What can wait is made when it is first
 # needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
-
     def __init__(self, model: GPT, config: TrainConfig, train_data, val_data, optimizer, start: int, out_dir):
         self.model = model
         self.config = config
@@ -3629,6 +3639,8 @@ class Run:
 
     def write_sample(self, step: int) -> None:
         """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
+        # It writes at the first exam of each quarter that is over: in 2000 steps with an exam every 200, at
+        # 600, 1000, 1600 and 2000.
         c = self.config
         tokenizer = self.model.tokenizer
         quarter = step * 4 // c.max_iters
@@ -3717,6 +3729,8 @@ def untrained(model: GPT) -> list[str]:
     idx = Tensor(np.zeros((1, model.config.block_size), np.int32)).realize()
     key = Tensor(np.zeros(1, np.uint32)).realize()
     gradients = model.loss(idx, idx, key).gradient(*named.values())
+    # Where tinygrad finds no way from the loss to a parameter, the gradient is the constant 0, which is on no
+    # device. A gradient that is computed, and happens to be 0 for this text, is another matter.
     constant = [(name, slope) for name, slope in zip(named, gradients, strict=True) if slope.device is None]
     return [name for name, slope in constant if not slope.numpy().any()]
 
@@ -3938,6 +3952,8 @@ def tokenizer_files(tokenizer: BPETokenizer, block_size: int) -> dict[str, str]:
     return {"vocab.json": json.dumps(ids), "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
             "tokenizer.json": json.dumps(newer), "tokenizer_config.json": json.dumps(about, indent=2)}
 
+# In a config.json, `tie_word_embeddings` says that the head is wte, and an `n_inner` of null that an MLP has
+# 4 C hidden numbers. GPT-2 knows three places for dropout; ours are the two that are not in the attention.
 def export(model: GPT, folder: Path) -> None:
     """Write a folder that transformers load: the model, and its tokenizer if it has one. UserError if the
     model is not a GPT-2; OSError if the disk does not take it."""
@@ -3992,7 +4008,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
             tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
-            tokenizer = BPETokenizer("bpe", [earlier_parts(token, ids) for token in learned])
+            tokenizer = tokenizer_of([earlier_parts(token, ids) for token in learned])
         if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
             return tokenizer
     say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
@@ -4031,14 +4047,14 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 # The weights tell nearly everything: V, C and T are the shapes of two tables, and the layers can be counted.
 # But the number of heads stands nowhere in them, and neither does the activation. That is what the
 # config.json is for, and whatever it says must be true of part I.
+# Where it is missing, we take 64 channels a head, as OpenAI's own models have; if the file is there and does
+# not say, 12 heads, as transformers do.
 def check_told(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
     about = path.with_name("config.json")
     C = config.n_embd
-    told = {"n_head": C / 64}  # OpenAI's own models have heads of 64 channels
-    if about.exists():
-        told = {"n_head": 12} | read_json(about)  # (12 is what transformers take if it says nothing)
+    told = {"n_head": 12} | read_json(about) if about.exists() else {"n_head": C / 64}
     fits = GPT2 | {"vocab_size": [config.vocab_size], "n_embd": [C], "n_layer": [config.n_layer],
                    "n_positions": [config.block_size], "n_ctx": [config.block_size], "n_inner": [None, 4 * C],
                    "n_head": [n for n in range(1, C + 1) if C % n == 0]}
@@ -4110,6 +4126,7 @@ def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]
 # A terminal shows letters, but Unicode has letters that are drawings: a braille character is a grid of 4 rows
 # of 2 dots, each of which may be raised or not. Its number is 0x2800 plus one bit for each dot, with the bits
 # as in DOTS. So 56 x 8 characters are a screen of 112 x 32 dots.
+# ("⢁", for example, with the first dot on the left and the last on the right, is 0x2800 + 1 + 128.)
 DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # for the rows from the top down: the left dot, the right dot
 
 def chart(rows: list[tuple[float, float]]) -> str:
@@ -4519,6 +4536,10 @@ def write_page(content: dict, path: Path) -> None:
 # seconds. The losses are part I's, in plain operations; the gradients are those that training uses, from part
 # II's programs where there are any. If you have changed the model, this is the check to run. Each gradient is
 # taken twice, on two batches, since one that was added to another by mistake looks right the first time.
+#
+# Why h = 1e-5? The formula takes a curve for a straight line, and its error grows like h^2: 1e-10 here. But a
+# float64 has 16 digits, and the difference of two nearly equal losses keeps few of them; divided by 2h, what
+# is lost of a loss of 2 nats is some 1e-11. A larger h makes the one worse, a smaller one the other.
 def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, np.ndarray]:
     """The slopes of the plain loss on each batch, by the parameters' names, from finite differences in
     float64: of shape (N, ...) for a parameter of shape (...). `batches` (N, 2, B, T) int32: what is read,
@@ -4576,7 +4597,9 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     for name, *got in zip(parameters, *found, strict=True):
         size = np.abs(slopes[name]).max()
         error = np.abs(got - slopes[name]).max()
-        size_at_least = max(size, 1e-3 * largest)  # (some are zero, as they should be)
+        # Some gradients have to be zero, and then an error relative to them says nothing: a bias that is
+        # added to all keys adds the same to all scores of a query, which softmax does not see.
+        size_at_least = max(size, 1e-3 * largest)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
         shape = str(parameters[name].shape).replace(" ", "")
         say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
@@ -4628,6 +4651,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
         work = Writer(model).stream([0], config.block_size + 401, seed=0)
         warm_up = config.block_size + 1
         flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
+    # Python asks for the time after each step or token: the differences are what they took.
     times = [time.perf_counter() for _ in work]
     seconds = np.diff(times)[warm_up:]
     # The median passes over what else the machine did. But that some tokens take longer, since half the
@@ -4644,7 +4668,8 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
-# besides.
+# besides. So the recipe "lunch" of chapter 32 takes 0.18 GB for its 11 million parameters, and 0.36 GB for a
+# batch of 2048 tokens, of 174 KB each.
 #
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
 # may be allowed less. Where nobody tells, we hope for the best.
@@ -4700,7 +4725,9 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # with 0.13 of weight decay, made 2.24 bits a byte of 2.20. At twenty readings of 250 KB, ten times as much
 # weight decay was worth 0.09. So they are no numbers of a recipe; they follow from how often the text is
 # read. The dropout is 1 % for each time after the seventh, 30 % at most, and the weight decay 1/60 for each
-# time, 0.1 at least. And 40 readings are enough for any text, so a short one gets fewer steps.
+# time, 0.1 at least. And 40 readings are enough for any text, so a short one gets fewer steps. "coffee", for
+# example, takes 7600 steps of 8 x 128 tokens, and tiny Shakespeare has 415,000 to learn from: they are read
+# 19 times, with a dropout of 0.12 and a weight decay of 0.31.
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
@@ -4724,8 +4751,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
 
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
-# configs, whose flags, help texts and defaults are read off chapter 5 and the table of knobs. `argparse` does
-# the rest.
+# configs, whose flags, help texts and defaults are read off the configs themselves. `argparse` does the rest.
+# A flag that nobody has given is None (or False), so that we can tell it from one that was given a default's
+# value: `--resume --batch-size 12` asks for 12 whatever the run had before.
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
     parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
@@ -4735,13 +4763,17 @@ def make_parser() -> Parser:
     add_actions(parser)
     add_files(parser)
     group = parser.add_argument_group("the machine")
-    group.add_argument("--devices", type=int, metavar="N", help=KNOBS["devices"][2])
+    group.add_argument("--devices", type=int, metavar="N", help=f"CPU cores to use (default: all, {CORES})")
     group.add_argument("--plain", action="store_true", help="part I's operations, without part II's programs")
     group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
                        help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    comments = {}
+    with suppress(OSError, NameError):  # there need not be a file
+        comments = dict(re.findall("(?m)^    ([a-z0-9_]+): .*# (.*)", Path(__file__).read_text("utf-8")))
     for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
-        add_knobs(parser.add_argument_group(title), kind)
+        group = parser.add_argument_group(title)
+        add_knobs(group, kind, comments)
     group.add_argument("--stop", metavar="TEXT", default="", help="end a text before TEXT")
     return parser
 
@@ -4777,13 +4809,13 @@ def add_files(parser: Parser) -> None:
          "cores, with a model of the size that is best for that (other flags still count)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
-def add_knobs(group, kind: type) -> None:
+def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
     """A flag for each field of a config, written with hyphens or, as in Python, with underscores."""
     for field in dataclasses.fields(kind):
         # Two names, or one where they are equal; `fromkeys` keeps the order, which a set would not.
         names = dict.fromkeys([flag_of(field.name), f"--{field.name}"])
-        _, _, text = KNOBS.get(field.name, (None, None, "a field of your own"))
-        text += f" (default: {DEFAULTS.get(field.name, field.default)})"
+        default = DEFAULTS.get(field.name, field.default)
+        text = f"{comments.get(field.name, '').replace('%', '%%')} (default: {default})"
         of = type(field.default)
         if of is bool:
             group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
@@ -4792,7 +4824,8 @@ def add_knobs(group, kind: type) -> None:
             group.add_argument(*names, dest=field.name, type=of, metavar=metavar, help=text)
 
 # Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
-# typed one wrong number need not wait for a download to hear of it.
+# typed one wrong number need not wait for a download to hear of it. And where a flag would do nothing though
+# one could expect it to, as in `--resume --effort coffee`, one need not wait for an hour.
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
@@ -4844,7 +4877,6 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
 # *Which model?* Writing, examining and exporting all need one: the best checkpoint of a folder (or, to go on
 # training, the newest), a certain one, or a GPT-2 from elsewhere. The model's size is then what it is. A flag
 # that speaks of another size was meant for another model, and to ignore it would be worse than to refuse.
-
 def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     """The model that the flags ask for, as `open_checkpoint` returns it; one from elsewhere has no step and
     no arrays. UserError if other flags speak of another model."""
@@ -4955,6 +4987,8 @@ def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, 
         fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
     return model, optimizer, opened.step if opened else 0, corpus
 
+# tinygrad computes where DEV says, and whoever has never heard of DEV will not miss the GPU that they have.
+# So we look for one, and tell.
 def unused_gpu(root: Path = Path("/")) -> str:
     """What to set DEV to for a GPU that this machine seems to have, or "". This looks for files, below
     `root`, since to ask a driver can take seconds."""
@@ -5003,6 +5037,9 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
+# At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31)
+# and the median speed give operations a second, and numpy's product of matrices, which is timed before the
+# training begins, says how many are possible.
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")
@@ -5060,9 +5097,9 @@ def run_eval(args: argparse.Namespace, backend: Plain) -> None:
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
     """Print the prompt and, as they come, the `tokens` that follow it, as far as the text `stop`."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
-    # And what may become `stop` waits until that is decided.
+    # And what may become `stop` waits until that is decided: for "JULIET", as many characters as "JULIE" has.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     waiting = ""
     print(printable(prompt), end="", flush=True)
     for token in tokens:
@@ -5091,12 +5128,10 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     n_samples = how.pop("num_samples")
     opened = open_model(args, backend)
     model = opened.model
-    why = ""
-    if not (args.init_from or args.checkpoint):
-        newest = newest_first(Path(args.out_dir))[0]
-        why = f", the best on the validation text (the newest is {newest.name})"
-        why = "" if newest == opened.path else why
-    print(f"written by {opened.path}{why}", file=sys.stderr)
+    chosen_by_us = not (args.init_from or args.checkpoint)
+    newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
+    why = f", the best on the validation text (the newest is {newest.name})"
+    print(f"written by {opened.path}{'' if newest == opened.path else why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     seed = time.time_ns() if args.seed is None else args.seed
@@ -5180,7 +5215,8 @@ def run(args: argparse.Namespace) -> int:
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
 # the line says what it was and where, so that whoever mends it has something to go by. Exit codes tell
 # scripts the same: 2 for the user's mistakes, 1 for a run that failed, 70 for our mistakes, 128 and more for
-# signals.
+# signals. On another device than the CPU, what tinygrad raises is not ours to mend: its programs for that
+# device do not run here.
 def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     """The exit code and the line for an error."""
     if isinstance(error, KeyboardInterrupt):
@@ -5208,7 +5244,9 @@ def main(argv: list[str] | None = None) -> int:
         code = run(make_parser().parse_args(arguments))
         keep_programs()
         return code
-    except BrokenPipeError:  # as in `... | head`: who listened has heard enough
+    except BrokenPipeError:
+        # As in `... | head`: who listened has heard enough. What is still to be written goes nowhere, or
+        # Python would try once more at its end, and complain. 141 is what a shell says of such a program.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (Exception, KeyboardInterrupt) as error:
@@ -5220,9 +5258,11 @@ def main(argv: list[str] | None = None) -> int:
             print("minimiggy:", brief(line), file=sys.stderr)
         return code
 
+# A shell can close one of a program's three streams (`>&-`), and it is None then; it gets one that leads
+# nowhere. And a terminal may not know all letters: it gets a "?" for those, which is better than an error.
 if __name__ == "__main__":
     for stream in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream) is None:  # a shell has closed it: `>&-`
+        if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
     sys.exit(main())

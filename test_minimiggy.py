@@ -2011,7 +2011,7 @@ def test_a_tokenizer_comes_back_from_either_file(change, exported, tmp_path):
 FOREIGN = {"no vocabulary": "{}", "cut off": '{"model": {"vocab": {"a"',
            "a list": '{"model": {"vocab": [["a", -1.5]]}}',
            "two tokens": '{"model": {"vocab": {"a": 0, "b": 1}}}', "bytes in another order": None,
-           "too few": None}
+           "too few": None, "numbers below zero": None}
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_tokenizer_is_left_out_and_that_is_said(kind, exported, tmp_path, capsys):
@@ -2020,6 +2020,10 @@ def test_a_foreign_tokenizer_is_left_out_and_that_is_said(kind, exported, tmp_pa
     if kind == "bytes in another order":
         ids |= {"a": ids["b"], "b": ids["a"]}
     ids = {token: i for token, i in ids.items() if i < 500 or kind != "too few"}
+    if kind == "numbers below zero":  # the tokens are two letters long, but each would double another
+        letters = list(ids)[:256]
+        ids = {letter: -256 + i for i, letter in enumerate(letters)}
+        ids |= {left + right: len(ids) + i for i, left in enumerate(letters[-64:]) for right in letters[-64:]}
     (tmp_path / "tokenizer.json").write_text(FOREIGN[kind] or json.dumps({"model": {"vocab": ids}}))
     assert minimiggy.init_from(str(tmp_path)).tokenizer is None
     assert "without one" in capsys.readouterr().out
@@ -2299,6 +2303,9 @@ def test_help_version_and_any_directory(tmp_path):
 
     help = run("--help")
     assert help.returncode == 0 and "examples:" in help.stdout
+    said = " ".join(help.stdout.split())
+    for flag, comment in (("--block_size N", "tokens that the model sees"), ("--top_p X", "draw among")):
+        assert comment in said.split(flag)[1][:60]
     assert help.stdout.startswith("usage: python minimiggy.py WHAT")
     assert run("--version").stdout == f"minimiggy {minimiggy.VERSION}\n"
     wrong = run("--sample", "x")
