@@ -2787,7 +2787,13 @@ class Packed(Fast):
 # in the middle of a save, a disk is full, a download stops half-way, a terminal is closed, and somebody types
 # `--n-layer 0`. This part is about all that: it keeps what was learned, says in one line what went wrong,
 # speaks with other programs, and lets you check that what the first two parts claim is true. It can be read
-# in any order.
+# in any order:
+#
+#     23  files that are whole, lines that are plain       28  models from Hugging Face, and to it
+#     24  a text: downloads, any encoding, any length      29  curves, in the terminal and in a picture
+#     25  which numbers make sense                         30  looking inside a model, in a browser
+#     26  checkpoints                                      31  are the gradients right, and is it fast?
+#     27  a run: exams, the log, stopping and going on     32  the command line
 
 import argparse
 import codecs
@@ -2888,7 +2894,7 @@ TIMEOUT = (5, 30)  # seconds until a server must have answered, and between two 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
     """Fetch `url` into `path`, unless there is a file of that name. Without a `sha256`, what comes must have
-    the one that the server announces. OSError if that fails; what has come stays in a file `path`.part for
+    the one that the server announces. UserError if that fails; what has come stays in a file `path`.part for
     the next try."""
     if path.exists():
         return
@@ -2914,13 +2920,14 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         of_the_network = isinstance(error, requests.RequestException)  # (which is a kind of OSError)
         why = "the server cannot be reached, or has stopped" if of_the_network else in_words(error)
         line = f"could not download {path.name} ({why}): try again, or bring {url} to {path}"
-        raise OSError(line) from error
+        raise UserError(line) from error
     finally:
         show("")
 
 def fetch_rest(url: str, unfinished: Path) -> None:
     """Add to the file `unfinished` what it lacks of the file at `url`, and show how far it is."""
     import requests
+    # Opened to be added to, a file tells how much it has; if everything is sent anew, that is thrown away.
     with open(unfinished, "ab", buffering=0) as file:
         headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
         if file.tell():
@@ -3010,7 +3017,7 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     if name == "shakespeare":
         try:
             download(path=ours[name], **SHAKESPEARE)
-        except OSError as error:
+        except UserError as error:
             if data:
                 raise UserError(f"{error}, or use --data play") from error
             say(f"{error}\ntraining on data/play.txt, a play that came with this file, instead")
@@ -3055,6 +3062,7 @@ def flag_of(name: str) -> str:
 def check_value(name: str, value, kind: type) -> None:
     """UserError if the field `name`, whose values are of a `kind`, cannot be `value`. (A whole number will do
     for a fraction; a NaN is in no range.)"""
+    # Python takes True for a 1 and would find it in many a range; but its type is another.
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
@@ -3345,10 +3353,9 @@ def config_from(kind: type, text: str):
         config = kind(**json.loads(text))
         check_config(config)
         return config
-    except UserError as error:
-        raise Damaged(f"its {kind.__name__} is impossible: {error}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Damaged(f"its {kind.__name__} has other fields than ours") from error
+    except (UserError, ValueError, TypeError, RecursionError) as error:
+        words = f": {error}" if isinstance(error, UserError) else ""  # (others speak of Python)
+        raise Damaged(f"its {kind.__name__} is impossible{words}") from error
 
 def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoint:
     """The model of a checkpoint, with its tokenizer and its numbers; the config that it was trained with; its
@@ -3415,6 +3422,8 @@ def best_first(out_dir: Path) -> list[Path]:
     best = best_step(log_rows(out_dir / "log.csv", max(found)), found)
     return sorted(newest_first(out_dir), key=lambda path: step_of(path) != best)  # (leaves equals in order)
 
+# If the first is damaged, the next one will do. But whoever is not told would think that the disk is well,
+# and wonder why the loss is that of 200 steps ago.
 def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
     """The first of these checkpoints that is whole. What is skipped is named; UserError if all are
     damaged."""
@@ -3426,14 +3435,14 @@ def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
             say(f"skipped: {error}")
     raise last_error
 
+# Old ones are deleted after the new one has been written, never before. So there is always one that is whole.
 def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
     """Delete all checkpoints but the newest `keep` and the best one, by the log's `rows`."""
     found = checkpoints(out_dir)
     kept = {*list(found)[-keep:], best_step(rows, found)}
-    for step, path in found.items():
-        if step not in kept:
-            with suppress(OSError):  # one too many does no harm
-                path.unlink()
+    for step in set(found) - kept:
+        with suppress(OSError):  # one too many does no harm
+            found[step].unlink()
 
 # === Chapter 27. A run that can be stopped
 #
@@ -3454,11 +3463,10 @@ def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
     def __init__(self, model: GPT, batch_size: int):
-        def losses(x: Tensor, y: Tensor) -> tuple[Tensor]:
-            return (model.ops.cross_entropy(model(x), y).realize(),)  # (B, T)
+        ops = model.ops
         self.T = model.config.block_size
         self.batch_size = batch_size
-        self.losses = model.ops.record(losses)
+        self.losses = ops.record(lambda x, y: (ops.cross_entropy(model(x), y).realize(),))  # (B, T)
 
     def at(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The loss of every token in the windows of T tokens that begin at `starts` (n,) -> (n, T)."""
@@ -3677,6 +3685,9 @@ class Run:
             self.unsaved = f"step {step} could not be saved in {self.out_dir} ({error.strerror or error})"
             say(f"{self.unsaved}; training goes on, and so does trying: what was saved before is intact")
 
+# After a step, what is due is done in this order: the line that shows progress, an exam, a text, a row of the
+# log, a save. The save comes last, since it keeps what all the others have made. If the program dies before
+# it, that is lost, but the resumed run makes the same again.
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
           start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
@@ -3744,6 +3755,7 @@ def finishing_the_step():
     caught = []
 
     def catch(number, frame):
+        # (A shell says 128 plus the signal's number of a program that ended by one, so we do as well.)
         if caught:
             os._exit(128 + number)
         caught.append(number)
@@ -3823,9 +3835,8 @@ def gpt2_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     layers = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C),
               "ln_2": (C,), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     named = {f"h.{i}.{name}": shape for i in range(config.n_layer) for name, shape in layers.items()}
-    named["ln_f"] = (C,)
     shapes = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.block_size, C)}
-    for name, shape in named.items():
+    for name, shape in (named | {"ln_f": (C,)}).items():
         shapes[f"{name}.weight"] = shape
         shapes[f"{name}.bias"] = shape[-1:]
     return shapes
@@ -3867,6 +3878,8 @@ def check_is_gpt2(model: GPT) -> None:
     for name, shape in sorted(have ^ set(gpt2_shapes(model.config).items())):
         verb = "has" if (name, shape) in have else "lacks"
         raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
+    # Eight tokens at random are enough. Another formula gives other logits at once, by far more than rounding
+    # does, which is some 1e-6 of the largest.
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(8, model.config.block_size))
     with np.errstate(all="ignore"):
         want = gpt2_logits(arrays, ids, model.config)
@@ -4020,10 +4033,7 @@ def weights_file(source: str) -> Path:
     path = Path(source)
     if source in HUB_MODELS and not path.exists():
         path = cache_folder() / source / "model.safetensors"
-        try:
-            download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
-        except OSError as error:
-            raise UserError(str(error)) from error
+        download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
     if path.is_dir():
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
@@ -4172,7 +4182,7 @@ def plot(folders: list[str | Path], path: Path):
     in_bits = all(column(rows, "val_bpb") for rows in logs.values())
     unit = "bpb" if in_bits else "loss"
     last = max([step for rows in logs.values() for step, _ in column(rows, "step")], default=0)
-    late = []  # the values that the picture must have room for
+    late = []
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         picture = figure.Figure(figsize=(8, 5.2), dpi=160)
@@ -4182,6 +4192,8 @@ def plot(folders: list[str | Path], path: Path):
             exams = column(rows, f"val_{unit}")
             if not learned:
                 raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
+            # What the picture must have room for is what comes after the first tenth of the longest run, or,
+            # of a run that did not get so far, its end.
             late += [value for step, value in learned + exams if step >= min(last / 10, learned[-1][0])]
             named = exams or learned
             name = printable(folder.resolve().name).replace("$", r"\$")
@@ -4220,6 +4232,7 @@ class Watching:
         self.asked = []
 
     def __getattr__(self, name: str):
+        # Python calls this for a name that it does not find here, and so for all other operations.
         return getattr(self.ops, name)
 
     def attention(self, qkv: Tensor, *others):
@@ -4300,6 +4313,8 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
     last one that is not zero), a line about its habits, and which head to begin with: the one that is most
     sure whom, other than the token itself, it looks at."""
     attention = ops.record(lambda qkv, position: (ops.attention(qkv, position).contiguous().realize(),))
+    # In a head's table of weights, row t is token t's. So its diagonal has what each token gives itself, the
+    # diagonal below it what it gives the one before, and the first column what all give the first.
     heads = []
     sure = []
     for i, (qkv, y) in enumerate(asked, 1):
@@ -4380,6 +4395,7 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: l
     T = logits.shape[1]
     bits = []
     guesses = []
+    # The first window counts whole, any other from its middle on: what comes before has been counted.
     for start, rows in zip(starts, logits, strict=True):
         first = T - max(1, T // 2) if bits else 0
         p = as_shares(rows[first:])
@@ -4399,14 +4415,18 @@ def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
     most alike, [token, cosine]; and a map, `atlas`, of up to 100, [token, x, y] in percent."""
     table = model.wte.weight.numpy()[:len(commonest)]                 # (V, C), for the tokens that there are
     units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+    # All rows have length 1 now, so the product of two is the cosine of their angle. Fifty tokens at a time
+    # are compared with all others: at once, a thousand would take 200 MB for GPT-2's vocabulary.
     near = {}
-    for start in range(0, min(1000, len(commonest)), 50):  # (50 at a time: all at once would take 200 MB)
+    for start in range(0, min(1000, len(commonest)), 50):
         tokens = commonest[start:start + 50]
         cosines = units[tokens] @ units.T                             # (50, V)
         cosines[np.arange(len(tokens)), tokens] = -2                  # (itself comes last)
         best = np.argpartition(-cosines, range(8))[:, :8]
         for token, row, others in zip(tokens, cosines, best, strict=True):
             near[names[token]] = [[names[other], round(float(row[other]), 2)] for other in others]
+    # The map: seen from the middle of the commonest, the two directions in which they are spread most; and
+    # the shadow that falls on these, stretched to a square of 100 by 100.
     rows = units[commonest[:100]]
     rows = rows - rows.mean(0)
     directions = np.linalg.svd(rows, full_matrices=False)[2][:2]      # (2, C)
@@ -4452,6 +4472,8 @@ def in_letters(tokenizer: BPETokenizer, token: int) -> str:
 
 def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> dict[str, list]:
     """For these tokens, and their parts in turn: its number, and the two tokens that it was merged from."""
+    # Each token asks for its parts, and so on down to single bytes: "banana" for "ban" and "ana", "ban" for
+    # "b" and "an".
     ids = vocabulary(tokenizer)
     words = list(ids)
     merges = {}
@@ -4571,7 +4593,6 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
                 slopes[name][:, *place] = (above - below) / (2 * h)
     return slopes
 
-
 def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     """Print for every parameter of a tiny model how far its gradient is from finite differences. Returns
     whether all agree to 1e-4, relative to the largest gradient of the parameter."""
@@ -4627,10 +4648,10 @@ def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
 def blas_gflops() -> float:
     """The rate of numpy's float32 matrix product on this machine, in billions of operations a second: the
     best of five."""
+    # The best one counts, since whatever else runs on the machine can only make a product slower.
     a = np.ones((1024, 1024), np.float32)
     with np.errstate(all="ignore"):  # (on ARM, numpy's library may warn of what has not happened)
         return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e9
-
 
 # The first steps compile and record, so they are not counted. Writing is timed from where the context is
 # full, since from there on it goes on like that for ever.
@@ -4650,6 +4671,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     else:  # by then the context was full once, and everything that is needed has been compiled
         work = Writer(model).stream([0], config.block_size + 401, seed=0)
         warm_up = config.block_size + 1
+        # A token costs a multiplication and an addition for each weight; nothing goes back.
         flops = 2 * (12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd)
     # Python asks for the time after each step or token: the differences are what they took.
     times = [time.perf_counter() for _ in work]
@@ -4861,7 +4883,8 @@ def choose_backend(args: argparse.Namespace) -> Plain:
 # *With which numbers?* Five sources are asked in turn. What a user has typed counts most. A checkpoint comes
 # next: a resumed run goes on as it began. Then come the recipe of an --effort, the defaults of this chapter,
 # and last those of part I. The smallest learning rate, unless it is given, is a tenth of the largest, or with
-# a recipe zero.
+# a recipe zero. With `--train --effort coffee --n-layer 5`, for example, the five layers are the user's, the
+# 7600 steps the recipe's, the vocabulary of 1024 tokens is this chapter's choice, and beta1 is part I's.
 def chosen(args: argparse.Namespace, kind: type, saved=None):
     """A config of a `kind`: each field from the user's flag, else from a `saved` config, else from the recipe
     of --effort, else the command line's default, else part I's. UserError if a value cannot be."""
@@ -4963,6 +4986,9 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
     if args.weight_decay is None:
         config.weight_decay = max(0.1, round(times / 60, 2))
 
+# Three ways lead to a run, and each brings some of what it needs: a checkpoint has everything but the text, a
+# model from elsewhere no config for training, and a new model begins with the text, whose vocabulary decides
+# how large its table has to be.
 def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, Corpus]:
     """For --train and --resume: the model, its optimizer with the config, the number of steps that it has
     taken, and the text. What flags say of training replaces what a checkpoint says."""
@@ -5111,7 +5137,8 @@ def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None
         print(printable(waiting[:ready]), end="", flush=True)
         waiting = waiting[ready:]
     else:
-        waiting += decoder.decode(b"", final=True)  # a character that was never finished
+        # This `else` is the loop's: no `break` has ended it. A character may be left that was never finished.
+        waiting += decoder.decode(b"", final=True)
     print(printable(waiting))
 
 def prompt_of(asked: str, replace: bool) -> str:
@@ -5134,6 +5161,7 @@ def run_sample(args: argparse.Namespace, backend: Plain) -> None:
     print(f"written by {opened.path}{'' if newest == opened.path else why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
+    # A seed of the user's gives the same text again; without one, the clock gives another each time.
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model, min(n_samples, SIDE_BY_SIDE))
     for tokens in write_all(writer, [ids] * n_samples, seed=seed, **how):
@@ -5180,6 +5208,13 @@ def run_look(args: argparse.Namespace, backend: Plain) -> None:
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
+#
+# To find your way through it, follow one command. `--train` locks the folder (`alone`), reads the text,
+# learns a vocabulary and makes a model (`prepare`), moves an older run out of the way (`set_aside`), says
+# what comes (`introduce`), and takes its steps (`train`, and in it part I's `training`), with exams and saves
+# between them (`Run`); then it says what came (`conclude`). `--sample` finds the best checkpoint
+# (`best_first`, `open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and
+# prints what comes out (`sample`).
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)

@@ -1383,13 +1383,13 @@ def test_a_download_arrives_whole_or_not_at_all(server, tmp_path, monkeypatch):
     assert (tmp_path / "good.txt").stat().st_size == 19_000
     monkeypatch.setattr(minimiggy, "TIMEOUT", (1, 0.2))
     for bad in ("/login", "/to-login", "/gone", "/cut", "/slow"):
-        with pytest.raises(OSError):
+        with pytest.raises(UserError):
             minimiggy.download(server + bad, tmp_path / "bad.txt", SHA)
     (tmp_path / "file").touch()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError):
         minimiggy.download(server + "/text", tmp_path / "file" / "x", SHA)  # nothing can be written there
     (tmp_path / "file").unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError):
         minimiggy.download("http://127.0.0.1:1/", tmp_path / "bad.txt", SHA)
     kept = {path.name for path in tmp_path.iterdir()}
     assert kept <= {"good.txt", "bad.txt.part"}  # (what came before a cut)
