@@ -4849,6 +4849,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
+    if args.out and os.path.isdir(args.out):
+        raise UserError(f"--out {args.out} is a folder: name the file that the page is to be")
     if args.effort and (args.init_from or not (args.train or args.bench)):
         raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
     if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
@@ -5097,13 +5099,12 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
 
 # *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
 # that other programs can use it.
-def run_eval(args: argparse.Namespace, backend: Plain) -> None:
+def run_eval(args: argparse.Namespace, opened: Checkpoint) -> None:
     """--eval-only: the loss on all of the validation text, each token counted once, whatever the batch
     size."""
-    opened = open_model(args, backend)
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
-    check_memory(model.config, config, backend, copies=1)
+    check_memory(model.config, config, model.ops, copies=1)
     text, name = asked_or_learned(args, opened)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
@@ -5139,11 +5140,10 @@ def prompt_of(asked: str, replace: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8", "replace")
     return asked
 
-def run_sample(args: argparse.Namespace, backend: Plain) -> None:
+def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
     """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
-    opened = open_model(args, backend)
     model = opened.model
     chosen_by_us = not (args.init_from or args.checkpoint)
     newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
@@ -5174,13 +5174,10 @@ def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarr
         return None
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
-def run_look(args: argparse.Namespace, backend: Plain) -> None:
-    """--look: read the prompt, or the opening of the validation text, write the page, and say so.
-    UserError if there is neither, or if the page has nowhere to go."""
+def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
+    """--look: read the prompt, or the opening of the validation text, write the page, and say so. UserError
+    if there is neither."""
     path = Path(args.out or "look.html")
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder: name the file that the page is to be")
-    opened = open_model(args, backend)
     tokenizer = opened.model.tokenizer
     text = validation_opening(args, opened)
     ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
@@ -5218,23 +5215,24 @@ def run(args: argparse.Namespace) -> int:
     if args.train or args.resume:
         with alone(Path(args.out_dir)), finishing_the_step() as stop:
             return run_train(args, backend, stop)
-    if args.sample is not None:
-        run_sample(args, backend)
-    elif args.look is not None:
-        run_look(args, backend)
-    elif args.eval_only:
-        run_eval(args, backend)
-    elif args.export:
-        opened = open_model(args, backend)
-        export(opened.model, Path(args.export))
-        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
-    elif args.gradcheck:
+    if args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
-    else:
+    if args.bench:
         config = chosen(args, GPTConfig)
         train_config = chosen(args, TrainConfig)
         check_memory(config, train_config, backend)
         bench(args.bench, config, train_config, backend)
+        return 0
+    opened = open_model(args, backend)
+    if args.sample is not None:
+        run_sample(args, opened)
+    elif args.look is not None:
+        run_look(args, opened)
+    elif args.eval_only:
+        run_eval(args, opened)
+    else:
+        export(opened.model, Path(args.export))
+        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
     return 0
 
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
