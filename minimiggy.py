@@ -3774,6 +3774,7 @@ def alone(out_dir: Path):
     out_dir.mkdir(parents=True, exist_ok=True)
     folder = os.open(out_dir, os.O_RDONLY)
     try:
+        # LOCK_EX: for nobody else; LOCK_NB: if somebody has it, do not wait but raise BlockingIOError.
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
@@ -3893,15 +3894,11 @@ def check_is_gpt2(model: GPT) -> None:
 # It can then only be a word that is looked up as a whole, and has no pair.
 
 # In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
-# written as a character that can be seen, and the token " the" reads "Ġthe".
-def letters() -> dict[int, str]:
-    """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
-    others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
-    others = map(chr, itertools.count(256))
-    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    return {byte: chr(byte) if byte in plain else next(others) for byte in range(256)}
-
-LETTERS = letters()
+# written as a character that can be seen: as itself, if Latin-1 has a printable character of that number, or
+# else as one from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ", the token " the" "Ġthe".
+AS_THEY_ARE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+OTHERS = [byte for byte in range(256) if byte not in AS_THEY_ARE]
+LETTERS = {byte: chr(byte) for byte in AS_THEY_ARE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
     """All tokens, written in these letters, and their numbers."""
@@ -4103,7 +4100,9 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 #
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
-
+#
+# A run that goes on drops what is no row in its log, since it has to go on. But whoever wants a picture is
+# told: if a point is missing, the picture is wrong.
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
     is wrong, if it is not the log of a run."""
@@ -4341,6 +4340,7 @@ def expectation(logits: np.ndarray, names: list[str]) -> dict:
 
 def as_shares(logits: np.ndarray) -> np.ndarray:
     """Softmax: logits (..., V) -> probabilities (..., V), in float64."""
+    # The largest is taken off first, which changes no share, and no power can be too large.
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
@@ -4687,6 +4687,8 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # may be allowed less. Where nobody tells, we hope for the best.
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
+    # "Available" is more than "free": it counts what the system would give back if somebody needs it, such as
+    # copies of files.
     limits = [math.inf]
     with suppress(OSError):
         told = Path("/proc/meminfo").read_text()
