@@ -4901,7 +4901,7 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     if args.init_from:  # here, block_size and dropout may be chosen anew
         model = init_from(args.init_from, args.block_size, backend)
         model.config.dropout = args.dropout or 0.0
-        opened = Checkpoint(model, chosen(args, TrainConfig), 0, args.init_from, None)
+        opened = Checkpoint(model, chosen(args, TrainConfig), 0, Path(args.init_from), None)
     elif args.checkpoint:
         opened = open_checkpoint(args.checkpoint, backend)
     else:
