@@ -3281,6 +3281,7 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
     disk does not take it."""
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
+    # A model that was made in a program of one's own may have no tokenizer, and no text that it comes from.
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "made_by": PART_ONE}
     metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
     if model.tokenizer:
@@ -3460,9 +3461,11 @@ class Evaluator:
 
     def at(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The loss of every token in the windows of T tokens that begin at `starts` (n,) -> (n, T)."""
+        # A recording is for batches of one size. So the last batch is filled up with windows that it has
+        # already, and what comes of these is cut off.
         rows = []
         for i in range(0, len(starts), self.batch_size):
-            batch = np.resize(starts[i:i + self.batch_size], self.batch_size)  # (fills up the last one)
+            batch = np.resize(starts[i:i + self.batch_size], self.batch_size)
             passages = data[batch[:, None] + np.arange(self.T + 1)].astype(np.int32)
             rows.append(self.losses(passages[:, :-1], passages[:, 1:])[0])
         return np.concatenate(rows)[:len(starts)]
@@ -3567,7 +3570,7 @@ class Run:
             self.optimizer.config = config
             self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
-        self.writer = None  # made when the first sample is written
+        self.writer = None
         # Batches of validation text: how many there are, and how many of them an exam on the way reads.
         windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
         self.val_batches = math.ceil(windows / config.batch_size)
@@ -3580,7 +3583,8 @@ class Run:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.rows = log_rows(self.out_dir / "log.csv", start)
             self.samples = sample_blocks(self.out_dir / "samples.txt", start)
-        tokenizer = model.tokenizer  # with one, nats a token can be told as bits a byte, by these factors
+        # With a tokenizer, nats a token can be told as bits a byte, by a factor for each text.
+        tokenizer = model.tokenizer
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
         self.began = time.perf_counter()
@@ -4021,6 +4025,8 @@ def weights_file(source: str) -> Path:
     if source in HUB_MODELS and not path.exists():
         path = cache_folder() / source / "model.safetensors"
         download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
+    # What is in a folder may be cut into several files, or be a pickle. If there is nothing, the error will
+    # name the file that one would expect.
     if path.is_dir():
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
@@ -4759,6 +4765,8 @@ EXAMPLES = """examples:
   python minimiggy.py --look "ROMEO: But soft"            see what goes on in it, in a browser
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
+# argparse answers a mistake with a page of usage, and ends the program itself. We want one line, and an exit
+# code that `main` returns like any other.
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line in place of argparse's page of usage."""
@@ -4947,6 +4955,7 @@ def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
     elif args.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
+        # (A piece may begin or end in the middle of a character; "ignore" drops the bytes of such a half.)
         places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
         pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
         show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
@@ -4974,6 +4983,7 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
         config.max_iters = math.ceil(config.max_iters * MOST_READINGS / times)
     if args.eval_interval is None:
         config.eval_interval = math.ceil(config.max_iters / 10)
+    # With fewer steps, the text is read less often: the remedies go by how often that really is.
     times = readings(config, gpt_config.block_size, n_tokens)
     if args.dropout is None:
         gpt_config.dropout = min(0.3, max(0.0, round((times - 7) / 100, 2)))
