@@ -3784,6 +3784,8 @@ def alone(out_dir: Path):
         os.close(folder)
         raise UserError(f"another run is at work in {out_dir}: choose another --out-dir") from None
     try:
+        # Half a file that a killed program has left would stay for ever, since its name has that program's
+        # number. Only our own names are looked for: other people's files are none of our business.
         for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
             for unfinished in out_dir.glob(kind):
                 unfinished.unlink()
