@@ -3291,6 +3291,7 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
     disk does not take it."""
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
+    # A model that was made in a program of one's own may have no tokenizer, and no text that it comes from.
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "made_by": PART_ONE}
     metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
     if model.tokenizer:
@@ -3470,9 +3471,11 @@ class Evaluator:
 
     def at(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The loss of every token in the windows of T tokens that begin at `starts` (n,) -> (n, T)."""
+        # A recording is for batches of one size. So the last batch is filled up with windows that it has
+        # already, and what comes of these is cut off.
         rows = []
         for i in range(0, len(starts), self.batch_size):
-            batch = np.resize(starts[i:i + self.batch_size], self.batch_size)  # (fills up the last one)
+            batch = np.resize(starts[i:i + self.batch_size], self.batch_size)
             passages = data[batch[:, None] + np.arange(self.T + 1)].astype(np.int32)
             rows.append(self.losses(passages[:, :-1], passages[:, 1:])[0])
         return np.concatenate(rows)[:len(starts)]
@@ -3577,7 +3580,7 @@ class Run:
             self.optimizer.config = config
             self.optimizer.recorded = model.ops.record(self.optimizer.step)
         self.evaluator = Evaluator(model, config.batch_size)
-        self.writer = None  # made when the first sample is written
+        self.writer = None
         # Batches of validation text: how many there are, and how many of them an exam on the way reads.
         windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
         self.val_batches = math.ceil(windows / config.batch_size)
@@ -3590,7 +3593,8 @@ class Run:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.rows = log_rows(self.out_dir / "log.csv", start)
             self.samples = sample_blocks(self.out_dir / "samples.txt", start)
-        tokenizer = model.tokenizer  # with one, nats a token can be told as bits a byte, by these factors
+        # With a tokenizer, nats a token can be told as bits a byte, by a factor for each text.
+        tokenizer = model.tokenizer
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
         self.began = time.perf_counter()
@@ -3784,11 +3788,14 @@ def alone(out_dir: Path):
     out_dir.mkdir(parents=True, exist_ok=True)
     folder = os.open(out_dir, os.O_RDONLY)
     try:
+        # LOCK_EX: for nobody else; LOCK_NB: if somebody has it, do not wait but raise BlockingIOError.
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
         raise UserError(f"another run is at work in {out_dir}: choose another --out-dir") from None
     try:
+        # Half a file that a killed program has left would stay for ever, since its name has that program's
+        # number. Only our own names are looked for: other people's files are none of our business.
         for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
             for unfinished in out_dir.glob(kind):
                 unfinished.unlink()
@@ -3903,15 +3910,11 @@ def check_is_gpt2(model: GPT) -> None:
 # It can then only be a word that is looked up as a whole, and has no pair.
 
 # In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
-# written as a character that can be seen, and the token " the" reads "Ġthe".
-def letters() -> dict[int, str]:
-    """How Hugging Face's files write each byte: a printable character of Latin-1 stands for itself, and the
-    others get the characters from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ"."""
-    others = map(chr, itertools.count(256))
-    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    return {byte: chr(byte) if byte in plain else next(others) for byte in range(256)}
-
-LETTERS = letters()
+# written as a character that can be seen: as itself, if Latin-1 has a printable character of that number, or
+# else as one from number 256 on, in order. A space becomes "Ġ", an end of line "Ċ", the token " the" "Ġthe".
+AS_THEY_ARE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+OTHERS = [byte for byte in range(256) if byte not in AS_THEY_ARE]
+LETTERS = {byte: chr(byte) for byte in AS_THEY_ARE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
     """All tokens, written in these letters, and their numbers."""
@@ -4034,6 +4037,8 @@ def weights_file(source: str) -> Path:
     if source in HUB_MODELS and not path.exists():
         path = cache_folder() / source / "model.safetensors"
         download(f"{HUB}/{source}/resolve/main/model.safetensors", path)
+    # What is in a folder may be cut into several files, or be a pickle. If there is nothing, the error will
+    # name the file that one would expect.
     if path.is_dir():
         candidates = [path / "model.safetensors", path / INDEX, *path.glob("pytorch_model*.bin")]
         path = next(filter(Path.exists, candidates), candidates[0])
@@ -4113,7 +4118,9 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 #
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
-
+#
+# A run that goes on drops what is no row in its log, since it has to go on. But whoever wants a picture is
+# told: if a point is missing, the picture is wrong.
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
     is wrong, if it is not the log of a run."""
@@ -4351,6 +4358,7 @@ def expectation(logits: np.ndarray, names: list[str]) -> dict:
 
 def as_shares(logits: np.ndarray) -> np.ndarray:
     """Softmax: logits (..., V) -> probabilities (..., V), in float64."""
+    # The largest is taken off first, which changes no share, and no power can be too large.
     powers = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 
@@ -4697,6 +4705,8 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # may be allowed less. Where nobody tells, we hope for the best.
 def memory_available() -> float:
     """How many bytes this process can still get, as far as the system tells."""
+    # "Available" is more than "free": it counts what the system would give back if somebody needs it, such as
+    # copies of files.
     limits = [math.inf]
     with suppress(OSError):
         told = Path("/proc/meminfo").read_text()
@@ -4767,6 +4777,8 @@ EXAMPLES = """examples:
   python minimiggy.py --look "ROMEO: But soft"            see what goes on in it, in a browser
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
+# argparse answers a mistake with a page of usage, and ends the program itself. We want one line, and an exit
+# code that `main` returns like any other.
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line in place of argparse's page of usage."""
@@ -4859,6 +4871,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
+    if args.out and os.path.isdir(args.out):
+        raise UserError(f"--out {args.out} is a folder: name the file that the page is to be")
     if args.effort and (args.init_from or not (args.train or args.bench)):
         raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
     if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
@@ -4907,7 +4921,7 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     if args.init_from:  # here, block_size and dropout may be chosen anew
         model = init_from(args.init_from, args.block_size, backend)
         model.config.dropout = args.dropout or 0.0
-        opened = Checkpoint(model, chosen(args, TrainConfig), 0, args.init_from, None)
+        opened = Checkpoint(model, chosen(args, TrainConfig), 0, Path(args.init_from), None)
     elif args.checkpoint:
         opened = open_checkpoint(args.checkpoint, backend)
     else:
@@ -4953,6 +4967,7 @@ def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
     elif args.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
+        # (A piece may begin or end in the middle of a character; "ignore" drops the bytes of such a half.)
         places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
         pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
         show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
@@ -4980,6 +4995,7 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
         config.max_iters = math.ceil(config.max_iters * MOST_READINGS / times)
     if args.eval_interval is None:
         config.eval_interval = math.ceil(config.max_iters / 10)
+    # With fewer steps, the text is read less often: the remedies go by how often that really is.
     times = readings(config, gpt_config.block_size, n_tokens)
     if args.dropout is None:
         gpt_config.dropout = min(0.3, max(0.0, round((times - 7) / 100, 2)))
@@ -5107,13 +5123,12 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
 
 # *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
 # that other programs can use it.
-def run_eval(args: argparse.Namespace, backend: Plain) -> None:
+def run_eval(args: argparse.Namespace, opened: Checkpoint) -> None:
     """--eval-only: the loss on all of the validation text, each token counted once, whatever the batch
     size."""
-    opened = open_model(args, backend)
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
-    check_memory(model.config, config, backend, copies=1)
+    check_memory(model.config, config, model.ops, copies=1)
     text, name = asked_or_learned(args, opened)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
@@ -5149,11 +5164,10 @@ def prompt_of(asked: str, replace: bool) -> str:
         return sys.stdin.buffer.read().decode("utf-8", "replace")
     return asked
 
-def run_sample(args: argparse.Namespace, backend: Plain) -> None:
+def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
     """--sample. The first text is printed as it comes; those beside it wait until it is finished."""
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
-    opened = open_model(args, backend)
     model = opened.model
     chosen_by_us = not (args.init_from or args.checkpoint)
     newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
@@ -5184,13 +5198,10 @@ def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarr
         return None
     return opened.model.tokenizer.encode_array(validation[:border(validation, 100_000)])
 
-def run_look(args: argparse.Namespace, backend: Plain) -> None:
-    """--look: read the prompt, or the opening of the validation text, write the page, and say so.
-    UserError if there is neither, or if the page has nowhere to go."""
+def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
+    """--look: read the prompt, or the opening of the validation text, write the page, and say so. UserError
+    if there is neither."""
     path = Path(args.out or "look.html")
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder: name the file that the page is to be")
-    opened = open_model(args, backend)
     tokenizer = opened.model.tokenizer
     text = validation_opening(args, opened)
     ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
@@ -5228,23 +5239,24 @@ def run(args: argparse.Namespace) -> int:
     if args.train or args.resume:
         with alone(Path(args.out_dir)), finishing_the_step() as stop:
             return run_train(args, backend, stop)
-    if args.sample is not None:
-        run_sample(args, backend)
-    elif args.look is not None:
-        run_look(args, backend)
-    elif args.eval_only:
-        run_eval(args, backend)
-    elif args.export:
-        opened = open_model(args, backend)
-        export(opened.model, Path(args.export))
-        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
-    elif args.gradcheck:
+    if args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
-    else:
+    if args.bench:
         config = chosen(args, GPTConfig)
         train_config = chosen(args, TrainConfig)
         check_memory(config, train_config, backend)
         bench(args.bench, config, train_config, backend)
+        return 0
+    opened = open_model(args, backend)
+    if args.sample is not None:
+        run_sample(args, opened)
+    elif args.look is not None:
+        run_look(args, opened)
+    elif args.eval_only:
+        run_eval(args, opened)
+    else:
+        export(opened.model, Path(args.export))
+        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
     return 0
 
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:

@@ -1372,6 +1372,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def server():
     server = HTTPServer(("127.0.0.1", 0), Server)
+    server.handle_error = lambda *_: None  # (who has not waited for "/slow" is no error of a later test's)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
