@@ -1245,7 +1245,7 @@ class Array:
     unscaled = __getitem__
 
     def scale_of(self, row):
-        """By what the `unscaled` numbers of a row are to be multiplied; chapter 22 has other scales than 1."""
+        """By what a row's `unscaled` numbers must be multiplied. (Chapter 22 has other scales than 1.)"""
         return 1.0
 
 LINE = 16  # float32 numbers in a cache line, the unit in which memory is fetched
@@ -1648,16 +1648,13 @@ def dot_rows(k, y, x, table):
     so some are on their way at a time."""
     V, C = table.shape
     R = x.rows
-    size = pieces(V, k.cores)
-    at_once = max(1, 4 // R)
-    for core in k.share(pieces(V, size)):  # the last part steps back where V is not divisible, and so do rows
-        first = step_back(core, size, V)
-        for i in k.loop(pieces(size, at_once)):
-            row = first + (step_back(i, at_once, size) if size > at_once else 0)
-            places = [(r, row + extra) for r in range(R) for extra in range(min(at_once, size))]
-            terms = [lambda c, r=r, v=v: x[r, c] * table.unscaled((v, c)) for r, v in places]
-            for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
-                y[r, v] = total * table.scale_of(v)
+    at_once = min(V, max(1, 4 // R))
+    for block in k.share(pieces(V, at_once)):
+        first = step_back(block, at_once, V)
+        places = [(r, first + extra) for r in range(R) for extra in range(at_once)]
+        terms = [lambda c, r=r, v=v: x[r, c] * table.unscaled((v, c)) for r, v in places]
+        for (r, v), total in zip(places, k.sums(C, *terms), strict=True):
+            y[r, v] = total * table.scale_of(v)
 
 # === Chapter 16. Flash attention
 #
@@ -1907,17 +1904,12 @@ def square_sums(k, after, before, *gradients):
             lanes[lane] = 0.0
         for gradient in gradients:
             n = gradient.rows * gradient.columns
-            full = n // 16
-            parts = pieces(full, cores)
-            if full:
-                for number, lane in k.loop(parts, 16):
-                    inside = core * parts + number < full  # (the last core may have less to do)
-                    value = gradient[inside.where((core * parts + number) * 16, 0) + lane]
-                    lanes[lane] += inside.where(value * value, 0.0).cast(dtypes.double)
-            if n % 16:
-                for lane in k.loop(n % 16):
-                    value = gradient[full * 16 + lane]
-                    lanes[lane] += (core < 1).where(value * value, 0.0).cast(dtypes.double)
+            steps = pieces(n, 16 * cores)
+            for step, lane in k.loop(steps, 16):
+                place = (core * steps + step) * 16 + lane
+                inside = place < n  # (the last core may have less to do)
+                value = gradient[inside.where(place, 0)]
+                lanes[lane] += inside.where(value * value, 0.0).cast(dtypes.double)
         after[core] = sum((lanes[lane] for lane in range(16)), before[core])
 
 def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
@@ -2014,34 +2006,30 @@ class Crew:
             other.result()
 
 # To wake a second thread takes 50 microseconds, in which a small model has written its token. So for a short
-# recording we try both, a few times each, and stay with what was faster.
+# recording we try both ways in turn, and after some calls stay with the one that was faster.
+TRIALS = 20
+
 class Replay:
     """Calls a recording again and again, in the quickest way."""
     def __init__(self, recording: Recording, cores: int):
         self.recording = recording
-        self.calls = recording.calls()
-        self.all_cores = recording.jit  # if there is something else than programs: tinygrad knows how
-        if self.calls is not None:
-            self.all_cores = Crew(self.calls, cores)
-        self.one_core = None
-        self.trials = 20 if self.calls is not None and cores > 1 else 0
-        self.best = {True: math.inf, False: math.inf}  # seconds: on one core, on all
+        self.ways = [recording.jit]  # tinygrad's own way, which knows what to do with copies, too
+        calls = recording.calls()
+        if calls is not None:
+            self.ways = [Crew(calls, threads) for threads in dict.fromkeys((cores, 1))]
+        self.best = [math.inf] * len(self.ways)  # seconds
+        self.turns = 0
 
     def __call__(self) -> None:
-        if self.trials == 0:
-            self.all_cores()
-            return
-        alone = self.trials % 2 == 1
+        number = self.turns % len(self.ways)
         began = time.perf_counter()
-        (self.one_core if alone else self.all_cores)()
-        self.best[alone] = min(self.best[alone], time.perf_counter() - began)
-        self.trials -= 1
-        if self.one_core is None:
-            self.one_core = Crew(self.calls, 1)
-            if self.best[False] > 0.05:  # a long one needs all cores
-                self.trials = 0
-        elif self.trials == 0 and self.best[True] < self.best[False]:
-            self.all_cores = self.one_core
+        self.ways[number]()
+        self.best[number] = min(self.best[number], time.perf_counter() - began)
+        self.turns += 1
+        if self.best[0] > 0.05:  # a long one needs all cores
+            self.ways = self.ways[:1]
+        elif self.turns == TRIALS:
+            self.ways = [self.ways[np.argmin(self.best)]]
 
 # === Chapter 20. The fast backend
 #
@@ -2219,7 +2207,7 @@ class Fast(Plain):
     @instead_of("norm", "4ef1be523e83")
     def norm(self, gradients):
         total = Tensor.zeros(self.cores, dtype=dtypes.double).contiguous()
-        for names in groups(gradients):
+        for names in groups(gradients, self.cores):
             after = Tensor.empty(self.cores, dtype=dtypes.double)
             total = self.run(square_sums, [after], [total, *(gradients[name] for name in names)])[0]
         return total.sum().sqrt().cast(dtypes.float32)
@@ -2227,9 +2215,7 @@ class Fast(Plain):
     @instead_of("adamw", "e475df0de9ec")
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
         changed = []
-        few = [name for name, parameter in parameters.items() if parameter.numel() < self.cores]
-        others = {name: parameter for name, parameter in parameters.items() if name not in few}
-        for names in [*groups(others), *([name] for name in few)]:  # (`share` says why)
+        for names in groups(parameters, self.cores):
             results = [tensors[name] for tensors in (parameters, m, v) for name in names]
             inputs = [*(gradients[name] for name in names), scale.reshape(1), rates]
             decays = tuple(config.weight_decay if parameters[name].ndim == 2 else 0.0 for name in names)
@@ -2256,10 +2242,12 @@ class Fast(Plain):
             return [result.copy() for result in replay.recording.results]
         return call
 
-def groups(parameters: dict[str, Tensor]) -> list[list[str]]:
+def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
     """The names of parameters, a block's together (one program then serves for every block), at most 12 in
-    one."""
+    one. One with fewer numbers than there are cores is alone (`share` says why)."""
     def block(name: str) -> list[str]:
+        if parameters[name].numel() < cores:
+            return [name]
         return name.split(".")[:2] if name.startswith("h.") else []
     found = []
     for _, names in itertools.groupby(parameters, block):
