@@ -20,11 +20,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+if os.name == "nt":
+    raise SystemExit("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL")
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends it without a word
+if not os.environ.get("DEBUG", "0").isdigit():
+    del os.environ["DEBUG"]  # (DEBUG=true is meant for other programs; tinygrad takes numbers)
 os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
 os.environ.setdefault("PARALLEL", "0")  # no helper processes of its own: part II has some that are simpler
@@ -36,7 +43,7 @@ from tinygrad.nn.state import get_state_dict
 # ============================================================================================================
 # Part I. The GPT
 class UserError(Exception):
-    """A mistake that its reader can mend: the command line prints its text as one line."""
+    """A mistake that the user can mend: the command line prints its text as one line."""
 
 # === Chapter 1. What a language model does
 #
@@ -48,18 +55,14 @@ class UserError(Exception):
 # speech in a play begins with a name and a colon, and who is likely to answer whom. Nobody tells the model
 # any of this. It has about a million numbers inside, its *parameters*, which are random at first. We show it
 # passages of a text, measure how surprised it was by each next piece, and change every parameter a little so
-# that it would have been less surprised. That is all there is to training. What comes out is knowledge about
-# the text, stored in numbers. (A GPT, a *generative pre-trained transformer*, is one such model: Vaswani et
-# al. 2017, arXiv:1706.03762; Radford et al. 2019.)
+# that it would have been less surprised. (A GPT, a *generative pre-trained transformer*, is one such model:
+# Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019.)
 
 # === Chapter 2. A text
 #
 # The text that we learn from is cut in two. The first nine tenths are for learning; the last tenth is the
 # exam, and never learned from. A model can come to know its text by heart, and then its surprise at that text
 # says nothing any more about what it has understood. Only a text that it has never seen can tell.
-#
-# We cut at one place: lines set aside at random would have neighbours with the same speaker, the same rhyme,
-# and a model that had learned these could fill the gap without having understood anything.
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     """UTF-8 `text` in two: the first 90 % of its bytes to learn from, the last 10 % to be examined on."""
     cut = border(text, len(text) * 9 // 10)
@@ -83,7 +86,7 @@ def border(text: bytes, place: int) -> int:
 # token, number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent
 # pieces such as " the" become tokens of their own; a word that was never seen is at worst written in bytes.
 #
-# By hand, on a text that is twice the word "banana". The letters b, a, n are the bytes 98, 97, 110.
+# By hand, on the word "banana", which our text has twice. The letters b, a, n are the bytes 98, 97, 110.
 #
 #     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur four times, "ba" twice. Of two that are
 #                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
@@ -159,7 +162,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, perhaps after one space; white space, without the last one before a word.
+# other signs, perhaps after one space; white space, leaving the last one to the word after it.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -239,9 +242,8 @@ class BPETokenizer:
 # 3.0
 # 3.0
 
-# (Skip this at first.) A C program needs a C compiler. tinygrad asks the environment variable CC for one, or
-# else calls clang. Few laptops have clang, but the Python package `ziglang` contains all of it, as `zig
-# clang`. CC must be the name of one program, so we put a script of two lines beside `zig`.
+# (Skip this at first.) tinygrad calls the C compiler that CC names, or else clang. Few laptops have that, but
+# the Python package `ziglang` contains all of it, so we put a script of two lines beside its `zig`.
 if not os.environ.get("CC") and not shutil.which("clang"):
     with suppress(ImportError, OSError):
         import ziglang
@@ -278,12 +280,12 @@ class TrainConfig:
     beta1: float = 0.9             # how long Adam remembers gradients
     beta2: float = 0.99            # how long Adam remembers their squares
     grad_clip: float = 1.0         # the greatest length of a gradient; a longer one is shortened
-    grad_accum: int = 1            # batches that are averaged for one step
+    grad_accum: int = 1            # batches averaged for one step, if memory holds no larger
     seed: int = 1337               # where all chance begins: weights, passages, dropout
     save_every: int = 0            # steps between two saves of all numbers; 0: one after each exam
     keep: int = 3                  # how many checkpoints to keep
 
-# Chance has to be repeatable, so that a run that was stopped goes on as it would have. So each use of it
+# Chance has to be repeatable, so that a run that was stopped goes on as if it had not been. So each use of it
 # makes its own generator, from one of these numbers, the seed and, where there is one, the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
@@ -298,39 +300,37 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 #
 # Without more, the model would hardly know the order: did the dog bite the man, or the man the dog? So a
 # second table, `wpe` ("word position embedding"), has a row for each of the T places in the context, and the
-# model begins with the sum of the two: what the token is, plus where it stands. A sum can be taken apart
-# again, since among 128 dimensions two random directions are nearly at right angles.
+# model begins with the sum of the two: what the token is, plus where it stands.
 #
 # 6.2 The operations
 #
-# The class below has the operations that a GPT needs, as plainly as possible. Such a set is called a
-# *backend*; part II has another one, of hand-written programs, some fifteen times faster. Four of them carry
-# the ideas and are explained here, the others where they are used, in chapters 6.5 to 8.
+# The class below has the operations that a GPT needs, as plainly as possible. Such a set is a *backend*; part
+# II has another one, some fifteen times faster. Four of these operations carry the ideas.
 #
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
 # are learned. One product of matrices does it for all tokens at once.
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
-# learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink from layer
-# to layer, and their gradients with them. (The 1e-5 prevents a division by zero. Many newer models leave the
-# mean and the shift out, which is called *RMSNorm*: x / sqrt(mean of x^2) * weight. Try it.)
+# learned scale and shift may undo as much of that as is useful. Without it, numbers grow or shrink by some
+# factor at each layer, and gradients with them. (The 1e-5 prevents a division by zero. Many newer models
+# leave out the mean and the shift: *RMSNorm*, x / sqrt(mean of x^2) * weight, stands in the same places.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
 # numbers and nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
 #
-# `attention` is how tokens learn about each other. Each token has three vectors: a *query* (what am I looking
-# for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The dot product of
-# my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into weights that
-# are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I hear is the
-# average of all values with these weights. A pronoun can look for its noun, a rhyme for the line before.
+# `attention` is how tokens learn about each other. `Linear` layers give each three vectors: a *query* (what
+# am I looking for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The
+# dot product of my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into
+# weights that are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I
+# hear is the average of all values with these weights. A pronoun can look for its noun, a rhyme for a line.
 #
 # *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
-# mean 0 and variance 1, so is each product, and the sum has variance D. With D = 32, scores of 6 or 11 would
-# be common, softmax would give nearly all weight to one token, and a weight near 1 hardly changes with its
-# score, so little is learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A token
-# must not see those after it: it is to predict the next. Their scores become minus infinity, and so their
-# weights exp(-inf) = 0. For T = 4, row t shows whom token t may look at:
+# mean 0 and variance 1, so is each product; variances add up, so the sum's is D. With D = 32, scores of 6 or
+# 11 would be common, softmax would give nearly all weight to one token, and a weight near 1 hardly changes
+# with its score, so little is learned. Divided by sqrt(D), the scores have variance 1 again. *Why a mask?* A
+# token must not see those after it: it is to predict the next. Their scores become minus infinity, and so
+# their weights exp(-inf) = 0. For T = 4, row t shows whom token t may look at:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -384,11 +384,13 @@ class Plain:
         return x @ table.transpose(0, 1)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The surprise at each target, in nats (chapter 7): logits (..., V), ids (...) int32 -> (...)."""
+        """Surprise at each target, in nats (chapter 7): (..., V), ids (...) -> (...); NaN for no token's
+        id."""
         top = logits.max(-1, keepdim=True)                            # (without it, exp() might overflow)
         total = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
-        return (top + total - chosen).squeeze(-1)
+        exists = (targets >= 0) & (targets < logits.shape[-1])
+        return exists.where((top + total - chosen).squeeze(-1), math.nan)
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """The length (a scalar) of all gradients as one long vector: the root of the sum of squares."""
@@ -470,9 +472,8 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that
-# nothing can rely on one single other thing, and scales the rest up to make up for it. Which numbers go is
-# computed from their place and from a `key` that is new at each step, by `stir`, which makes numbers look
-# random. Exams and writing have no key, and so no dropout.
+# nothing can rely on one single other thing, and scales the rest up. Which numbers go is computed from their
+# place and a `key`, new at each step, by `stir`, which makes numbers look random. Exams have no key.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -503,12 +504,11 @@ def stir(h: Tensor) -> Tensor:
 #
 # A *block* adds twice. Attention gathers from other tokens; a small network of two layers (a *multilayer
 # perceptron*), four times as wide inside, then thinks about what was gathered, for each token by itself. The
-# norm stands *before* each of them, on their input. On the stream itself it would stand in the way of that 1,
-# and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
+# norm stands *before* each of them, on their input. On the stream itself it would rescale that 1 again and
+# again, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
-# Two layers in each block, both named `c_proj`, add to the stream. If each addition had variance s^2, all
-# would have 2 n_layer s^2. So the weights of `c_proj` begin smaller by the root of 2 n_layer, and a deep
-# stream begins no larger than a shallow one.
+# Two layers in each block, both named `c_proj`, add to the stream. If each addition had variance s^2, their
+# sum would have 2 n_layer s^2. So the weights of `c_proj` begin smaller by the root of 2 n_layer.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -520,8 +520,7 @@ class Attention:
 
     def __call__(self, x: Tensor, position: Tensor, cache=None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x)                                          # (B, T, 3C)
-        qkv = qkv.reshape(B, T, 3, self.n_head, C // self.n_head)     # (B, T, 3, H, D)
+        qkv = self.c_attn(x).reshape(B, T, 3, self.n_head, C // self.n_head)
         y = self.ops.attention(qkv, position, cache)                  # (B, T, H, D)
         return self.c_proj(y.reshape(B, T, C))                        # the heads' answers, mixed
 
@@ -554,14 +553,12 @@ class Block:
 #
 # After the last block and one more norm, the row at place t should describe what comes at place t + 1. To
 # turn it into a guess, compare it with the row of every token in `wte`: the dot product is large where the
-# two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. So one
-# table serves at both ends: what says what a token *is* also says what is *expected*, and with V = 1024 and C
-# = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859). All parameters have the names that
-# they have in Hugging Face's GPT-2: models can come from there and go there (part III).
+# two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. One table
+# can serve at both ends, since tokens that are alike are also expected in like places; and with V = 1024 and
+# C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859).
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
-    Attributes: `config`; `ops`, the backend; `tokenizer` (or None); `source`, the text that it learned from
-    (part III); the parameters, which with `seed=None` have no numbers until a checkpoint brings them."""
+    Its parameters are named as at Hugging Face; with `seed=None` they have no numbers yet."""
     def __init__(self, config: GPTConfig, backend: Plain | None = None, *,
                  tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
         if config.n_embd % config.n_head:
@@ -593,6 +590,8 @@ class GPT:
                caches=None) -> Tensor:
         """Ids (B, T) int32 -> the stream after the last block, normalised, (B, T, C). The ids stand at
         `position` (T,), or else from 0 on. (`key` starts dropout, `caches` are part II's.)"""
+        if not dtypes.is_int(idx.dtype) or idx.ndim != 2 or not 1 <= idx.shape[1] <= self.config.block_size:
+            raise ValueError(f"ids are whole numbers (B, T), T up to block_size, not {idx.dtype} {idx.shape}")
         if position is None:
             position = Tensor.arange(idx.shape[1], dtype=dtypes.int32)
         drop = Dropout(self.config.dropout, key)
@@ -612,15 +611,13 @@ class GPT:
 # === Chapter 7. The loss
 #
 # How wrong is a guess? If the model gave the token that really came the probability p, we say that it was
-# surprised by -ln p *nats*: by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p = 1/100. The mean over all
-# tokens is the *cross-entropy*, the loss that training lowers. With p from softmax it is ln(sum of
-# exp(logits)) minus the logit of the token that came, which is how `cross_entropy` computes it.
+# surprised by -ln p *nats* (so surprises add up): by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p =
+# 1/100. The mean over all tokens is the *cross-entropy*, the loss that training lowers. With p from softmax
+# it is ln(sum of exp(logits)) minus the logit of the token that came, as in `cross_entropy`.
 #
-# What should it be at the start? A model that knows nothing gives every one of V tokens about the probability
-# 1/V, so its loss is ln V. If a new model's loss is far from that, something is wrong.
+# What should it be at the start? A model that knows nothing gives each of V tokens about the probability 1/V,
+# so its loss is ln V; with 1024 tokens, 6.93. If a new model's loss is far from that, something is wrong.
 #
-# >>> round(math.log(1024), 2)
-# 6.93
 # >>> new = GPT(GPTConfig(vocab_size=1024, block_size=16, n_layer=2, n_embd=32), PLAIN)
 # >>> idx = Tensor([list(range(16))], dtype="int32")
 # >>> abs(new.loss(idx, idx + 1).item() - 6.93) < 0.05
@@ -628,9 +625,11 @@ class GPT:
 #
 # Nats per token cannot be compared between tokenizers: longer tokens make fewer and harder guesses. So we
 # also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. As it is, a
-# byte takes 8 bits; with a loss of 3.6 nats on tokens of 2.3 bytes one would do with 3.6 * 1.44 / 2.3 = 2.25.
+# byte takes 8 bits; at a loss of 3.6 nats on tokens of 2.3 bytes, 3.6 * 1.44 / 2.3 = 2.25 are enough.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
+    if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
+        raise ValueError(f"targets are whole numbers {idx.shape}, not {targets.dtype} {targets.shape}")
     return model.ops.cross_entropy(model(idx, key), targets).mean()
 
 GPT.loss = loss  # a method of GPT, kept for this chapter
@@ -651,18 +650,16 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # parameter: at each step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its
 # square (beta1 = 0.9, beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels
 # out, the common direction remains. The root of `v` is the usual size of this parameter's gradient. The step
-# is proportional to m / sqrt(v). So it is as large where gradients are small as where they are large, and
-# smaller where their direction keeps changing. (`adamw`, in chapter 6.2, is this.)
+# is proportional to m / sqrt(v). So a parameter moves as fast where its gradients are small as where they are
+# large, and slower where their direction keeps changing. (`adamw`, in chapter 6.2, is this.)
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g, m = 0.1 g and v = 0.01 g^2. The quotient m / sqrt(v) is 1, by luck;
-# but at step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice too far. (With the usual
-# beta2 = 0.999 it is 3.2 at step 1.) So Adam divides by these factors, which is called *bias correction*:
-# m_hat = m / (1 - 0.9^t) = g and v_hat = g^2 from step 1 on, so that the quotient is 1.
+# but at step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice as far as meant. So Adam
+# divides by these factors, which is called *bias correction*: m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls the weights of matrices a little towards zero
-# at each step, so that only what is needed stays large. And a gradient that is longer than `grad_clip` is
-# shortened to that: one odd batch must not throw everything over.
+# at each step, so that only what is needed stays. Gradients over `grad_clip` are cut down to it.
 class AdamW:
     """A model's optimizer. `m` and `v` hold Adam's averages, by the parameters' names. `optimizer(data, i)`
     takes step i and returns its loss, and the gradient's length before clipping, as numbers."""
@@ -673,26 +670,26 @@ class AdamW:
         zeros = {name: np.zeros(p.shape, np.float32) for name, p in self.parameters.items()}
         self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
-        self.recorded = model.ops.record(self.step)
+        sums = zeros if config.grad_accum > 1 else {}                 # of the gradients of a step's batches
+        self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
+        self.batch = model.ops.record(self.step)                      # (with `rates` and without, it is two
+        self.last_batch = model.ops.record(self.step)                 # programs, so it is recorded twice)
 
-    def step(self, x: Tensor, y: Tensor, key: Tensor, rates: Tensor) -> tuple[Tensor, Tensor]:
-        """Passages x, y (grad_accum, B, T), key (1,) and rates (3,) -> loss and length, scalars."""
-        ops = self.model.ops
-        parameters = self.parameters
-        losses = []
-        gradients = {}
-        for i in range(self.config.grad_accum):
-            losses.append(self.model.loss(x[i], y[i], key + i) / self.config.grad_accum)      # forward
-            slopes = losses[i].gradient(*parameters.values())                                 # backward
-            for name, slope in zip(parameters, slopes, strict=True):
-                gradients[name] = slope if i == 0 else gradients[name] + slope
-            Tensor.realize(losses[i], *gradients.values())            # (so that each batch's memory can go)
-        loss = sum(losses)
-        length = ops.norm(gradients)
+    def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
+        """A batch x, y (B, T) and a key (1,) -> its loss. With the last of a step's batches come the `rates`
+        (3,); then the step is taken, and the gradient's length returned as well."""
+        loss = self.model.loss(x, y, key)                                                     # forward
+        slopes = loss.gradient(*self.parameters.values())                                     # backward
+        gradients = dict(zip(self.parameters, slopes, strict=True))
+        for name, sums in self.sums.items():
+            gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
+        Tensor.realize(loss, *gradients.values())                     # (frees what was kept for the way back)
+        if rates is None:
+            return (loss,)
+        length = self.model.ops.norm(gradients)
         scale = (self.config.grad_clip / length).minimum(1)                                   # clip
         scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
-        Tensor.realize(loss, length, scale)
-        changed = ops.adamw(parameters, self.m, self.v, gradients, scale, rates, self.config) # step
+        changed = self.model.ops.adamw(self.parameters, self.m, self.v, gradients, scale, rates, self.config)
         Tensor.realize(*changed)
         return loss, length
 
@@ -702,10 +699,12 @@ class AdamW:
             raise ValueError("the model has other tensors than when its optimizer was made: make a new AdamW")
         c = self.config
         x, y = get_batch(data, c, self.model.config.block_size, i)
-        key = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=1, dtype=np.uint32)
+        keys = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=(len(x), 1), dtype=np.uint32)
         rates = [learning_rate(c, i), 1 - c.beta1 ** (i + 1), 1 - c.beta2 ** (i + 1)]
-        loss, length = self.recorded(x, y, key, np.array(rates, np.float32))
-        return float(loss), float(length)
+        first = np.arange(len(x))[:, None] == 0                       # (grad_accum, 1)
+        losses = [self.batch(*batch)[0] for batch in zip(x[:-1], y[:-1], keys[:-1], first[:-1], strict=True)]
+        loss, length = self.last_batch(x[-1], y[-1], keys[-1], first[-1], np.array(rates, np.float32))
+        return float(np.mean([*losses, loss])), float(length)
 
 # *The step size.* At the start Adam knows little and the loss is steep, so steps grow over a *warm-up*.
 # Towards the end we want to settle into a valley, not to jump across it, so they shrink, along half a cosine:
@@ -739,6 +738,8 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
     optimizer = optimizer or AdamW(model, config)
     if optimizer.model is not model or optimizer.config != config:
         raise ValueError("this optimizer was made for another model, or with another TrainConfig")
+    if data.dtype.kind not in "iu" or not 0 <= data.min() <= data.max() < model.config.vocab_size:
+        raise ValueError(f"data are token ids (N,), whole numbers from 0 to {model.config.vocab_size - 1}")
     for i in range(start, config.max_iters):
         yield i + 1, *optimizer(data, i)
 
@@ -759,7 +760,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     if top_k or top_p < 1:
         order = np.argsort(-p, kind="stable")                         # the likeliest first
         share = np.cumsum(p[order[:top_k or None]])
-        enough = 1 + int((share < top_p * share[-1]).sum())
+        enough = 1 + int((share < top_p * share[-1]).sum())            # the fewest that have this share
         p[order[enough:]] = 0
     # Put stretches as long as the probabilities side by side: in which one does a random point fall?
     ends = np.cumsum(p)
@@ -768,7 +769,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
 # The model can look at T tokens. When there are more, we let go of the older half. The list that we hand over
 # is always T long, because a recording works for one shape; no token looks at the zeros that come after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield `max_tokens` tokens that continue the prompt `ids` (at least one); `how` goes to `draw`."""
+    """Yield tokens that continue the prompt `ids` (at least one). Each `text` of a seed draws differently."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -785,13 +786,12 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it. Part II notices what you change in an operation or a layer: where it has
-# no fast program any more, what stands here is computed, more slowly. `python minimiggy.py --gradcheck` tells
-# whether all gradients are right. As it stands, `python minimiggy.py --train --max-iters 500` ends at 2.68
-# bits a byte, give or take 0.02, on tiny Shakespeare. Guess before each change.
+# To understand all this, change it. Where part II has no fast program for your change, what stands here runs,
+# more slowly; `python minimiggy.py --gradcheck` tells whether all gradients are right. As it is, `python
+# minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. Guess first.
 #
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
-# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! An average over t + 1 tokens betrays t.)
+# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! Averages over more tokens vary less.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
@@ -836,7 +836,6 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from tinygrad import Context, Device
@@ -847,10 +846,6 @@ from tinygrad import Context, Device
 # names for pieces of programs (UOp), its compiler, and the list of programs that TinyJit records. All of that
 # may change with the next version. So we use it with the one version that we know. With any other, part I's
 # operations run as they are, slowly, and `WHY_PLAIN` says why in one line.
-
-if os.name == "nt":  # it has neither these folders nor these signals
-    print("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL", file=sys.stderr)
-    sys.exit(2)
 
 TINYGRAD = "0.14.0"
 
@@ -869,7 +864,7 @@ try:
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.dtype import AddrSpace
     from tinygrad.engine.realize import capturing, get_call_arg_uops, get_runtime
-    from tinygrad.helpers import DEBUG, DEV, getenv
+    from tinygrad.helpers import DEBUG, DEV, JIT, getenv
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import AxisType, KernelInfo, Ops
     if version_of("tinygrad") != TINYGRAD:
@@ -997,6 +992,7 @@ def find_compiler() -> None:
 def open_device() -> None:
     """See that tinygrad can compute. UserError, with what to do, if it cannot."""
     named = os.environ.get("DEV", "")
+    os.environ.setdefault("PATH", os.defpath)  # (cron and the like do without, but tinygrad does not)
     if named.upper().startswith("CPU"):
         find_compiler()
         if not load_programs():
@@ -1004,12 +1000,16 @@ def open_device() -> None:
                 helper(f"helper_{number}")
     try:
         Tensor([1.0]).realize().tolist()
+        if helper.cache_info().currsize and not DEBUG:
+            ordered(replay_program(CORES), Device["CPU"].renderer)  # (of chapter 19: all recordings need it)
+    except subprocess.CalledProcessError:
+        raise  # the compiler has failed: `explain` says so
     except ModuleNotFoundError:
         raise UserError(f"DEV={named}: no such device (CPU, CUDA, METAL, AMD, CL, ...)") from None
     except Exception as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
-        reason = words[0][:150]
-        raise UserError(f"DEV={named} cannot be used here ({reason}): unset DEV to use the CPU") from None
+        way_out = "is a variable of tinygrad's set, such as THREADS?" if named == "CPU" else "unset DEV"
+        raise UserError(f"DEV={named} cannot be used here ({words[0][:150]}): {way_out}") from None
 
 # 13.3 Programs that are kept
 #
@@ -1162,7 +1162,8 @@ class Recording:
             Tensor._next_counter("CPU", 0)
             Tensor.realize(*Tensor._device_seeds.values(), *Tensor._device_rng_counters.values())
         try:
-            results = self.jit()
+            with Context(JIT=max(JIT.value, 1), CAPTURING=1):  # (tinygrad's variables can switch it off)
+                results = self.jit()
         except BaseException:
             forget_orders()
             raise
@@ -1330,13 +1331,6 @@ class Kernel:
         self.open = ()
         self.last = (self.last[0].end(thread, group),)
 
-    def transposed(self, M: int, N: int):
-        """Every i < M and j < N, for a copy that exchanges rows and columns. It goes in strips of a cache
-        line, so each line is fetched once."""
-        strip = divisor(N, LINE)
-        for block, i, j in self.loop(N // strip, M, strip):
-            yield i, block * strip + j
-
     def fold(self, n: int, first: float, *steps):
         """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by
         side, which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns
@@ -1397,14 +1391,16 @@ def program_of(kernel, cores: int, *arguments, **options):
 def exp(x):
     """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is
     a short sum (its Taylor series), and 2^n goes straight into the bits of the exponent. Unlike a call of the
-    C library's expf, this becomes vector instructions."""
+    C library's expf, this becomes vector instructions. Below 2^-60 it is 0, which beside a 1 makes no
+    difference: a processor takes a hundred times as long for numbers below 2^-126, as products of such would
+    be."""
     t = (x * (1 / math.log(2))).maximum(-126.0)
     n = (t - 0.5).cast(dtypes.int)
     f = t - n.cast(dtypes.float)
     power = t.const_like(math.log(2) ** 7 / math.factorial(7))
     for k in range(6, -1, -1):
         power = power * f + math.log(2) ** k / math.factorial(k)
-    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)
+    return (t > -60.0).where(power * ((n + 127) * (1 << 23)).bitcast(dtypes.float), 0.0)
 
 # === Chapter 15. Products, and the way back
 #
@@ -1500,6 +1496,8 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
     strip, and all 12 panels in one group. (512 deep, 32 columns of B are 64 KB; 256 if A has to be copied,
     too.)"""
+    # 65 rows make nine tiles of 8, the last of which overlaps the one before. With tiles of one height it
+    # costs no code of its own, and what is computed twice is the same twice.
     rows = pieces(M, pieces(M, TILE[0]))
     columns = min(TILE[1], N)
     deepest = 256 if a_transposed else 512
@@ -1532,14 +1530,16 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
     def pack(block, column):
         """Copy the panels of a group; what a block before has had already counts as 0."""
         k0 = step_back(block, depth, K)
+        some = divisor(depth, LINE)
         for panel in k.loop(panels):
-            # The order is that of B in memory.
-            for outer, inner in k.transposed(columns, depth) if b_transposed else k.loop(depth, columns):
-                kk, j = (inner, outer) if b_transposed else (outer, inner)
+            places = k.loop(depth, columns)
+            if b_transposed:  # some numbers of each row at a time, a cache line, so that it is fetched once
+                places = ((turn * some + kk, j) for turn, j, kk in k.loop(depth // some, columns, some))
+            for kk, j in places:
                 value = B[column(panel) + j, k0 + kk] if b_transposed else B[k0 + kk, column(panel) + j]
                 seen = k0 + kk < block * depth
                 packed[panel, kk, j] = value if K % depth == 0 else seen.where(0.0, value)
-                if column_sums:
+                if column_sums:  # each number of B passes here once, so adding it up costs next to nothing
                     sums[panel, j] += packed[panel, kk, j]
 
     for group in share_columns(pieces(N, width)):
@@ -1633,14 +1633,15 @@ def matvec(k, parts, x, w):
                         terms = (a * b for a, b in zip(factors[r], weights, strict=True))
                         parts[part, r, column] = sum(terms, parts[part, r, column])
 
-def add_parts(k, y, parts, *others, biased: bool):
-    """y (R, N): the sum of all parts (P, R, N), plus, if `biased`, a bias (N,), which comes first among the
-    others. (They are here for the way back.)"""
+def add_parts(k, y, parts, *others):
+    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,), if there is one. Then come x and w, for the
+    way back alone. (What a kernel does not use must come last, or it would look for its core's number in the
+    wrong place.)"""
+    *bias, _, _ = others
     P, R, N = parts.shape
-    bias = others[0] if biased else None
     for r in range(R):
         for j in k.share(N):
-            before = 0.0 if bias is None else bias[j]
+            before = bias[0][j] if bias else 0.0
             y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
 def dot_rows(k, y, x, table):
@@ -1713,11 +1714,15 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
                 out[d, i] = 0.0
             for key_block in k.loop((before + i0 + Q - 1) // Q + 1):  # those that some query here may see
                 j0 = key_block * Q
+                # The scores of this block, and with them each query's largest score so far. One that a query
+                # may not see becomes -1e30, whose exponential is 0: minus infinity, less itself, would be a
+                # NaN.
                 for i in k.loop(Q):
                     old_top[i] = top[i]
                 for j, i, s in product(k, Q, Q, D, lambda j, d: key(j0 + j, d), query.at):
                     score[j, i] = (j0 + j <= before + i0 + i).where(s, -1e30)
                     top[i] = top[i].maximum(score[j, i])
+                # What was added up before fades, and the block's own terms come on top.
                 for i in k.loop(Q):
                     fade[i] = exp(old_top[i] - top[i])
                     total[i] *= fade[i]
@@ -1768,10 +1773,12 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
                 j0 = key_block * Q
                 key = lambda j, d: qkv[b, j0 + j, 1, h, d]
                 value = lambda j, d: qkv[b, j0 + j, 2, h, d]
+                # p and ds, as derived above ...
                 for j, i, s in product(k, Q, Q, D, key, query.at):
                     prob[j, i] = (j0 + j <= i0 + i).where(exp(s - lse[b, h, i0 + i]), 0.0)
                 for j, i, s in product(k, Q, Q, D, value, grad.at):
                     dscore[j, i] = prob[j, i] * (s - dot[i])
+                # ... and what they mean for the queries, the keys and the values.
                 for d, i, s in product(k, D, Q, Q, lambda d, j: key(j, d), dscore.at):
                     dquery[d, i] += s
                 for j, d, s in product(k, Q, D, Q, dscore.at, lambda i, d: qkv[b, i0 + i, 0, h, d]):
@@ -1806,6 +1813,9 @@ def layer_norm(k, y, stats, x, w, b=None):
     C = x.columns
     for i in k.share(x.rows):
         mean = k.sum(C, lambda c: x[i, c]) * (1 / C)
+        # (The mean of the squares, less the square of the mean, could be had together with the mean. But
+        # where a row lies far from 0, it is the small difference of two large numbers, and float32 has but
+        # seven digits.)
         variance = k.sum(C, lambda c: (x[i, c] - mean).square()) * (1 / C)
         scale = (variance + 1e-5).rsqrt()
         for c in k.loop(C):
@@ -1894,7 +1904,9 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 #
 # Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core. The length of
 # the gradient is another matter: adding up the 100 million squares of GPT-2 one by one in float32 loses
-# digits, as each is tiny next to the sum; so they are summed in float64.
+# digits, as each is tiny next to the sum; so they are summed in float64. Every core has a sum of its own, to
+# which one kernel after the other adds a block's gradients. (All blocks have the same shapes, so they share
+# one program. A single kernel for all gradients would be the longer to compile, the deeper the model is.)
 def square_sums(k, after, before, *gradients):
     """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
     cores = after.rows * after.columns
@@ -1912,9 +1924,15 @@ def square_sums(k, after, before, *gradients):
                 lanes[lane] += inside.where(value * value, 0.0).cast(dtypes.double)
         after[core] = sum((lanes[lane] for lane in range(16)), before[core])
 
+def unless_tiny(x, least: float):
+    """x, or 0 between -least and least."""
+    return ((x < least) & (x > -least)).where(0.0, x)
+
 def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     """A step of AdamW in place, as `Plain.adamw` has it, for some parameters: first all theta, then all m,
-    all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes."""
+    all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes. The averages of a
+    token that does not come again fade for ever; what no float32 weight would notice becomes 0 at once, since
+    below 2^-126 a processor takes a hundred times as long (as in `exp`)."""
     *arrays, scale, rates = arrays
     n = len(decays)
     taken = scale[0] > 0.0
@@ -1925,9 +1943,9 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     kinds = [arrays[i * n:i * n + n] for i in range(4)]
     for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
         for i in k.share(theta.rows * theta.columns):
-            g = gradient[i] * shorter
-            m[i] = taken.where(m[i] * beta1 + g * (1 - beta1), m[i])
-            v[i] = taken.where(v[i] * beta2 + g * g * (1 - beta2), v[i])
+            g = unless_tiny(gradient[i] * shorter, 1e-16)
+            m[i] = taken.where(unless_tiny(m[i] * beta1 + g * (1 - beta1), 1e-18), m[i])
+            v[i] = taken.where(unless_tiny(v[i] * beta2 + g * g * (1 - beta2), 1e-34), v[i])
             change = (m[i] / start_1) / ((v[i] / start_2).sqrt() + 1e-8) + theta[i] * decay
             theta[i] = taken.where(theta[i] - change * rate, theta[i])
 
@@ -1977,10 +1995,13 @@ def replay_program(threads: int):
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
 
 class Crew:
-    """Calls all kernels of a recording, on so many threads. The numbers do not depend on how many."""
-    def __init__(self, calls: list, threads: int):
+    """Calls all kernels of a recording, on so many of the threads that there could be. The numbers do not
+    depend on how many."""
+    def __init__(self, calls: list, threads: int, cores: int):
         library = ctypes.CDLL(None)
         go_on, rest = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.abs, library.sched_yield))
+        # A kernel that is shared among more cores than there are threads takes several lines of a list; and
+        # all lists must be equally long, since threads wait for each other after every line.
         lists = [[] for _ in range(threads)]
         for address, arguments, shares in calls:
             lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
@@ -1989,17 +2010,18 @@ class Crew:
                 lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
         self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
         self.length = np.array([len(lists[0])], np.int32)
-        self.done = np.zeros((threads, 8), np.uint64)
-        program = to_program(replay_program(threads), Device["CPU"].renderer)
-        self.program = Device["CPU"].runtime(program.to_elf())
+        self.done = np.full((cores, 8), 2**64 - 1, np.uint64)                # nobody waits for the others
+        tree = replay_program(cores)
+        compile_together([tree])
+        self.program = Device["CPU"].runtime(to_program(tree, Device["CPU"].renderer).to_elf())
         self.arguments = []
-        for lines, mine in zip(self.lists, self.done, strict=True):
+        for lines, mine in zip(self.lists, self.done, strict=False):
             memory = (lines, self.length, mine, self.done)
             self.arguments.append([ctypes.c_uint64(array.ctypes.data) for array in memory])
         self.pool = ThreadPoolExecutor(max(1, threads - 1))
 
     def __call__(self) -> None:
-        self.done[:] = 0
+        self.done[:len(self.lists)] = 0
         others = [self.pool.submit(self.program.fxn, *arguments) for arguments in self.arguments[1:]]
         self.program.fxn(*self.arguments[0])
         for other in others:
@@ -2016,7 +2038,7 @@ class Replay:
         self.ways = [recording.jit]  # tinygrad's own way, which knows what to do with copies, too
         calls = recording.calls()
         if calls is not None:
-            self.ways = [Crew(calls, threads) for threads in dict.fromkeys((cores, 1))]
+            self.ways = [Crew(calls, threads, cores) for threads in dict.fromkeys((cores, 1))]
         self.best = [math.inf] * len(self.ways)  # seconds
         self.turns = 0
 
@@ -2092,10 +2114,13 @@ def instead_of(name: str, known: str):
         return call if is_its_own and digest(f"Plain.{name}") == known else plain
     return choose
 
-def like(tensor: Tensor) -> Tensor:
+def like(tensor: Tensor | None) -> Tensor | None:
     """Memory for a result of this shape."""
-    return Tensor.empty(*tensor.shape)
+    return None if tensor is None else Tensor.empty(*tensor.shape)
 
+# One method looks like the next: it checks that shapes fit, since a kernel would read past the end of what
+# does not; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so theirs is
+# None.
 class Fast(Plain):
     """Part I's operations by the kernels of part II: the same arguments and results, to float32's rounding,
     on `cores` cores."""
@@ -2105,9 +2130,14 @@ class Fast(Plain):
 
     def run(self, kernel, results: list[Tensor], inputs: list[Tensor], back=None, **options) -> list[Tensor]:
         """Run a kernel; return the results. `back` is its gradient: from that of the first result, and the
-        results, it makes those of the inputs, or None for such as need none."""
+        results, it makes those of the inputs, or None for such as need none. A bias that is None is left out
+        everywhere."""
+        results = [tensor for tensor in results if tensor is not None]
+        inputs = [tensor for tensor in inputs if tensor is not None]
         n = len(results)
 
+        # `call` is the kernel's node in tinygrad's graph, whose sources are the kernel and its arguments. The
+        # results among these have no numbers until it has run, so we ask for them `after` the call.
         def gradient(dy, call):
             computed = [Tensor(result.after(call)) for result in call.src[1:n + 1]]
             slopes = back(Tensor(dy), *computed)
@@ -2118,7 +2148,7 @@ class Fast(Plain):
 
     @instead_of("embed", "4ce31ccacb8f")
     def embed(self, idx, table):
-        idx = in_memory(idx)
+        idx = in_memory(idx, table.shape[0])
 
         def back(dx, x):
             return *self.run(embed_back, [like(table)], [dx, idx]), None
@@ -2129,35 +2159,34 @@ class Fast(Plain):
     def linear(self, x, weight, bias=None):
         check("linear", x.shape[-1] == weight.shape[0], x, weight)
         check("linear", bias is None or bias.shape == weight.shape[1:], weight, bias)
-        biases = [] if bias is None else [bias]
 
         def back(dy, *_):
             dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
-            return *dx, *self.run(weights_back, [like(weight), *map(like, biases)], [x, dy])
+            return *dx, *self.run(weights_back, [like(weight), like(bias)], [x, dy])
+        # Many rows are for the tiled product. A few are for `matvec`, whose parts `add_parts` adds up. It
+        # gets x and the weight as well, only so that tinygrad sees what the way back leads to.
         y = Tensor.empty(*x.shape[:-1], weight.shape[1])
         rows = x.numel() // weight.shape[0]
         if rows > FEW:
-            return self.run(matmul, [y], [x, weight, *biases], back)[0]
+            return self.run(matmul, [y], [x, weight, bias], back)[0]
         _, n = parts_of(weight.shape[0], self.cores)
         parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
 
         def back_past_parts(dy, _):
             dx, dweight, *dbias = back(dy)
             return None, *dbias, dx, dweight
-        inputs = [parts, *biases, x, weight]
-        return self.run(add_parts, [y], inputs, back_past_parts, biased=bias is not None)[0]
+        return self.run(add_parts, [y], [parts, bias, x, weight], back_past_parts)[0]
 
     @instead_of("layer_norm", "4107472af387")
     def layer_norm(self, x, weight, bias=None):
         check("layer_norm", x.shape[-1:] == weight.shape, x, weight)
         check("layer_norm", bias is None or bias.shape == weight.shape, weight, bias)
-        biases = [] if bias is None else [bias]
 
         def back(dy, _, stats):
             dx = self.run(layer_norm_back, [like(x)], [dy, x, weight, stats])
-            return *dx, *self.run(layer_norm_weights_back, [like(weight), *map(like, biases)], [dy, x, stats])
+            return *dx, *self.run(layer_norm_weights_back, [like(weight), like(bias)], [dy, x, stats])
         stats = Tensor.empty(*x.shape[:-1], 2)
-        return self.run(layer_norm, [like(x), stats], [x, weight, *biases], back)[0]
+        return self.run(layer_norm, [like(x), stats], [x, weight, bias], back)[0]
 
     @instead_of("gelu", "cb21fcecc912")
     def gelu(self, x):
@@ -2170,6 +2199,9 @@ class Fast(Plain):
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
         lse = Tensor.empty(B, H, T)
+        # To write (chapter 21), there is a cache of keys and values. If each token says where its own text
+        # begins, they are of different texts; or else they are a piece of one, and go through `flash` in
+        # blocks.
         if cache is not None:
             check("attention", B == 1, qkv)
             memory = cache.room(H, D)
@@ -2190,14 +2222,15 @@ class Fast(Plain):
             dx = self.run(matmul, [like(x)], [dy, table])
             return *dx, *self.run(weights_back, [like(table)], [dy, x])
         y = Tensor.empty(*x.shape[:-1], table.shape[0])
+        # (A table's rows are used as they lie, so each core has its own, and no parts have to be added up.)
         if x.numel() <= FEW * table.shape[1]:
             return self.run(dot_rows, [y], [x, table], back)[0]
         return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
 
-    @instead_of("cross_entropy", "722afa913ccb")
+    @instead_of("cross_entropy", "9ca0631f8026")
     def cross_entropy(self, logits, targets):
         check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
-        targets = in_memory(targets)
+        targets = in_memory(targets, logits.shape[-1])
 
         def back(dloss, _, lse):
             return *self.run(cross_entropy_back, [like(logits)], [dloss, logits, lse, targets]), None
@@ -2214,6 +2247,8 @@ class Fast(Plain):
 
     @instead_of("adamw", "e475df0de9ec")
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
+        check_config(config)  # (with a beta of 1, the kernel would have nothing to store)
+        # The kernel's results are no new memory, but theta, m and v themselves, which it changes in place.
         changed = []
         for names in groups(parameters, self.cores):
             results = [tensors[name] for tensors in (parameters, m, v) for name in names]
@@ -2255,8 +2290,14 @@ def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
         found += [names[i:i + 12] for i in range(0, len(names), 12)]
     return found
 
-def in_memory(ids: Tensor) -> Tensor:
-    """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not."""
+def in_memory(ids: Tensor, n: int | None = None) -> Tensor:
+    """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not. ValueError
+    if there are others than 0 to n - 1, as far as they are known: a recording only gets to see them when it
+    is repeated, and its kernels give NaN for them."""
+    if n is not None and not capturing and 0 not in ids.shape:
+        numbers = ids.numpy()
+        if not 0 <= numbers.min() <= numbers.max() < n:
+            raise ValueError(f"ids are from {numbers.min()} to {numbers.max()}, but only 0 to {n - 1} exist")
     ids = ids.cast(dtypes.int32)
     return ids.clone() if ids.device is None else ids.contiguous()
 
@@ -2413,7 +2454,6 @@ def attend(k, y, keys, values, qkv, position, start, *, most: int):
         total[0] = 0.0
         for j in k.loop(last + 1):
             score[j] = k.sum(D, lambda d: qkv[0, t, 0, h, d] * keys[0, h, first + j, d]) * D**-0.5
-        for j in k.loop(last + 1):
             top[0] = top[0].maximum(score[j])
         for j in k.loop(last + 1):
             score[j] = exp(score[j] - top[0])
@@ -2452,6 +2492,8 @@ class Cache:
         places = Tensor.arange(self.texts * self.S).reshape(1, -1)
         start = self.start.reshape(-1, 1)
         last = start + position.reshape(T, 1)
+        # Kernels write where they like; ordinary operations can't. So each place asks which new token is its
+        # own, and a product with these zeros and ones takes it there.
         here = (last == places).transpose(0, 1)                       # (S, T): token t belongs to place s
         is_new = here.max(1, keepdim=True)                            # (S, 1)
         for old, new in zip(memory, (k, v), strict=True):
@@ -2468,7 +2510,7 @@ class Cache:
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
 # way.
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "fbdd843e2b28" and not CHANGED
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "91b9865bce09" and not CHANGED
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 
 def is_as_in_part_one(thing) -> bool:
@@ -2483,7 +2525,9 @@ def is_as_in_part_one(thing) -> bool:
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, tuple, int, type(None))
+    if kind is dict:  # `source`, which is of texts
+        return all(isinstance(part, str) for part in thing.values())
+    return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, int, type(None))
 
 SIDE_BY_SIDE = FEW  # texts
 
@@ -2496,7 +2540,6 @@ class Text:
     row: int                       # which stretch of the caches it has, as long as no other text takes it
     done: int = 0                  # so many of the tokens seen are in the caches
     fresh: deque = dataclasses.field(default_factory=deque)  # written, and not yet handed out
-    simple: Iterator | None = None               # part I's `write`, where that has to do it
 
 class Writer:
     """Writes with a model, up to `texts` texts side by side. Each Writer has caches of its own, so several
@@ -2548,6 +2591,8 @@ class Writer:
             caches = [cache.at(start) for cache in self.caches]
             x = self.model.hidden(idx, None, position, caches)
             return ((self.model.head(x) if head else x).realize(),)
+        # Only what has one shape can be recorded, so each number of tokens has a recording of its own. Places
+        # and rows come in as tensors: one recording serves all of them.
         kind = len(ids), len(rows), head
         if kind not in self.programs:
             self.programs[kind] = self.model.ops.record(run)
@@ -2557,6 +2602,8 @@ class Writer:
     def read_before_last(self, ids: list[int], done: int, row: int = 0) -> None:
         """Read those of `ids` that have not been read, all after the first `done`, except for the last
         one."""
+        # Take the largest piece that fits what is left. If none does, the smallest steps back over tokens
+        # that have been read; and if there are too few of those, one token goes alone.
         while done < len(ids) - 1:
             left = [n for n in self.sizes if n <= len(ids) - done]
             smallest = [n for n in self.sizes[-1:] if n <= len(ids)]
@@ -2571,6 +2618,8 @@ class Writer:
 
     def advance(self, texts: list[Text], **how) -> None:
         """Write a token for each of some texts."""
+        # First all but their last tokens must be in the caches: of a prompt, or of the newer half when the
+        # context is full.
         for text in texts:
             if self.readers.get(text.row) is not text:  # another text has used its stretch meanwhile
                 self.readers[text.row] = text
@@ -2582,27 +2631,28 @@ class Writer:
         if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
         else:
-            last = {row: (0, 0) for row in range(self.texts)}  # token and place; idle rows: a 0 at place 0
-            last |= {text.row: (text.seen[-1], len(text.seen) - 1) for text in texts}
+            tokens = [0] * self.texts  # (rows without a text get a 0 at place 0)
+            places = [0] * self.texts
+            for text in texts:
+                tokens[text.row] = text.seen[-1]
+                places[text.row] = len(text.seen) - 1
             self.readers = {text.row: text for text in texts}
-            results = self.read([token for token, _ in last.values()], [place for _, place in last.values()],
-                                list(last))
+            results = self.read(tokens, places, list(range(self.texts)))
             logits = [results[text.row] for text in texts]
+        # Each text draws from its own generator, so it is the same whoever else is written beside it.
         for text, row in zip(texts, logits, strict=True):
+            token = draw(row, text.rng, **how)
             text.done = len(text.seen)
-            text.seen.append(draw(row, text.rng, **how))
+            text.left -= 1
+            text.seen.append(token)
+            text.fresh.append(token)
 
     def follow(self, text: Text, all_texts: list[Text], **how):
         """Yield the tokens of a text. When there are none, all texts get one more."""
         try:
             while text.left > 0 or text.fresh:
                 if not text.fresh:
-                    at_work = [other for other in all_texts if other.left > 0]
-                    if self.remembers:
-                        self.advance(at_work, **how)
-                    for other in at_work:
-                        other.left -= 1
-                        other.fresh.append(next(other.simple) if other.simple else other.seen[-1])
+                    self.advance([other for other in all_texts if other.left > 0], **how)
                 yield text.fresh.popleft()
         finally:
             text.left = 0  # (nobody wants more of it)
@@ -2612,9 +2662,11 @@ class Writer:
         for each, which yields what part I's `write` yields, sooner."""
         if len(prompts) > self.texts:
             raise ValueError(f"this Writer has room for {self.texts} texts, not for {len(prompts)}")
+        check_config(SampleConfig(max_tokens=max_tokens, **how))
         vocab_size = self.model.config.vocab_size
-        if not all(ids and 0 <= min(ids) <= max(ids) < vocab_size for ids in prompts):
-            raise ValueError(f"a prompt needs at least one token, and ids must be below {vocab_size}")
+        for ids in map(np.asarray, prompts):
+            if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
         tensors = list(self.model.parameters().values())  # (what has been assigned to them is done now)
         if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
             self.tensors = tensors  # somebody has put others there: record anew
@@ -2622,13 +2674,13 @@ class Writer:
             self.readers = {}
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
+        if not self.remembers:
+            return [write(self.model, ids, max_tokens, seed, first + row, **how)
+                    for row, ids in enumerate(prompts)]
         texts = []
         for row, ids in enumerate(prompts):
             rng = np.random.default_rng((WRITING, seed, first + row))
-            text = Text(list(ids)[-self.model.config.block_size:], rng, max_tokens, row)
-            if not self.remembers:
-                text.simple = write(self.model, ids, max_tokens, seed, first + row, **how)
-            texts.append(text)
+            texts.append(Text(list(ids)[-self.model.config.block_size:], rng, max_tokens, row))
         return [self.follow(text, texts, **how) for text in texts]
 
     def stream(self, ids: list[int], max_tokens: int, seed: int = 0, text: int = 0, **how):
@@ -2643,6 +2695,8 @@ def write_all(writer: Writer, prompts: list[list[int]], max_tokens: int, seed: i
 
 def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how) -> Tensor:
     """Ids (B, T) int32 -> (B, T + max_tokens) int32: the prompts, and what the model writes after each."""
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"prompts are ids (B, T), at least one of each, not {x.shape}")
     prompts = x.tolist()
     writer = Writer(model, min(len(prompts), SIDE_BY_SIDE))
     texts = write_all(writer, prompts, max_tokens, seed, **how)
@@ -2749,6 +2803,7 @@ class Packed(Fast):
         self.scales[id(tensor)] = scale
 
     def run(self, kernel, results, inputs, back=None, **options):
+        inputs = [tensor for tensor in inputs if tensor is not None]
         packed = [i for i, tensor in enumerate(inputs) if id(tensor) in self.scales]
         if not packed:
             return super().run(kernel, results, inputs, back, **options)
@@ -2785,8 +2840,8 @@ class Packed(Fast):
 
 import argparse
 import codecs
+import errno
 import json
-import signal
 import timeit
 import traceback
 import warnings
@@ -2819,6 +2874,9 @@ def whole(path: Path):
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)  # after a rename, nothing has this name any more
     folder = os.open(path.parent, os.O_RDONLY)
@@ -2830,11 +2888,15 @@ def whole(path: Path):
 # what we print comes from elsewhere: a model can write any byte, and a file can have any name. Control
 # characters in it could move the cursor or recolour the terminal, so they are replaced by U+FFFD, the sign
 # for "not readable".
-def say(line: str = "", end: str = "\n") -> None:
-    """Print a line that stays. If the terminal is gone, or the disk behind it is full, training goes on."""
+def tell(line: str = "", end: str = "\n") -> None:
+    """Print a line that stays; OSError if that cannot be done."""
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # wipe what `show` has left there
+    print(clear + printable(line), end=end, flush=True)
+
+def say(line: str = "", end: str = "\n") -> None:
+    """The same while training, which goes on if the terminal is gone, or the disk behind it is full."""
     with suppress(OSError):
-        print(clear + printable(line), end=end, flush=True)
+        tell(line, end)
 
 def show(line: str) -> None:
     """Show a line that the next one overwrites, if there is a terminal; "" wipes the last one."""
@@ -2858,7 +2920,9 @@ def brief(text, most: int = 300) -> str:
 def in_words(error: Exception) -> str:
     """What an error says, without Python's way of writing it down."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = error.filename or (full and "standard output")  # (`whole` names its files)
+        return f"{where}: {error.strerror}" if where else error.strerror
     return str(error)
 
 # === Chapter 24. A text from elsewhere
@@ -2939,6 +3003,16 @@ def fetch_rest(url: str, unfinished: Path) -> None:
 # read a megabyte at a time, so that a text of 200 MB takes 200 MB of memory and no more. Python decodes it on
 # the way and tells us if a byte cannot be UTF-8, but counts from the beginning of the piece that it is
 # decoding just then. The piece ends where Python has read to, so its beginning is that place less its length.
+def check_file(path: str | Path) -> int:
+    """The size of a file in bytes; UserError, which says what it is instead, if it is not an ordinary one: a
+    pipe, say, may never end."""
+    if not os.path.exists(path):  # (nor if no file can have such a name)
+        raise UserError(f"no such file: {brief(path, 100)}")
+    if not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise UserError(f"cannot read {brief(path, 100)}: it is {kind}")
+    return os.path.getsize(path)
+
 def read_text(path: Path, replace: bool = False) -> bytearray:
     """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. Bytes that are not UTF-8
     are a UserError that says where they are, or become U+FFFD with `replace`; so is a file that cannot be
@@ -2967,9 +3041,11 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
 SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
 def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
-    """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint16 if they fit,
-    else int32."""
+    """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint8 or uint16 if
+    they fit, else int32."""
     import regex
+    if tokenizer.merges == []:
+        return np.frombuffer(text, np.uint8)  # plain bytes: the text is its own list of tokens
     kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
     arrays = []
     decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
@@ -3006,13 +3082,15 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
         try:
             download(path=ours[name], **SHAKESPEARE)
         except UserError as error:
-            if data:
-                raise UserError(f"{error}, or use --data play") from error
+            if data or not ours["play"].is_file():
+                raise UserError(f"{error}, or use --data {'play' if data else 'FILE'}") from error
             say(f"{error}\ntraining on data/play.txt, a play that came with this file, instead")
             name = "play"
     path = Path(ours.get(name, name))
-    if not os.path.isfile(path):  # (nor if no file can have such a name: Path's own would raise an error)
-        raise UserError(f"no such file: {brief(name, 100)} (--data takes a text file, shakespeare, or play)")
+    try:
+        check_file(path)
+    except UserError as error:
+        raise UserError(f"{error} (--data takes a text file, shakespeare, or play)") from None
     return read_text(path, replace), name if name in ours else str(path.resolve())
 
 # === Chapter 25. What a knob may be
@@ -3093,9 +3171,16 @@ def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
     return digest.hexdigest()
 
 def numbers_of(tensor) -> memoryview:
-    """The float32 numbers of a tensor or an array, as bytes."""
+    """The float32 numbers of a tensor or an array, as bytes; ValueError unless they are finite."""
     array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
-    return np.ascontiguousarray(array, np.float32).reshape(-1).data
+    array = np.ascontiguousarray(array, np.float32).reshape(-1)
+    check_finite(array)
+    return array.data
+
+def check_finite(array: np.ndarray) -> None:
+    """ValueError if a number in it is infinite, or no number."""
+    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):  # (a NaN is both)
+        raise ValueError("there are numbers that are not finite")
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
@@ -3122,9 +3207,9 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
 # last one must end where the file does. Then no number can be read from a wrong place, and no memory is taken
 # for what is not there.
 #
-# The numbers are not read at all, at first. `np.memmap` makes an array of a file, and the system fetches
-# those of its pages that somebody looks at: to let a model write, the third of the file that is the model is
-# enough. Only for the SHA-256 everything has to be read once, a megabyte at a time.
+# `np.memmap`, which makes an array of a file without reading it, would be quicker. But if somebody cuts the
+# file meanwhile, the next look at it ends the program on the spot, without a word. So everything is read, one
+# tensor after the other, and what is used is what the SHA-256 was computed of.
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2",
           "I8": "i1", "U8": "u1", "BOOL": "?"}  # their names in a file, and numpy's
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
@@ -3133,27 +3218,16 @@ class Damaged(UserError):
     """What is wrong with a file; whoever catches it says which file."""
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a file, by name, as windows on it, and its texts. (bfloat16, which numpy lacks, comes as
-    uint16.) UserError unless the header describes the file to its last byte and the SHA-256, if it has one,
-    is right."""
+    """The arrays of a file, by name, and its texts. (bfloat16, which numpy lacks, comes as uint16.) UserError
+    unless the header describes the file to its last byte and the SHA-256, if it has one, is right."""
     try:
-        if not path.is_file():
-            raise UserError(f"cannot read {path}: there is no such file")
+        check_file(path)
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(path.stat().st_size - 8, LONGEST_HEADER):
-                raise Damaged("it is cut off, or not a safetensors file")
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            if not all(type(text) is str for text in metadata.values()):
-                raise Damaged("it has metadata that is not text")
-            file_bytes = np.memmap(file, np.uint8, "c")  # "c": whoever writes to it gets a copy of that page
-            arrays = windows(header, file_bytes[8 + length:])
-            if "sha256" in metadata:
-                file.seek(8 + length)
-                pieces = iter(functools.partial(file.read, 1 << 20), b"")
-                if metadata["sha256"] != sha256_of(header, metadata, pieces):
-                    raise Damaged("its bytes are not those that were written (wrong SHA-256)")
+            header, metadata = read_header(file)
+            arrays = read_arrays(file, header)
+        numbers = (array.reshape(-1) for array in arrays.values())
+        if "sha256" in metadata and metadata["sha256"] != sha256_of(header, metadata, numbers):
+            raise Damaged("its bytes are not those that were written (wrong SHA-256)")
         return arrays, metadata
     # What follows is in turn: no file; a file with something wrong that was looked for; and all the errors
     # that Python has when a text is no JSON, or when the JSON is not made as it should be.
@@ -3164,8 +3238,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header is not one of a safetensors file") from error
 
-def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays that a header describes, as windows on the bytes that come after it."""
+def read_header(file) -> tuple[dict, dict[str, str]]:
+    """The header of an open file, and its texts. Damaged, or json's errors, if it has none."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(os.fstat(file.fileno()).st_size - 8, LONGEST_HEADER):
+        raise Damaged("it is cut off, or not a safetensors file")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not all(type(text) is str for text in metadata.values()):
+        raise Damaged("it has metadata that is not text")
+    return header, metadata
+
+def read_arrays(file, header: dict) -> dict[str, np.ndarray]:
+    """The arrays that a header describes, from the bytes that come after it."""
+    size = os.fstat(file.fileno()).st_size - file.tell()
     arrays = {}
     place = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -3173,14 +3259,14 @@ def windows(header: dict, numbers: np.ndarray) -> dict[str, np.ndarray]:
         start, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise Damaged(f"{brief(name, 60)} has numbers of a kind that is not read here")
-        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= len(numbers) for n in shape):
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= size for n in shape):
             raise Damaged(f"{brief(name, 60)} has an impossible shape")
         kind = np.dtype(DTYPES[entry["dtype"]])
-        if start != place or end > len(numbers) or end - start != kind.itemsize * math.prod(shape):
+        if start != place or end > size or end - start != kind.itemsize * math.prod(shape):
             raise Damaged(f"{brief(name, 60)} is not where it belongs, or the file is cut off")
-        arrays[name] = numbers[start:end].view(kind).reshape(shape)
+        arrays[name] = np.fromfile(file, kind, math.prod(shape)).reshape(shape)
         place = end
-    if place != len(numbers):
+    if place != size:
         raise Damaged("it has bytes that no header speaks of")
     return arrays
 
@@ -3213,8 +3299,12 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
             found = f"{array.dtype} {array.shape}"
             raise UserError(f"{path} does not fit this model: {name} is {found}, not float {tensor.shape}")
         numbers = as_float32(array)
-        if not np.isfinite(numbers.min(initial=0) + numbers.max(initial=0)):  # (a NaN is both)
-            raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
+        try:
+            check_finite(numbers)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: in {name}, {error}") from None
+        if name.startswith("optimizer.v.") and numbers.min(initial=0) < 0:
+            raise UserError(f"{path} is damaged: {name} has averages of squares below zero")
     for name, tensor in tensors.items():
         load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
         load(tensor, as_float32(arrays[name]))
@@ -3277,15 +3367,16 @@ PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ fo
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
-    disk does not take it."""
+    disk does not take it; ValueError if the numbers could not be read back."""
+    if type(iter_num) is not int or not 0 <= iter_num < 10**9:
+        raise ValueError(f"iter_num is the number of steps, and not {iter_num!r}")
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
     # A model that was made in a program of one's own may have no tokenizer, and no text that it comes from.
     metadata = {"format": FORMAT, "iter_num": str(iter_num), "made_by": PART_ONE}
     metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
     if model.tokenizer:
         metadata["tokenizer"] = tokenizer_to_json(model.tokenizer)
-    if model.source:
-        metadata["data"], metadata["data_sha256"] = model.source
+    metadata |= model.source or {}
     if optimizer:
         metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
     write_safetensors(path, state_of(model, optimizer), metadata)
@@ -3304,6 +3395,11 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
     """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
     UserError, and nothing has changed, if the file is damaged or does not fit."""
     arrays, metadata = read_checkpoint(Path(path))
+    config = config_from(GPTConfig, metadata.get("gpt_config", ""))
+    for field in dataclasses.fields(config):
+        saved = getattr(config, field.name)
+        if field.name != "dropout" and saved != getattr(model.config, field.name):
+            raise UserError(f"{path} does not fit this model: its {field.name} is {saved}")
     restore(model, arrays, metadata, path, optimizer)
     return int(metadata["iter_num"])
 
@@ -3368,8 +3464,7 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
             raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
         raise UserError(brief(f"{path} cannot be opened: {error}")) from error
-    if "data" in metadata:
-        model.source = (metadata["data"], metadata.get("data_sha256", ""))
+    model.source = {key: metadata[key] for key in ("data", "data_sha256", "run") if key in metadata}
     return Checkpoint(model, train_config, int(metadata["iter_num"]), path, arrays)
 
 # In a folder there are several checkpoints. Not all of them need be kept: the last few, for whoever has to go
@@ -3418,20 +3513,46 @@ def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
     damaged."""
     for path in paths:
         try:
-            return open_checkpoint(path, backend)
+            checkpoint = open_checkpoint(path, backend)
+            if checkpoint.step != step_of(path):
+                raise UserError(f"{path} holds step {checkpoint.step}, so it has been renamed (--checkpoint "
+                                f"{path} takes it all the same)")
+            return checkpoint
         except UserError as error:
             last_error = error
-            say(f"skipped: {error}")
+            print(f"skipped: {error}", file=sys.stderr)
     raise last_error
 
+# Checkpoints can be copied, and a run can go on in another folder. So that none deletes what is not its own,
+# each run has a name, which all its checkpoints carry: a checksum of what it begins with. (The same numbers,
+# the same plan and the same text give the same run, to the last bit.)
+def name_of_run(model: GPT, config: TrainConfig, data: np.ndarray) -> str:
+    """A name for the run that begins with this model, this plan and these token ids."""
+    plan = [dataclasses.asdict(model.config), dataclasses.asdict(config), PART_ONE]
+    digest = hashlib.sha256(json.dumps(plan).encode())
+    for part in (data, *map(numbers_of, model.parameters().values())):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+def run_of(path: Path) -> str | None:
+    """The name of the run that a checkpoint comes from; None if it has none or cannot be read."""
+    with suppress(OSError, UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with open(path, "rb") as file:
+            return read_header(file)[1].get("run")
+
+def own_checkpoints(out_dir: Path, run: str) -> dict[int, Path]:
+    """The checkpoints of a folder that a run has saved."""
+    found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors") if run_of(path) == run}
+    return dict(sorted((step, path) for step, path in found.items() if step is not None))
+
 # Old ones are deleted after the new one has been written, never before. So there is always one that is whole.
-def prune(out_dir: Path, keep: int, rows: list[str]) -> None:
-    """Delete all checkpoints but the newest `keep` and the best one, by the log's `rows`."""
-    found = checkpoints(out_dir)
-    kept = {*list(found)[-keep:], best_step(rows, found)}
-    for step in set(found) - kept:
-        with suppress(OSError):  # one too many does no harm
-            found[step].unlink()
+def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
+    """Delete all of a run's own checkpoints but the newest `keep` and the best one, by the log's `rows`."""
+    kept = {*list(own)[-keep:], best_step(rows, own)}
+    for step, path in own.items():
+        if step not in kept:
+            with suppress(OSError):  # one too many does no harm
+                path.unlink()
 
 # === Chapter 27. A run that can be stopped
 #
@@ -3453,6 +3574,7 @@ class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
     def __init__(self, model: GPT, batch_size: int):
         ops = model.ops
+        self.config = model.config
         self.T = model.config.block_size
         self.batch_size = batch_size
         self.losses = ops.record(lambda x, y: (ops.cross_entropy(model(x), y).realize(),))  # (B, T)
@@ -3470,11 +3592,13 @@ class Evaluator:
 
     def mean(self, data: np.ndarray, batches: int) -> float:
         """A quick look: the mean over so many batches of windows, spread evenly over `data`."""
+        data = checked("examined", data, self.config)
         starts = np.linspace(0, len(data) - self.T - 1, batches * self.batch_size).astype(np.int64)
         return float(self.at(data, starts).mean(dtype=np.float64))
 
     def whole(self, data: np.ndarray) -> float:
         """The mean over all tokens but the first, which nothing comes before; each is counted once."""
+        data = checked("examined", data, self.config)
         # Of 53 tokens, 52 are predicted. With T = 8, windows begin at 0, 8, ... 40; the last one ends with
         # the text and so begins at 44, and its first 4 predictions have been counted by the one before it.
         starts = np.arange(0, len(data) - 1, self.T)
@@ -3525,14 +3649,17 @@ def sample_blocks(file: Path, start: int) -> list[str]:
 # A text can be too short for a model that looks at T tokens at once, and token ids that somebody brings along
 # can belong to another tokenizer. Both are noticed before the first step.
 def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
-    """Token ids as an array; UserError if there are too few for one block, or some that the model does not
-    know."""
-    ids = np.asarray(ids)
+    """Token ids as an array; UserError if they are not a row of whole numbers, if there are too few for one
+    block, or some that the model does not know."""
+    ids = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     T = config.block_size
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise UserError(f"the {name} text must be token ids in a row, (N,), not {ids.dtype} {ids.shape}")
     if len(ids) <= T:
         raise UserError(f"the {name} text has {len(ids)} tokens, too few for --block-size {T} (and one more)")
-    if ids.max() >= config.vocab_size:
-        raise UserError(f"the {name} text has token {ids.max()}, but there are {config.vocab_size} tokens")
+    for strange in (ids.min(), ids.max()):
+        if not 0 <= strange < config.vocab_size:
+            raise UserError(f"the {name} text has token {strange}, but there are {config.vocab_size} tokens")
     return ids
 
 def clock(seconds: float) -> str:
@@ -3549,8 +3676,8 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 #     200,4.6206,4.5715,2.9222,0.00398,0.908,32701,2.7303
 #
 # A token takes 4.621 nats in the text that was learned from, and only 4.571 in the other. Is that one easier?
-# The bits a byte say no: 2.922 against 2.730, the last number. The vocabulary was learned from the first
-# text and has longer tokens for it; there are fewer of them, and each has more to say.
+# The bits a byte say no: 2.922 against 2.730, the last number. The vocabulary was learned from the first text
+# and has longer tokens for it; there are fewer of them, and each has more to say.
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
@@ -3565,8 +3692,9 @@ class Run:
         self.val = None if val_data is None else checked("validation", val_data, model.config)
         self.optimizer = optimizer or AdamW(model, config)
         if self.optimizer.config != config:  # the plan has changed, and a recording knows only the old one
-            self.optimizer.config = config
-            self.optimizer.recorded = model.ops.record(self.optimizer.step)
+            m, v = self.optimizer.m, self.optimizer.v
+            self.optimizer = AdamW(model, config)
+            self.optimizer.m, self.optimizer.v = m, v
         self.evaluator = Evaluator(model, config.batch_size)
         self.writer = None
         # Batches of validation text: how many there are, and how many of them an exam on the way reads.
@@ -3574,13 +3702,11 @@ class Run:
         self.val_batches = math.ceil(windows / config.batch_size)
         few = self.val_batches <= 4 * config.eval_iters
         self.exam_batches = self.val_batches if few else config.eval_iters
+        if start == 0 or "run" not in (model.source or {}):
+            model.source = (model.source or {}) | {"run": name_of_run(model, config, self.data)}
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
         self.samples = []
-        if self.out_dir:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.rows = log_rows(self.out_dir / "log.csv", start)
-            self.samples = sample_blocks(self.out_dir / "samples.txt", start)
         # With a tokenizer, nats a token can be told as bits a byte, by a factor for each text.
         tokenizer = model.tokenizer
         self.bits = bits_per_byte(tokenizer, self.data) if tokenizer else None
@@ -3589,6 +3715,13 @@ class Run:
         self.last_shown = 0.0
         self.times = deque(maxlen=10)  # how many seconds the last steps took
         self.unsaved = None  # what to say about a save that failed
+
+    def move_in(self, start: int) -> None:
+        """Use the folder from now on: read what the log and the samples have up to step `start`."""
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.folder = self.out_dir.stat()
+        self.rows = log_rows(self.out_dir / "log.csv", start)
+        self.samples = sample_blocks(self.out_dir / "samples.txt", start)
 
     def seconds(self, steps: float) -> float:
         """How long so many steps take."""
@@ -3660,32 +3793,71 @@ class Run:
         self.rows.append(",".join(str(row.get(name, "")) for name in COLUMNS))
 
     def save(self, step: int, checkpoint: bool) -> None:
-        """Save the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever
-        goes on from a checkpoint finds all rows up to it. A full disk must not end a run that has taken
-        hours: it is said, and the next save is tried."""
+        """Save, if that can be done. A full disk must not end a run that has taken hours: it is said, and the
+        next save is tried. TrainingFailed, after saving elsewhere, if the folder is not there any more."""
+        if not self.out_dir.is_dir() or not os.path.samestat(self.folder, self.out_dir.stat()):
+            self.leave(step)
         try:
-            with whole(self.out_dir / "log.csv") as file:
-                file.write("\n".join([",".join(COLUMNS), *self.rows, ""]).encode())
-            if self.samples:
-                with whole(self.out_dir / "samples.txt") as file:
-                    file.write("".join(self.samples).encode())
-            if checkpoint and self.config.keep:
-                self.model.save_checkpoint(step, self.optimizer, self.out_dir)
-                prune(self.out_dir, self.config.keep, self.rows)
+            try:
+                self.write(step, checkpoint)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.make_room():
+                    raise
+                self.write(step, checkpoint)
             self.unsaved = None
         except OSError as error:
             self.unsaved = f"step {step} could not be saved in {self.out_dir} ({error.strerror or error})"
             say(f"{self.unsaved}; training goes on, and so does trying: what was saved before is intact")
 
+    def write(self, step: int, checkpoint: bool) -> None:
+        """Save the log and the samples, and then perhaps a checkpoint. The log goes first, so that whoever
+        goes on from a checkpoint finds all rows up to it."""
+        with whole(self.out_dir / "log.csv") as file:
+            file.write("\n".join([",".join(COLUMNS), *self.rows, ""]).encode())
+        if self.samples:
+            with whole(self.out_dir / "samples.txt") as file:
+                file.write("".join(self.samples).encode())
+        if checkpoint and self.config.keep:
+            self.model.save_checkpoint(step, self.optimizer, self.out_dir)
+            prune(self.own(), self.config.keep, self.rows)
+
+    def own(self) -> dict[int, Path]:
+        """This run's checkpoints."""
+        return own_checkpoints(self.out_dir, self.model.source["run"])
+
+    def make_room(self) -> bool:
+        """On a full disk, delete one of this run's checkpoints, never the newest, and the best only if there
+        is no other. Was there one?"""
+        own = self.own()
+        best = best_step(self.rows, own)
+        for step in sorted(list(own)[:-1], key=lambda step: step == best)[:1]:
+            own[step].unlink()
+            say(f"the disk is full: deleted {own[step]}, so that a newer one finds room")
+            return True
+        return False
+
+    def leave(self, step: int) -> None:
+        """Somebody has deleted or moved the folder, or put another in its place, in which another run may be
+        at work: save in a new one beside it, and raise TrainingFailed."""
+        names = (f"{self.out_dir}-{n}" for n in itertools.count(1))
+        lost = self.out_dir
+        self.out_dir = next(Path(name) for name in names if not Path(name).exists())
+        self.write(step, True)
+        raise TrainingFailed(f"{lost} was deleted, moved or replaced while this run was at work in it: step "
+                             f"{step} is saved in {self.out_dir}; --resume --out-dir {self.out_dir} goes on")
+
 # After a step, what is due is done in this order: the line that shows progress, an exam, a text, a row of the
 # log, a save. The save comes last, since it keeps what all the others have made. If the program dies before
 # it, that is lost, but the resumed run makes the same again.
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
-          start: int = 0, out_dir: str | Path | None = None, stop=()) -> AdamW:
+          start: int = 0, out_dir: str | Path | None = None, stop=(), first_step_done=None) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
     optimizer. The data are token ids in a row, a list or an integer array (N,). With an `out_dir`, log.csv,
-    samples.txt and checkpoints are written there. UserError if a text is too short; TrainingFailed if numbers
+    samples.txt and checkpoints are written there, but nothing before the first step has gone well; then
+    `first_step_done` is called, if it is there. UserError if a text is too short; TrainingFailed if numbers
     go wrong, or if the last save fails."""
+    check_config(model.config)
+    check_config(config)
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
     began = time.perf_counter()
@@ -3697,6 +3869,10 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
                 f"a loss of {loss} and a gradient of length {norm}. It was not taken; the last checkpoint is "
                 f"intact; to go on more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+        if step == start + 1 and first_step_done:
+            first_step_done()
+        if step == start + 1 and run.out_dir:
+            run.move_in(start)
         # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         examining = last or step % config.eval_interval == 0
@@ -3773,7 +3949,11 @@ def alone(out_dir: Path):
     was killed has left half written is removed, and so is the folder if it was made for nothing."""
     import fcntl  # here, since Windows has none
     is_new = not out_dir.exists()
+    if not out_dir.is_dir() and (out_dir.exists() or out_dir.is_symlink()):
+        raise UserError(f"{out_dir} is not a folder: choose another --out-dir")
     out_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise UserError(f"nothing can be written in {out_dir}: choose another --out-dir")
     folder = os.open(out_dir, os.O_RDONLY)
     try:
         # LOCK_EX: for nobody else; LOCK_NB: if somebody has it, do not wait but raise BlockingIOError.
@@ -3790,24 +3970,35 @@ def alone(out_dir: Path):
         yield
     finally:
         os.close(folder)
-        if is_new and not any(out_dir.iterdir()):
-            out_dir.rmdir()
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                out_dir.rmdir()
 
-def set_aside(out_dir: Path, start: int) -> None:
-    """Move the checkpoints after step `start` into a folder of their own, run-1, run-2, ... They belong to an
-    earlier run (as its log does) if a new one begins at 0; or to a future that a run which went back will
-    write anew. Nothing is ever written over."""
-    old = [path for path in out_dir.glob("ckpt_*.safetensors") if (step_of(path) or 0) > start]
-    if start == 0:
-        old += out_dir.glob("log.csv")
-        old += out_dir.glob("samples.txt")
+def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | None = None) -> None:
+    """Move what is not this run's into a folder of its own, run-1, run-2, ... At step 0 that is everything:
+    it belongs to an earlier run. A run that goes on from the checkpoint `source` leaves its own checkpoints
+    up to step `start`, but not later ones, which it is going to write anew. If it has no others here, then
+    log.csv and samples.txt are another run's, too. Nothing is ever written over."""
+    found = [path for path in out_dir.glob("ckpt_*.safetensors") if step_of(path) is not None]
+    foreign = [path for path in found if run_of(path) not in (run, None)]
+    others = [path for path in found if path not in foreign and not (source and path.samefile(source))]
+    began_here = source and source.parent.resolve() == out_dir.resolve()
+    at_home = others or began_here and not foreign
+    old = [path for path in found if path in foreign or step_of(path) > start]
+    if start == 0 or not at_home:
+        old += [path for path in (out_dir / "log.csv", out_dir / "samples.txt") if path.exists()]
     if old:
         names = (f"run-{n}" for n in itertools.count(1))
         folder = next(out_dir / name for name in names if not (out_dir / name).exists())
         folder.mkdir()
         for path in old:
             path.rename(folder / path.name)
-        say(f"what was in {out_dir} {f'after step {start}' if start else 'before'} is now in {folder}")
+        what = f"what was in {out_dir} before" if len(old) > 1 else str(old[0])
+        say(f"{what} is now in {folder}")
+    if source and not began_here:
+        for name in ("log.csv", "samples.txt"):  # (the run takes its history along)
+            if (source.parent / name).is_file() and not (out_dir / name).exists():
+                shutil.copy(source.parent / name, out_dir / name)
 
 # === Chapter 28. GPT-2, in and out
 #
@@ -3961,6 +4152,8 @@ def tokenizer_files(tokenizer: BPETokenizer, block_size: int) -> dict[str, str]:
 def export(model: GPT, folder: Path) -> None:
     """Write a folder that transformers load: the model, and its tokenizer if it has one. UserError if the
     model is not a GPT-2; OSError if the disk does not take it."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"there is something in {folder} already: name a new folder")
     check_is_gpt2(model)
     c = model.config
     tokenizer = model.tokenizer
@@ -4049,9 +4242,8 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 # The weights tell nearly everything: V, C and T are the shapes of two tables, and the layers can be counted.
 # But the number of heads stands nowhere in them, and neither does the activation. That is what the
-# config.json is for, and whatever it says must be true of part I.
-# Where it is missing, we take 64 channels a head, as OpenAI's own models have; if the file is there and does
-# not say, 12 heads, as transformers do.
+# config.json is for, and whatever it says must be true of part I. Where it is missing, we take 64 channels a
+# head, as OpenAI's own models have; if the file is there and does not say, 12 heads, as transformers do.
 def check_told(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
@@ -4112,8 +4304,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
     is wrong, if it is not the log of a run."""
-    if not path.is_file():
-        raise UserError(f"cannot read {path}: there is no such file")
+    check_file(path)
     heading, *lines = read_text(path).decode().splitlines() or [""]
     wrong = [line for line in lines if not ROW.fullmatch(line)]
     if heading != ",".join(COLUMNS):
@@ -4130,8 +4321,8 @@ def column(rows: list[dict[str, float]], name: str) -> list[tuple[float, float]]
 
 # A terminal shows letters, but Unicode has letters that are drawings: a braille character is a grid of 4 rows
 # of 2 dots, each of which may be raised or not. Its number is 0x2800 plus one bit for each dot, with the bits
-# as in DOTS. So 56 x 8 characters are a screen of 112 x 32 dots.
-# ("⢁", for example, with the first dot on the left and the last on the right, is 0x2800 + 1 + 128.)
+# as in DOTS. So 56 x 8 characters are a screen of 112 x 32 dots. ("⢁", for example, with the first dot on the
+# left and the last on the right, is 0x2800 + 1 + 128.)
 DOTS = ((1, 8), (2, 16), (4, 32), (64, 128))  # for the rows from the top down: the left dot, the right dot
 
 def chart(rows: list[tuple[float, float]]) -> str:
@@ -4535,6 +4726,11 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
 # The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
 # anything; so every sign that could end the script or begin a tag is written by its number, which JSON
 # allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
+def is_a_page(path: Path) -> bool:
+    """Is this file one that `write_page` has written?"""
+    beginning = read_text(DATA / "look.html")[:400]
+    return path.is_file() and path.read_bytes()[:400] == beginning
+
 def write_page(content: dict, path: Path) -> None:
     """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
     it."""
@@ -4608,7 +4804,7 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
         Tensor.realize(loss, *gradients)
         found.append([gradient.numpy() for gradient in gradients])
     show("")
-    say(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
+    tell(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     worst = 0.0
     largest = max(np.abs(slope).max() for slope in slopes.values())
     for name, *got in zip(parameters, *found, strict=True):
@@ -4619,9 +4815,10 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
         size_at_least = max(size, 1e-3 * largest)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
         shape = str(parameters[name].shape).replace(" ", "")
-        say(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
+        tell(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
     right = bool(worst < 1e-4)  # (a NaN is not)
-    say(f"largest relative error {worst:.1e}: {'all gradients are right' if right else 'SOMETHING IS WRONG'}")
+    verdict = "all gradients are right" if right else "SOMETHING IS WRONG"
+    tell(f"largest relative error {worst:.1e}: {verdict}")
     return right
 
 # Is it fast? Milliseconds do not tell, since machines differ. So we count the operations that a step cannot
@@ -4772,6 +4969,10 @@ class Parser(argparse.ArgumentParser):
         """One line in place of argparse's page of usage."""
         raise UserError(f"{message} (python minimiggy.py --help lists the flags)")
 
+    def print_help(self, file=None):
+        """As argparse does it, but an error is not passed over."""
+        tell(self.format_help(), end="")
+
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
 # configs, whose flags, help texts and defaults are read off the configs themselves. `argparse` does the rest.
 # A flag that nobody has given is None (or False), so that we can tell it from one that was given a default's
@@ -4781,7 +4982,6 @@ def make_parser() -> Parser:
     parser = Parser(usage="python minimiggy.py WHAT [flags]", epilog=EXAMPLES, allow_abbrev=False,
                     description="Train, sample and read a GPT in one file.",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"minimiggy {VERSION}")
     add_actions(parser)
     add_files(parser)
     group = parser.add_argument_group("the machine")
@@ -4813,6 +5013,7 @@ def add_actions(parser: Parser) -> None:
     flag("--plot", metavar="DIR", nargs="+", help="draw the logs of runs into the first one's plot.png")
     flag("--gradcheck", action="store_true", help="compare all gradients with finite differences")
     flag("--bench", choices=["step", "sample"], help="time training steps or sampling, on random data")
+    flag("--version", action="store_true", help="say which version this is")
 
 def add_files(parser: Parser) -> None:
     """The flags that say which text, which weights, and where to keep what is made."""
@@ -4848,6 +5049,25 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
 # Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
 # typed one wrong number need not wait for a download to hear of it. And where a flag would do nothing though
 # one could expect it to, as in `--resume --effort coffee`, one need not wait for an hour.
+ACTIONS = ("train", "resume", "sample", "eval_only", "export", "look", "plot", "gradcheck", "bench",
+           "version")
+
+def flags_of(action: str) -> set[str]:
+    """The names of the flags that an action looks at."""
+    model, plan, writing = ({field.name for field in dataclasses.fields(kind)}
+                            for kind in (GPTConfig, TrainConfig, SampleConfig))
+    model |= {"tokenizer", "out_dir"}
+    text = {"data", "replace_bad_bytes"}
+    one = {"checkpoint", "init_from"}
+    theirs = {
+        "train": model | plan | text | {"init_from", "effort"},
+        "resume": model | plan | text | {"checkpoint"},
+        "sample": model | writing | one | {"replace_bad_bytes", "seed", "stop", "weights"},
+        "eval_only": model | text | one | {"batch_size", "weights"}, "export": model | one,
+        "look": model | text | one | {"out"}, "bench": model | plan | {"effort", "weights"},
+        "gradcheck": {"seed"}, "plot": set(), "version": set()}
+    return theirs[action] | {action, "plain", "devices", "debug"}
+
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
     for name, value in vars(args).items():
@@ -4855,16 +5075,24 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{flag_of(name)} is empty")
         if value is not None:
             check_value(name, value, type(value))
-    if args.train and args.checkpoint or args.resume and args.init_from:
-        raise UserError("--train begins anew or from --init-from, --resume goes on from a --checkpoint")
     if args.out and args.look is None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
-    if args.out and os.path.isdir(args.out):
-        raise UserError(f"--out {args.out} is a folder: name the file that the page is to be")
-    if args.effort and (args.init_from or not (args.train or args.bench)):
-        raise UserError("--effort is for a new model: it goes with --train, and not with --init-from")
-    if args.weights != "f32" and args.sample is None and not args.eval_only and args.bench != "sample":
-        raise UserError(f"--weights {args.weights} is for --sample and --eval-only: all else needs float32")
+    what = next(name for name in ACTIONS if getattr(args, name) not in (None, False))
+    for name, value in vars(args).items():
+        is_given = value is not None and value is not False and value not in ("", "f32", "checkpoints")
+        if is_given and name not in flags_of(what):
+            raise UserError(f"{flag_of(name)} has no meaning for {flag_of(what)}: leave it out")
+    page = Path(args.out or "look.html")
+    if args.look is not None and page.exists() and not is_a_page(page):
+        raise UserError(f"{page} is a folder, or another file than a page of --look's: give another --out")
+    if args.checkpoint and args.init_from:
+        raise UserError("--checkpoint and --init-from are two models: leave one of them out")
+    if args.effort and args.init_from:
+        raise UserError("--effort is for a new model: it does not go with --init-from")
+    if args.weights != "f32" and args.bench == "step":
+        raise UserError(f"--weights {args.weights} is for writing: --bench sample")
+    if args.vocab_size and args.tokenizer in ("bytes", "gpt2"):
+        raise UserError(f"--tokenizer {args.tokenizer} has its own tokens: leave --vocab-size out")
 
 # *With which operations?* With part II's where they run, on all cores, unless the flags say otherwise. There
 # is no switch somewhere in the program: the backend is an object, which is made here and handed on to the
@@ -4937,9 +5165,10 @@ Corpus = namedtuple("Corpus", "name sha256 n_bytes tokenizer train val")
 def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tuple[bytearray, str]:
     """The text that --data asks for, or else the one that a model learned from, or else the default; and its
     name, as from `load_text`."""
-    learned, sha256 = opened and opened.model.source or (None, None)
+    source = opened and opened.model.source or {}
+    learned = source.get("data")
     text, name = load_text(args.data or learned, args.replace_bad_bytes)
-    if name == learned and hashlib.sha256(text).hexdigest() != sha256:
+    if name == learned and hashlib.sha256(text).hexdigest() != source.get("data_sha256"):
         say(f"{name} has changed since {opened.path} was saved")
     return text, name
 
@@ -4993,13 +5222,10 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
 # Three ways lead to a run, and each brings some of what it needs: a checkpoint has everything but the text, a
 # model from elsewhere no config for training, and a new model begins with the text, whose vocabulary decides
 # how large its table has to be.
-def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, Corpus]:
-    """For --train and --resume: the model, its optimizer with the config, the number of steps that it has
-    taken, and the text. What flags say of training replaces what a checkpoint says."""
-    opened = open_model(args, backend) if args.resume or args.init_from else None
+def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None) -> tuple[AdamW, Corpus]:
+    """For --train and --resume: an optimizer, with its model and its config, and the text. What flags say of
+    training replaces what a checkpoint says."""
     config = chosen(args, TrainConfig, opened.config if args.resume else None)
-    if args.resume and opened.step >= config.max_iters:
-        raise UserError(f"{opened.path} has all its {config.max_iters} steps: give a higher --max-iters")
     gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
     corpus = read_corpus(args, opened)
     if not opened:
@@ -5011,11 +5237,19 @@ def prepare(args: argparse.Namespace, backend: Plain) -> tuple[GPT, AdamW, int, 
         model = opened.model
     else:
         model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
-    model.source = (corpus.name, corpus.sha256)
+    model.source = (model.source or {}) | {"data": corpus.name, "data_sha256": corpus.sha256}
     optimizer = AdamW(model, config)
     if args.resume:
         fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
-    return model, optimizer, opened.step if opened else 0, corpus
+    return optimizer, corpus
+
+def check_room(model: GPT, out_dir: Path) -> None:
+    """UserError if the disk has no room for a checkpoint: better now than after the first hour."""
+    size = 3 * sum(tensor.nbytes() for tensor in model.parameters().values())
+    free = shutil.disk_usage(out_dir).free
+    if free < size:
+        raise UserError(f"a checkpoint takes {size / 1e6:,.1f} MB, and the disk of {out_dir} has "
+                        f"{free / 1e6:,.1f} MB left: choose another --out-dir, or --keep 0")
 
 # tinygrad computes where DEV says, and whoever has never heard of DEV will not miss the GPU that they have.
 # So we look for one, and tell.
@@ -5067,8 +5301,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
-# At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31)
-# and the median speed give operations a second, and numpy's product of matrices, which is timed before the
+# At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31) and
+# the median speed give operations a second, and numpy's product of matrices, which is timed before the
 # training begins, says how many are possible.
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
@@ -5091,16 +5325,26 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
 def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
-    model, optimizer, start, corpus = prepare(args, backend)
+    opened = open_model(args, backend) if args.resume or args.init_from else None
+    start = opened.step if args.resume else 0
+    if args.resume and start >= chosen(args, TrainConfig, opened.config).max_iters:
+        say(f"{opened.path} has all its {start} steps: to go on, give a higher --max-iters")
+        return 0
+    optimizer, corpus = prepare(args, backend, opened)
+    model = optimizer.model
     config = optimizer.config
     checked("training", corpus.train, model.config)
     checked("validation", corpus.val, model.config)
-    # By now everything has been looked at that can be wrong, and only now something is moved.
-    set_aside(out_dir, start)
+    if config.keep and not args.resume:  # (a run that goes on can make room)
+        check_room(model, out_dir)
+    # What is there is moved only when the new run has begun: the first step could still fail.
+    run = model.source.get("run")
+    came_from = (run, opened.path) if args.resume else ()
+    move = functools.partial(set_aside, out_dir, start, *came_from)
     limit = 1e9 * blas_gflops()
     introduce(model, config, start, corpus, args.effort)
     train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
-          stop=stop)
+          stop=stop, first_step_done=move)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
     if not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists():
         conclude(model, config, out_dir, flags, limit)
@@ -5121,7 +5365,7 @@ def run_eval(args: argparse.Namespace, opened: Checkpoint) -> None:
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
     bits = loss * bits_per_byte(model.tokenizer, ids)
-    say(f"{opened.path}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
+    tell(f"{opened.path}: {loss:.4f} nats a token = {bits:.4f} bits/byte on the last tenth of {name}, "
         f"{len(ids) - 1:,} tokens, each counted once")
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
@@ -5144,12 +5388,20 @@ def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None
         waiting += decoder.decode(b"", final=True)
     print(printable(waiting))
 
+LONGEST_PROMPT = 4 << 20  # bytes
+
 def prompt_of(asked: str, replace: bool) -> str:
     """The prompt that somebody asks for: FILE:name takes it from a file, - from standard input."""
     if asked.startswith("FILE:"):
-        return read_text(Path(asked[5:]), replace).decode()
+        path = Path(asked[5:])
+        if check_file(path) > LONGEST_PROMPT:
+            raise UserError(f"{path} is too long for a prompt: at most {LONGEST_PROMPT >> 20} MB")
+        return read_text(path, replace).decode()
     if asked == "-":
-        return sys.stdin.buffer.read().decode("utf-8", "replace")
+        text = sys.stdin.buffer.read(LONGEST_PROMPT + 1)
+        if len(text) > LONGEST_PROMPT:
+            raise UserError(f"what comes in is too long for a prompt: at most {LONGEST_PROMPT >> 20} MB")
+        return text.decode("utf-8", "replace")
     return asked
 
 def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
@@ -5160,15 +5412,18 @@ def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
     chosen_by_us = not (args.init_from or args.checkpoint)
     newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
     why = f", the best on the validation text (the newest is {newest.name})"
-    print(f"written by {opened.path}{'' if newest == opened.path else why}", file=sys.stderr)
+    print(f"written by {printable(str(opened.path))}{'' if newest == opened.path else why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
     ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
     # A seed of the user's gives the same text again; without one, the clock gives another each time.
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model, min(n_samples, SIDE_BY_SIDE))
-    for tokens in write_all(writer, [ids] * n_samples, seed=seed, **how):
-        sample(model.tokenizer, prompt, tokens, args.stop)
-        tokens.close()  # (if it has ended with `stop`, no more of it is written)
+    try:
+        for tokens in write_all(writer, [ids] * n_samples, seed=seed, **how):
+            sample(model.tokenizer, prompt, tokens, args.stop)
+            tokens.close()  # (if it has ended with `stop`, no more of it is written)
+    except ValueError as error:  # `draw` has found logits that are no numbers
+        raise UserError(f"the model of {opened.path} computes nonsense: {error}") from error
 
 # *Looking inside* needs the opening of the validation text, if it can be had: for the surprises in it, to
 # know which tokens are common, and as the prompt where none is given. Three lines say what has been written,
@@ -5176,7 +5431,7 @@ def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
 def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarray | None:
     """The first token ids (N,) of the validation part of the text that --data names, or that the model
     learned from; None if neither is at hand."""
-    if not (args.data or opened.model.source):
+    if not (args.data or "data" in (opened.model.source or {})):
         return None
     try:
         validation = split_text(asked_or_learned(args, opened)[0])[1]
@@ -5201,9 +5456,9 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
     shown = f"the last {n} of {len(ids)} tokens" if n < len(ids) else f"{n} tokens"
     content["about"] = f"{brief(opened.path)}, {size_in_words(opened.model)}. It reads {shown}."
     write_page(content, path)
-    say(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.path} reads {shown}")
-    say("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
-    say(f"to see  open {path.resolve().as_uri()} in a browser")
+    tell(f"wrote   {path} ({path.stat().st_size / 1000:.0f} KB): {opened.path} reads {shown}")
+    tell("next    it expects " + ", ".join(f"{token!r} {p:.1%}" for token, p in content["next"]))
+    tell(f"to see  open {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
 # what was asked for. A plot needs no device, and works where tinygrad does not.
@@ -5217,10 +5472,13 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)
+    if args.version:
+        tell(f"minimiggy {VERSION}")
+        return 0
     if args.plot:
         path = Path(args.plot[0]) / "plot.png"
         plot(args.plot, path)
-        say(f"drew {path}")
+        tell(f"drew {path}")
         return 0
     open_device()
     backend = choose_backend(args)
@@ -5244,7 +5502,7 @@ def run(args: argparse.Namespace) -> int:
         run_eval(args, opened)
     else:
         export(opened.model, Path(args.export))
-        say(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
+        tell(f"wrote {opened.path} to {args.export}, as a GPT-2 that transformers load")
     return 0
 
 # An error that we expected says what to do about it. One that nobody thought of is a mistake of this file:
@@ -5279,12 +5537,14 @@ def main(argv: list[str] | None = None) -> int:
         code = run(make_parser().parse_args(arguments))
         keep_programs()
         return code
-    except BrokenPipeError:
-        # As in `... | head`: who listened has heard enough. What is still to be written goes nowhere, or
-        # Python would try once more at its end, and complain. 141 is what a shell says of such a program.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            # Perhaps nobody can be told anything any more. What is still to be written goes nowhere, or
+            # Python would try once more at its end, and complain.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # as in `... | head`: who listened has heard enough
+            return 141                          # (which is what a shell says of a program that ends so)
         show("")
         if "--debug" in arguments:
             traceback.print_exc()
@@ -5296,6 +5556,8 @@ def main(argv: list[str] | None = None) -> int:
 # A shell can close one of a program's three streams (`>&-`), and it is None then; it gets one that leads
 # nowhere. And a terminal may not know all letters: it gets a "?" for those, which is better than an error.
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
