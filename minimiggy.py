@@ -1391,16 +1391,16 @@ def program_of(kernel, cores: int, *arguments, **options):
 def exp(x):
     """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is
     a short sum (its Taylor series), and 2^n goes straight into the bits of the exponent. Unlike a call of the
-    C library's expf, this becomes vector instructions. Below 2^-60 it is 0, which beside a 1 makes no
-    difference: a processor takes a hundred times as long for numbers below 2^-126, as products of such would
-    be."""
-    t = (x * (1 / math.log(2))).maximum(-126.0)
+    C library's expf, this becomes vector instructions. It is never less than 2^-60, which beside a 1
+    makes no difference: with numbers below 2^-126, as the products of smaller ones would soon be, a processor
+    takes a hundred times as long."""
+    t = (x * (1 / math.log(2))).maximum(-60.0)
     n = (t - 0.5).cast(dtypes.int)
     f = t - n.cast(dtypes.float)
     power = t.const_like(math.log(2) ** 7 / math.factorial(7))
     for k in range(6, -1, -1):
         power = power * f + math.log(2) ** k / math.factorial(k)
-    return (t > -60.0).where(power * ((n + 127) * (1 << 23)).bitcast(dtypes.float), 0.0)
+    return power * ((n + 127) * (1 << 23)).bitcast(dtypes.float)
 
 # === Chapter 15. Products, and the way back
 #
@@ -1715,8 +1715,8 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
             for key_block in k.loop((before + i0 + Q - 1) // Q + 1):  # those that some query here may see
                 j0 = key_block * Q
                 # The scores of this block, and with them each query's largest score so far. One that a query
-                # may not see becomes -1e30, whose exponential is 0: minus infinity, less itself, would be a
-                # NaN.
+                # may not see becomes -1e30, whose exponential is next to nothing: minus infinity, less
+                # itself, would be a NaN.
                 for i in k.loop(Q):
                     old_top[i] = top[i]
                 for j, i, s in product(k, Q, Q, D, lambda j, d: key(j0 + j, d), query.at):
@@ -1932,7 +1932,7 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     """A step of AdamW in place, as `Plain.adamw` has it, for some parameters: first all theta, then all m,
     all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes. The averages of a
     token that does not come again fade for ever; what no float32 weight would notice becomes 0 at once, since
-    below 2^-126 a processor takes a hundred times as long (as in `exp`)."""
+    a processor is slow with numbers below 2^-126 (as `exp` says)."""
     *arrays, scale, rates = arrays
     n = len(decays)
     taken = scale[0] > 0.0

@@ -522,6 +522,17 @@ def trained(config, plan, ids, ops=None, steps=4, recorded=True):
     found = [optimizer(ids, i) for i in range(steps)]
     return *np.array(found).T, weights(optimizer.model), optimizer
 
+def test_numbers_that_a_processor_is_slow_with_become_zero():
+    """Below 2^-126 an operation takes a hundred times as long."""
+    theta, m, v, gradient, scale = (FAST.place(np.full(20, n, np.float32)) for n in (1, 1e-19, 1e-36, 0, 1))
+    rates = FAST.place(np.array([0.1, 1, 1], np.float32))
+    changed = FAST.run(minimiggy.adamw, [theta, m, v], [gradient, scale, rates], beta1=0.9, beta2=0.99,
+                       decays=(0.0,))
+    assert [result.tolist()[0] for result in changed] == [1.0, 0.0, 0.0]
+    logits = Tensor([[0.0, -80.0, -90.0]]).realize()
+    slopes = FAST.cross_entropy(logits, Tensor([0])).sum().gradient(logits)[0].numpy()
+    assert (1e-20 < np.abs(slopes[0, 1:])).all() and np.abs(slopes).max() < 1e-17
+
 def test_the_crew_replays_the_recording_to_the_last_bit(ids):
     losses, norms, numbers, _ = trained(TINY, QUICK, ids)
     again, same_norms, same_numbers, _ = trained(TINY, QUICK, ids, recorded=False)
