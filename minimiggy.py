@@ -30,8 +30,9 @@ if os.name == "nt":
     raise SystemExit("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends it without a word
-if not os.environ.get("DEBUG", "0").isdigit():
-    del os.environ["DEBUG"]  # (DEBUG=true is meant for other programs; tinygrad takes numbers)
+for name in ("DEBUG", "BEAM", "JIT", "NOOPT", "PROFILE", "VIZ", "SPEC", "TC", "LRU", "CCACHE", "TRACEMETA"):
+    if not os.environ.get(name, "0").isdigit():
+        del os.environ[name]  # DEBUG=true is meant for another program: tinygrad takes only numbers
 os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
 os.environ.setdefault("PARALLEL", "0")  # no helper processes of its own: part II has some that are simpler
@@ -52,11 +53,10 @@ class UserError(Exception):
 # possible, and that "xq" is not. Whoever can do this can write: draw a candidate, append it, ask again.
 #
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
-# speech in a play begins with a name and a colon, and who is likely to answer whom. Nobody tells the model
-# any of this. It has about a million numbers inside, its *parameters*, which are random at first. We show it
-# passages of a text, measure how surprised it was by each next piece, and change every parameter a little so
-# that it would have been less surprised. (A GPT, a *generative pre-trained transformer*, is one such model:
-# Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019.)
+# speech in a play begins with a name and a colon. Nobody tells the model any of this. It has about a million
+# numbers inside, its *parameters*, random at first. We show it passages of a text, measure how surprised it
+# was by each next piece, and change every parameter a little so that it would have been less surprised. (A
+# GPT is a *generative pre-trained transformer*: Vaswani et al. 2017, arXiv:1706.03762; Radford et al. 2019.)
 
 # === Chapter 2. A text
 #
