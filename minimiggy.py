@@ -30,9 +30,9 @@ if os.name == "nt":
     raise SystemExit("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends it without a word
-for name in ("DEBUG", "BEAM", "JIT", "NOOPT", "PROFILE", "VIZ", "SPEC", "TC", "LRU", "CCACHE", "TRACEMETA"):
-    if not os.environ.get(name, "0").isdigit():
-        del os.environ[name]  # DEBUG=true is meant for another program: tinygrad takes only numbers
+for _name in ("DEBUG", "BEAM", "JIT", "NOOPT", "PROFILE", "VIZ", "SPEC", "TC", "LRU", "CCACHE", "TRACEMETA"):
+    if not os.environ.get(_name, "0").isdigit():
+        del os.environ[_name]  # DEBUG=true is meant for another program: tinygrad takes only numbers
 os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
 os.environ.setdefault("PARALLEL", "0")  # no helper processes of its own: part II has some that are simpler
@@ -319,9 +319,9 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
 # numbers and nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
 #
-# `attention` is how tokens learn about each other. `Linear` layers give each three vectors: a *query* (what
-# am I looking for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The
-# dot product of my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into
+# `attention` is how tokens learn about each other. `linear` gives each three vectors: a *query* (what am I
+# looking for?), a *key* (what do I have to offer?), and a *value* (what I say to whoever asks me). The dot
+# product of my query and your key is a score: how much do I want to hear you? *Softmax* turns scores into
 # weights that are positive and add up to 1, exp(score) divided by the sum of exp(score) over all, and what I
 # hear is the average of all values with these weights. A pronoun can look for its noun, a rhyme for a line.
 #
@@ -384,7 +384,7 @@ class Plain:
         return x @ table.transpose(0, 1)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Surprise at each target, in nats (chapter 7): (..., V), ids (...) -> (...); NaN for no token's
+        """Surprise at each target, in nats (chapter 7): (..., V), ids (...) -> (...); NaN if none has the
         id."""
         top = logits.max(-1, keepdim=True)                            # (without it, exp() might overflow)
         total = (logits - top).exp().sum(-1, keepdim=True).log()
@@ -995,7 +995,7 @@ def open_device() -> None:
     os.environ.setdefault("PATH", os.defpath)  # (cron and the like do without, but tinygrad does not)
     if named.upper().startswith("CPU"):
         find_compiler()
-        if not load_programs():
+        if KNOWN and not load_programs():
             for number in range(HELPERS):  # there will be work for them soon
                 helper(f"helper_{number}")
     try:
