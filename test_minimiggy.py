@@ -1930,6 +1930,15 @@ def test_a_checkpoint_that_somebody_copied_into_a_folder_is_not_pruned(tokenizer
     assert (x / "run-1" / "ckpt_3.safetensors").read_bytes() == (y / "ckpt_2.safetensors").read_bytes()
     assert [row.split(",")[0] for row in (x / "log.csv").read_text().splitlines()[1:]] == ["2", "4", "6", "8"]
 
+def test_a_foreign_checkpoint_that_lies_beside_a_runs_own_is_not_pruned(tokenizer, ids, tmp_path):
+    x, y = tmp_path / "x", tmp_path / "y"
+    small_run(y, ids, tokenizer, seed=7)
+    x.mkdir()
+    shutil.copy(y / "ckpt_2.safetensors", x / "ckpt_1.safetensors")
+    config = dataclasses.replace(QUICK, max_iters=3, eval_interval=3, save_every=2, keep=1)
+    train(GPT(TINY, tokenizer=tokenizer), config, ids, ids[:500], out_dir=x)
+    assert set(minimiggy.checkpoints(x)) == {1, 3}
+
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(tokenizer, ids, tmp_path, capsys):
     small_run(tmp_path, ids, tokenizer)
     shutil.copy(tmp_path / "ckpt_2.safetensors", tmp_path / "ckpt_9.safetensors")
