@@ -3680,7 +3680,7 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 # and has longer tokens for it; there are fewer of them, and each has more to say.
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
-# A step's time is that of the step alone, without exams and saves; and of the last ten we take the median,
+# A step's time is that of the step alone, without exams and saves; and of the last six we take the median,
 # which does not mind that the first four have to compile something. What can wait is made when it is first
 # needed: a run that stops early never compiles an exam.
 class Run:
@@ -3713,7 +3713,7 @@ class Run:
         self.val_bits = bits_per_byte(tokenizer, self.val) if tokenizer and self.val is not None else None
         self.began = time.perf_counter()
         self.last_shown = 0.0
-        self.times = deque(maxlen=10)  # how many seconds the last steps took
+        self.times = deque(maxlen=6)  # how many seconds the last steps took
         self.unsaved = None  # what to say about a save that failed
 
     def move_in(self, start: int) -> None:
@@ -3744,12 +3744,12 @@ class Run:
 
     def say_how_long(self, step: int) -> None:
         """Say how long the rest is going to take. A batch of an exam is a third of a step, since it has no
-        way back."""
+        way back. (Of the first steps, some compile, and some try one core: the shortest is like the rest.)"""
         c = self.config
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
         steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
-        say(f"time       {1e3 * self.seconds(1):,.0f} ms a step; the rest takes about "
-            f"{clock(self.seconds(steps))} min if nothing else runs\n")
+        say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about "
+            f"{clock(steps * min(self.times))} min if nothing else runs\n")
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some
