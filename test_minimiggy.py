@@ -131,13 +131,13 @@ def shares(*scores):
 STEP_10 = (1 - 0.9**10, 1 - 0.99**10)
 FIGURES = [
     ("-3 becomes {:.3f}, 0 stays {:.0f}, and 3 becomes {:.3f}", PLAIN.gelu(Tensor([-3.0, 0, 3])).tolist()),
-    ("With D = 32, scores of {:.0f} or {:.0f} would be common", (32**0.5, 2 * 32**0.5)),
-    ("with V = 1024 and C = 128, it saves {:,} parameters", [math.prod(GPT(GPTConfig(
+    ("sqrt(32) = {:.1f} above or below 0, and exp(5.7) is {:.0f}", (32**0.5, round(math.exp(5.7), -1))),
+    ("With V = 1024 and C = 128, it saves {:,} parameters", [math.prod(GPT(GPTConfig(
         8, 1024, 1, 1, 128)).wte.weight.shape)]),
     ("by {:.2f} if p = 1/2, by {:.1f} if p = 1/100", (-math.log(1 / 2), -math.log(1 / 100))),
     ("(a nat is 1 / ln 2 = {:.2f} bits)", [1 / math.log(2)]),
     ("3.6 * 1.44 / 2.3 = {:.2f}", [3.6 * 1.44 / 2.3]),
-    ("m = {:.1f} g and v = {:.2f} g^2. The quotient m / sqrt(v) is {:.0f}", (0.1, 0.01, 0.1 / 0.01**0.5)),
+    ("m = {:.1f} g and v = {:.2f} g^2, and m / sqrt(v) is {:.0f}", (0.1, 0.01, 0.1 / 0.01**0.5)),
     ("m = {:.2f} g and v = {:.3f} g^2 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
     ("softmax of [2, 1, 0] gives {:.0f} %, {:.0f} % and {:.0f} %; at temperature 0.5, ", shares(2, 1, 0)),
     ("at temperature 0.5, {:.0f} %, {:.0f} % and {:.0f} %", shares(4, 2, 0)),
