@@ -1235,7 +1235,7 @@ class Array:
             place = place * size + i
         if self.start is not None:
             place = self.start + place
-        return self.flat.after(*self.kernel.last)[place]
+        return self.flat.after(*self.kernel.last).index(place)
 
     def __getitem__(self, index):
         return self.at(*index) if isinstance(index, tuple) else self.at(index)
@@ -4883,7 +4883,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
-# besides. So the recipe "lunch" of chapter 32 takes 55 MB for its 3.45 million parameters, and 84 MB for a
+# besides. So the recipe "coffee" of chapter 32 takes 55 MB for its 3.45 million parameters, and 84 MB for a
 # batch of 1024 tokens, of 82 KB each.
 #
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
@@ -4948,13 +4948,16 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 #
 # More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
 # an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
-# hour was nearly over: it had begun to know the plays by heart. So "lunch" is the model of "coffee", which
-# reads half as often again.
+# hour was nearly over: it had begun to know the plays by heart. So "lunch" has a model of the size of
+# "coffee", which looks further back and reads the text a quarter as often again. With 1024 tokens that came
+# to 2.09. Of a thousand tokens, many come too seldom in a megabyte to be learned well; with 512 it is 2.07,
+# and with 384, in half an hour, 2.08.
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
-    "lunch": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 11400}}
-REACHES = {"quick": 2.20, "coffee": 2.10, "lunch": 2.09}  # bits a byte on tiny Shakespeare
+    "lunch": {"vocab_size": 512, "n_embd": 256, "block_size": 192, "batch_size": 6, "learning_rate": 2e-3,
+              "max_iters": 11400}}
+REACHES = {"quick": 2.20, "coffee": 2.10, "lunch": 2.07}  # bits a byte on tiny Shakespeare
 MOST_READINGS = 40
 
 EXAMPLES = """examples:
@@ -5032,7 +5035,7 @@ def add_files(parser: Parser) -> None:
     flag("--init-from", metavar="GPT2", help="begin with, or use, the weights of a GPT-2: a .safetensors "
          f"file, a folder that has one, or {', '.join(HUB_MODELS)}, which are downloaded")
     flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
-    flag("--effort", choices=list(RECIPES), help="train for about 1.5, 10 or 17 minutes on two "
+    flag("--effort", choices=list(RECIPES), help="train for about 1.5, 10 or 19 minutes on two "
          "cores, with a model of the size that is best for that (other flags still count)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
@@ -5308,7 +5311,7 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
 # At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31) and
 # the median speed give operations a second, and numpy's product of matrices, which is timed before the
 # training begins, says how many are possible.
-def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: float) -> None:
+def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")
     curve = chart(column(log, "val_bpb"))
@@ -5317,6 +5320,7 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str, limit: 
     flops = step_flops(model.config, config)
     a_token = flops / tokens_a_step(config, model.config.block_size)
     speed = a_token * np.median([row["tokens_per_s"] for row in log])
+    limit = 1e9 * blas_gflops()
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
         "machine's rate for a matrix product in numpy")
     if config.keep:
@@ -5345,13 +5349,12 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     run = model.source.get("run")
     came_from = (run, opened.path) if args.resume else ()
     move = functools.partial(set_aside, out_dir, start, *came_from)
-    limit = 1e9 * blas_gflops()
     introduce(model, config, start, corpus, args.effort)
     train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
           stop=stop, first_step_done=move)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
     if not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists():
-        conclude(model, config, out_dir, flags, limit)
+        conclude(model, config, out_dir, flags)
         return 0
     next_command = f"to go on: python minimiggy.py --resume{flags}"
     say(f"stopped; {next_command if config.keep else 'nothing was saved'}")
