@@ -849,17 +849,11 @@ from tinygrad import Context, Device
 
 TINYGRAD = "0.14.0"
 
-def version_of(package: str) -> str:
-    """The version of an installed package, or "" if it cannot be told."""
-    from importlib import metadata
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
 WHY_PLAIN = None
 KNOWN = False
 try:
+    from importlib.metadata import version
+
     from tinygrad import UOp
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.dtype import AddrSpace
@@ -867,8 +861,8 @@ try:
     from tinygrad.helpers import DEBUG, DEV, JIT, getenv
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-    if version_of("tinygrad") != TINYGRAD:
-        raise ImportError(f"tinygrad {version_of('tinygrad')} is not {TINYGRAD}")
+    if version("tinygrad") != TINYGRAD:  # (or none is installed, which is an ImportError, too)
+        raise ImportError(f"tinygrad {version('tinygrad')} is not {TINYGRAD}")
     KNOWN = True
 except ImportError as error:
     WHY_PLAIN = f"part II's programs are not used, since {error}: pip install tinygrad=={TINYGRAD}"
@@ -1197,11 +1191,11 @@ class Recording:
 #             for c in k.loop(x.columns):                   for (int c = 0; c < 4; c++) {
 #                 y[i, c] = x[i, c] * 2.0 + b[c]                y[i*4 + c] = x[i*4 + c] * 2.0f + b[c]; } } }
 #
-# `k` is the Kernel that is being written, the others are its arguments, results first. `k.loop(n)` is not a
-# Python loop that turns n times: it opens a C loop, hands out its counter as a symbol, and closes it. `x[i,
-# c]` is not a number but a symbol, too, and an assignment notes down a store. Statements happen in the order
-# of the text: each is told to come `after` the one before. So `x[i]` in a Python variable is an expression,
-# which the C computes where a store uses it.
+# `k` is the Kernel that is being written, the others are its arguments, results first. The Python function
+# runs once, and `k.loop(n)` turns once, too: it opens a C loop, hands out the counter as a symbol, and closes
+# it. `x[i, c]` is a symbol as well, for a number that only the C will read. An assignment to `y[i, c]` notes
+# down a statement, `after` all earlier ones. Nothing else does: `t = x[i, c] * 2.0` only names an expression,
+# which the C computes where a statement uses it.
 #
 # >>> def example(k, y, x, b):
 # ...     for i in k.loop(x.rows):
@@ -1282,8 +1276,8 @@ class Kernel:
                     yield (i, *j) if len(more) > 1 else (i, j)
             return
         if self.last and self.last[0].op is Ops.STORE:
-            # tinygrad sorts statements by the loops that they are in. One that is in none would be free to
-            # move into the loop that follows; so we put a loop of one turn around it.
+            # tinygrad orders statements by their loops alone, so the last store could slip into the loop that
+            # begins now. A loop of one turn around it keeps it out.
             self.last = (self.last[0].end(UOp.range(1, next(self.ids))), *self.open)
         outer = self.open
         counter = None
@@ -1306,9 +1300,9 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. Where n is
-        smaller than the number of cores, the kernel must share nothing else: the cores that are left over
-        would do what is not theirs."""
+        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. If n is
+        smaller than the number of cores, only n of them run the kernel, and whatever else it shares must be
+        of the same n."""
         cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
@@ -1439,12 +1433,12 @@ def exp(x):
 #             for each strip of A's rows:
 #                 for each tile of the strip, for each panel: multiply, and add to the result
 #
-# Which tile is best depends on the processor, so we measured, with `rows` x `columns` on 12 products of a
-# training step. On an Intel Xeon with AVX-512 (32 registers of 16 numbers), relative to the rate of numpy's
-# library: 8 x 32 1.08, 6 x 64 1.10 for some and worse for others, 4 x 64 1.04, 12 x 32 0.77. With AVX2 (16
-# registers of 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. What matters is that sums, one vector of B and the
-# numbers of A all find a register; one too many, and clang writes some to memory in the innermost loop. So
-# one shape for each kind of processor serves all. (The picture above has 4 x 64, which is easier to draw.)
+# Which tile is best depends on the processor, so we measured. On an Intel Xeon with AVX-512 (32 registers of
+# 16 numbers), 12 products of a training step ran at these multiples of the rate of numpy's library: 8 x 32
+# 1.08, 4 x 64 1.04, 12 x 32 0.77; 6 x 64 was better for some and worse for others. With AVX2 (16 registers of
+# 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. The sums, a vector of B and the numbers of A must all find a
+# register: with one too many, clang goes to memory in the innermost loop. So one shape for each kind of
+# processor serves all. (The picture has 4 x 64, which is easier to draw.)
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
@@ -1496,12 +1490,12 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
     strip, and all 12 panels in one group. (512 deep, 32 columns of B are 64 KB; 256 if A has to be copied,
     too.)"""
-    # 65 rows make nine tiles of 8, the last of which overlaps the one before. With tiles of one height it
-    # costs no code of its own, and what is computed twice is the same twice.
+    # 65 rows are covered by nine tiles of 8: the last begins at row 57, not 64, so that all are whole. Seven
+    # rows are computed twice, with the same result.
     rows = pieces(M, pieces(M, TILE[0]))
     columns = min(TILE[1], N)
     deepest = 256 if a_transposed else 512
-    if M % rows or N % columns:  # the last tiles will overlap others, and so must not add to what is there
+    if M % rows or N % columns:  # tiles will overlap, and a block that adds to the one before would add twice
         deepest = 4096
         if K > deepest:
             rows = divisor(M, rows)
@@ -1597,12 +1591,11 @@ def weights_back(k, dw, *rest):
 
 # 15.3 A few rows
 #
-# When writing, there is one token at a time, or one for each of a few texts: x has few rows, and a weight
-# that has come from memory is used once or a few times. So all depends on how quickly weights come. The
-# processor notices where we go straight on, in several places at a time, and fetches ahead. So every core has
-# a part of the rows of w, a piece of memory of its own, and reads it in eight places side by side. On two
-# Intel cores, that brings 110 GB a second for a w of 384 x 384 (from the second store), and 54 for one of
-# 1536 x 384, for which there is no room. When each core had a half of every row, it was 47 and 38.
+# When writing, x has one row, or a few: a weight that was fetched is used once or a few times, so all depends
+# on how fast weights come. A processor notices where we read straight on, in several places at a time, and
+# fetches ahead. So each core reads a part of w's rows, one piece of memory, in eight places side by side. On
+# two Intel cores, a w of 384 x 384, which stays in the second level, then comes at 110 GB a second, and one
+# of 1536 x 384, which does not fit, at 54. With half of every row for each core, it was 47 and 38.
 #
 # The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
 FEW = 8  # rows of x for which this is the quicker way
@@ -1736,15 +1729,15 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
 
-# The way back. For one query, with weights p = softmax(s) and y = sum of p_j v_j, the loss rises with p_j by
-# g_j = dy . v_j, and with v_j by p_j dy. If score i rises, weight j changes by p_j * ((1 if i = j, else 0) -
-# p_i). So the loss rises with s_i by
+# The way back. For one query, y = sum of p_j v_j. So the loss rises with v_j by p_j dy, and with p_j by g_j =
+# dy . v_j. And p = softmax(s): if s_i rises a little, weight i gains p_i times as much; and every weight, i
+# too, gives up p_i times its own share, so that all still add up to 1. So the loss rises with s_i by
 #
-#     ds_i = sum over j of g_j p_j * ((1 if i = j, else 0) - p_i) = p_i * (g_i - sum over j of p_j g_j)
+#     ds_i = p_i g_i - p_i * (sum over j of p_j g_j) = p_i * (g_i - dy . y)
 #
-# and the last sum is dy . (sum of p_j v_j) = dy . y. So one number for each query, dy . y, replaces a sum
-# over all keys. With s = q . k / sqrt(D), dq and dk follow as for any product. The weights are computed again
-# from the saved lse, p = exp(s - lse): quicker than reading them from memory.
+# as the sum of p_j (dy . v_j) is dy . y: one number for each query replaces a sum over all keys. With s = q .
+# k / sqrt(D), dq and dk follow as for any product. The weights are computed again from the saved lse, p =
+# exp(s - lse): quicker than reading them from memory.
 def flash_back(k, dqkv, dy, y, lse, qkv):
     """The gradient of qkv from that of y (both shaped as in `flash`)."""
     B, T, _, H, D = qkv.shape
@@ -2734,11 +2727,11 @@ GPT.generate = generate
 # >>> [round(float(number), 4) for number in numbers[0] * scale[0]]
 # [0.1, -0.032, 0.254, 0.0]
 #
-# Only what comes from memory is small. In the registers each number becomes a float32 again, and sums are
-# float32 sums. To the kernels an `Unpacked` looks like any other matrix. But to multiply each number by its
-# scale as it is read would cost those of 15.3 a seventh of their speed. So they take the numbers `unscaled`,
-# and the scale once a row: with x in `matvec`, as x @ (s w) = (x s) @ w, and with the sum in `dot_rows`. What
-# is lost? As many bits a byte as `--eval-only --weights int8` says: on a model trained here, less than 0.01.
+# Only what comes from memory is small: in registers, numbers and sums are float32. To kernels an `Unpacked`
+# looks like any other matrix. But to multiply each number by its scale would cost the kernels of 15.3 a
+# seventh of their speed. They multiply once a row instead: `matvec` scales x, as x @ (s w) = (x s) @ w, and
+# `dot_rows` scales each finished sum. What is lost? As many bits a byte as `--eval-only --weights int8` says:
+# on a model trained here, less than 0.01.
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16: the upper 16 bits, uint16."""
     bits = array.view(np.uint32)
