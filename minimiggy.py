@@ -2850,9 +2850,8 @@ from datetime import timedelta
 # since the name is an entry in the folder, and a folder is a kind of file, the folder must reach the disk as
 # well.
 #
-# `whole` is for a `with` block. `@contextmanager` makes that of a function with one `yield`: what stands
-# before it is done when the block begins, and what stands after it when the block ends. If the block ends
-# with an error, the error comes out of the `yield`, and then only `finally` is done.
+# `whole` is for a `with` block. `@contextmanager` makes that of a function with one `yield`, where the block
+# runs. If the block fails, its error comes out of the `yield`, and only `except` and `finally` are done.
 VERSION = "2.0"
 
 @contextmanager
@@ -3026,11 +3025,10 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     return text
 
-# tiktoken is quick, but cannot take a text of any length at once: its regular expressions overflow the stack
-# on a million blanks, and the lists of numbers that it returns take ten times the memory of an array. So a
-# long text is encoded in pieces. They must end where the pattern of chapter 3 cuts in any case, or a token
-# would be torn apart: after the letters of a word, or before white space. What comes after the last such
-# place waits for the next piece. (But if all of it is white space, nothing waits: it may go on for ever.)
+# tiktoken is quick, but fails on a million blanks, and its lists take ten times an array's memory. So a long
+# text is encoded in pieces. A piece may end only where the pattern of chapter 3 cuts whatever comes next:
+# after a word's last letter, or before white space. The rest is put before the next piece. (A piece of
+# nothing but white space is encoded as it is: there may be no other place for megabytes.)
 SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
 def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> np.ndarray:
@@ -3172,7 +3170,7 @@ def numbers_of(tensor) -> memoryview:
 
 def check_finite(array: np.ndarray) -> None:
     """ValueError if a number in it is infinite, or no number."""
-    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):  # (a NaN is both)
+    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):  # (NaN spreads)
         raise ValueError("there are numbers that are not finite")
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -3406,8 +3404,8 @@ def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimize
             raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
     fill(state_of(model, optimizer), arrays, path, model.ops)
     if metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {path} was saved while part I had other layers or operations: its model may "
-              "compute something else now", file=sys.stderr)
+        print(f"minimiggy: {printable(str(path))} was saved while part I had other layers or operations: its "
+              "model may compute something else now", file=sys.stderr)
 
 # They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
 # files.
@@ -3513,7 +3511,7 @@ def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
             return checkpoint
         except UserError as error:
             last_error = error
-            print(f"skipped: {error}", file=sys.stderr)
+            print(f"skipped: {printable(str(error))}", file=sys.stderr)
     raise last_error
 
 # Checkpoints can be copied, and a run can go on in another folder. So that none deletes what is not its own,
@@ -3557,12 +3555,12 @@ def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
 # the same machine, and with the same text. On another one sums may be added in another order, and then their
 # last digits differ.)
 #
-# An exam measures the loss on the part of the text that was not learned from. The model sees windows of T
-# tokens, and a token at the beginning of a window is harder than one at its end, which has more before it. At
-# the end of a run the windows lie side by side and every token is counted once: then the result depends on
-# the model and the text alone, and not on how many windows are computed at a time. On the way that is done,
-# too, as long as it takes no more than 80 batches: 110 KB, a tenth of tiny Shakespeare, take 61. In a longer
-# text a few windows have to do, evenly spread and always the same ones, so that two exams can be compared.
+# An exam measures the loss on text that was not learned from, cut into windows of T tokens. A token at the
+# beginning of a window is harder than one at its end, which has more before it. At the end of a run, windows
+# lie side by side and each token is counted once, so the result depends on nothing but the model and the
+# text. On the way that is done, too, if it takes no more than 80 batches: 110 KB, a tenth of tiny
+# Shakespeare, take 61. Of a longer text, some windows have to do, spread evenly and always the same ones, so
+# that two exams can be compared.
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
     def __init__(self, model: GPT, batch_size: int):
@@ -4073,10 +4071,10 @@ def check_is_gpt2(model: GPT) -> None:
 #
 # Take "banana" from chapter 3: its tokens are an, ban, ana, banana, with the numbers 256 to 259. Let "ana" be
 # merged by itself: a|n|a becomes an|a, and here two parts are left. So the pair of "ana" is (an, a), and
-# never (a, na). That is all there is to `last_parts`. But why is one pair enough, if "ana" can stand anywhere
-# in a text? Suppose that it has just come to be one token, somewhere in a long word. Until then, nothing had
-# joined one of its bytes with a byte outside, or they could not be one token now. So its bytes were merged
-# among themselves, in the same order as if nothing stood around them: from the same two parts.
+# never (a, na). That is all there is to `last_parts`. Why is one pair enough, wherever "ana" stands? As long
+# as its bytes are not yet one token, none of them has been joined with a byte outside, or they could never
+# become it. So they were merged among themselves, in the same order as if they stood alone: from the same two
+# parts.
 #
 # Once in a while a token is never reached like this, because an earlier merge has cut it in the wrong place.
 # It can then only be a word that is looked up as a whole, and has no pair.
@@ -4462,15 +4460,12 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     pairs = rest[len(streams):]
     return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
 
-# *Whom does it look at?* Flash attention never has its weights in memory, so how can we see them? An answer
-# is the average of the values with these weights. If token 5's value is a 1 in channel 5 and 0 elsewhere,
-# then channel 5 of an answer is the weight of token 5. So we ask once more, with such values in place of the
-# model's. There are D channels, so D tokens at a time can be asked for, and the pieces go side by side as a
-# batch: for T = 64 and D = 32, two of them. And we make the check: the average of the true values with these
-# weights must be the true answer.
+# *Whom does it look at?* Flash attention never has its weights in memory. But we can ask for them: an answer
+# is the average of the values, with these weights. Let token 5's value be 1 in channel 5 and 0 elsewhere;
+# then channel 5 of each answer is the weight of token 5. D channels tell of D tokens; for T = 64 and D = 32
+# we ask twice, side by side in a batch. So the weights come out of the operation that runs, also a reader's
+# own, and we check that with the true values they give the true answer.
 #
-# So the weights come out of the operation that runs, flash attention or a reader's own, and not from a second
-# version of the formula, which might say something else.
 def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
     operation as `record` makes it, for arrays; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it
@@ -4509,11 +4504,11 @@ def attention_maps(ops: Plain, asked: list, n: int) -> dict:
         raise ValueError("its layers do not call the backend's attention")
     return {"heads": heads, "across": len(heads) // len(asked), "chosen": int(np.argmax(sure))}
 
-# *What does it expect?* The page lets a reader turn the dials of chapter 10. That takes the logits of all
-# tokens, and 50,000 of them at each place would be too many. It gets the likeliest 100 one by one, and the
-# others in groups of nearly the same logit: how many they are, and an average that makes the sum of their
-# probabilities right at temperature 1, and nearly so at others. The average is that of exp(logit), since it
-# is the powers that are added up: two tokens with the logits 0 and 0.2 weigh as much as two with 0.105.
+# *What does it expect?* The page has the dials of chapter 10. They need the logits of all tokens, and 50,000
+# at each place would be too many. So it gets the 100 likeliest, and of the others groups of nearly equal
+# logits: how many they are, and one logit that stands for all. That is the log of the mean of their exp: two
+# tokens with the logits 0 and 0.2 weigh as much as two with 0.105. So their probabilities add up exactly at
+# temperature 1, and nearly at others.
 def expectation(logits: np.ndarray, names: list[str]) -> dict:
     """Logits (V,) for the page, each less the largest one: `likely`, [token, height] from the top, and
     `tail`, [how many, height]."""
@@ -4923,18 +4918,16 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200,
             "learning_rate": 4e-3}
 
-# Ten minutes are worth another model than one: a larger one, which learns more from each token but takes
-# longer over it. Which one, nobody who begins knows, and seven numbers would have to be right together. So
-# there are three recipes for a text of about a megabyte, found by experiment on two cores; they replace
-# defaults, and a flag that is given still counts more. All of them let the step size fall to zero.
+# Ten minutes deserve a larger model than one minute does. Which one, with which numbers? There are three
+# recipes, found by experiment on two cores, for a text of about a megabyte. They replace defaults, and a flag
+# that is given still counts more. All of them let the step size fall to zero.
 #
-# The longer a run, the more often it reads the same text, and the better it knows that by heart. There are
-# two remedies. With *dropout* (chapter 6) the model never sees all of a line, and so cannot learn it as it
-# stands. And *weight decay* (chapter 8) makes it forget what it does not meet again and again. Both slow
-# learning down, and are a waste where a text is read only a few times: at seven readings, a dropout of 0.07,
-# with 0.13 of weight decay, made 2.24 bits a byte of 2.20. At twenty readings of 250 KB, ten times as much
-# weight decay was worth 0.09. So they are no numbers of a recipe; they follow from how often the text is
-# read. The dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
+# The longer a run, the more often it reads the same text, and the better it knows that by heart. *Dropout*
+# (chapter 6) helps: the model never sees all of a line, and so cannot learn it as it stands. *Weight decay*
+# (chapter 8) makes it forget what it does not meet again and again. Both slow learning down: at seven
+# readings, a dropout of 0.07, with 0.13 of weight decay, made 2.24 bits a byte of 2.20. But at twenty
+# readings of 250 KB, ten times as much weight decay gained 0.09. So both follow from how often the text is
+# read: the dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
 # time, 0.1 at least. And 40 readings are enough for any text, so a short one gets fewer steps. "coffee", for
 # example, takes 7600 steps of 8 x 128 tokens, and tiny Shakespeare has 415,000 to learn from: they are read
 # 19 times, with a dropout of 0.12 and a weight decay of 0.31.
