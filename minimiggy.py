@@ -14,7 +14,7 @@ Comments give shapes as (B, T, C): B sequences side by side, T tokens in each, C
 token. V is the size of the vocabulary, H the number of attention heads, D = C / H the width of a head. What
 follows >>> can be pasted into Python after `from minimiggy import *`; the tests run it all. MIT licence.
 """
-# ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone)
+# ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone; skip to chapter 1)
 from __future__ import annotations
 
 import math
@@ -44,13 +44,13 @@ from tinygrad.nn.state import get_state_dict
 # ============================================================================================================
 # Part I. The GPT
 class UserError(Exception):
-    """A mistake that the user can mend: the command line prints its text as one line."""
+    """A mistake that the user can fix: the command line prints its text as one line."""
 
 # === Chapter 1. What a language model does
 #
 # A language model does one thing. It reads the beginning of a text and says, for everything that might come
 # next, how likely that is. After "To be, or not to" it should say that " be" is very likely, that " sleep" is
-# possible, and that "xq" is not. Whoever can do this can write: draw a candidate, append it, ask again.
+# possible, and that "xq" is not. Anything that can do this can write: draw a candidate, append it, ask again.
 #
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
 # speech in a play begins with a name and a colon. Nobody tells the model any of this. It has about a million
@@ -62,7 +62,7 @@ class UserError(Exception):
 #
 # The text that we learn from is cut in two. The first nine tenths are for learning; the last tenth is the
 # exam. A model can come to know its text by heart, and then its surprise at that text says nothing any more
-# about what it has understood. Only a text that it has never seen can tell.
+# about what it has understood. Only a text that it has never seen can show that.
 def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     """UTF-8 `text` in two: the first 90 % of its bytes to learn from, the last 10 % to be examined on."""
     cut = border(text, len(text) * 9 // 10)
@@ -76,8 +76,8 @@ def border(text: bytes, place: int) -> int:
 
 # === Chapter 3. Tokens: bytes and merges
 #
-# A network computes with numbers, so the text must become a list of whole numbers first. The pieces that get
-# a number each are called *tokens*. Single letters make long lists, in which a word is far away from the next
+# A network computes with numbers, so the text must become a list of whole numbers first. The pieces that each
+# get a number are called *tokens*. Single letters make long lists, in which a word is far away from the next
 # one. Whole words make short lists, but a word that was not in the text has no number.
 #
 # *Byte-pair encoding* (Sennrich et al. 2016, arXiv:1508.07909) lies in between. A text in a computer is a
@@ -119,9 +119,9 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return merged
 
 # On a megabyte of text, counting all pairs anew for each merge would take many minutes. Two observations make
-# it half a second. A word that occurs 5,000 times is looked at only once, if its pairs count 5,000
-# times. And a merge changes only the words that contain the pair, so we remember which.
-LONGEST = 256  # bytes of a word that count: a long row of zeros would become tokens 00, 0000, 00000000, ...
+# it half a second. A word that occurs 5,000 times need be looked at only once: each of its pairs then counts
+# 5,000 times. And a merge changes only the words that contain the pair, so we remember which those are.
+LONGEST = 256  # only so many bytes of a word are read: a row of zeros would make tokens 00, 0000, 00000000
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -135,7 +135,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
     merges = []
 
     def count(i: int, sign: int) -> None:
-        """Add the pairs of word i to the counts, or take them away. (In `places` all may stay.)"""
+        """Add the pairs of word i to the counts, or take them away. (`places` may keep stale words.)"""
         for pair in zip(words[i], words[i][1:], strict=False):
             counts[pair] += sign * times[i]
             places[pair].add(i)
@@ -148,7 +148,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (else: "abc" was ab + c, and comes again as a + bc)
+        if joined not in numbers:                  # (else we had it: "abc" as ab + c, now a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -196,7 +196,7 @@ class BPETokenizer:
         return cls("bpe", learn_merges(Counter(regex.findall(SPLIT, text)), vocab_size))
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of any text. (Half a character, a lone surrogate of Python's, becomes "?".)"""
+        """The token ids of any text. (What UTF-8 cannot express, a lone surrogate, becomes "?".)"""
         return self.encoding.encode_ordinary(text.encode("utf-8", "replace").decode())
 
     def decode(self, ids: list[int]) -> str:
@@ -225,8 +225,8 @@ class BPETokenizer:
 # >>> round((a * a).sum().item(), 2)
 # 8.96
 #
-# `gradient` is the important one. Each operation knows its slopes, how its result changes with its inputs;
-# tinygrad multiplies them on each way from the result back, and adds up the ways (*backpropagation*).
+# `gradient` is the important one. Each operation knows its slopes: how its result changes with its inputs.
+# Along each path from b back to a, tinygrad multiplies them; then it adds up the paths (*backpropagation*).
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
@@ -236,7 +236,7 @@ class BPETokenizer:
 # it was at the recording. Whatever changes must come in as a tensor, or be `assign`ed.
 #
 # >>> scaled = TinyJit(lambda x: (factor * x).realize())
-# >>> for factor in (2.0, 3.0, 4.0):         # it runs, is recorded, is repeated: 4.0 comes too late
+# >>> for factor in (2.0, 3.0, 4.0):         # runs; runs and is recorded; repeats that, with its 3.0
 # ...     print(scaled(Tensor([1.0]).realize()).item())
 # 2.0
 # 3.0
@@ -260,7 +260,7 @@ if not os.environ.get("CC") and not shutil.which("clang"):
 class GPTConfig:
     """What the model is."""
     block_size: int = 64           # T: tokens that the model sees at once, its context
-    vocab_size: int = 50257        # V: tokens in the vocabulary (of GPT-2; we learn 1024)
+    vocab_size: int = 50257        # V: tokens in the vocabulary (GPT-2's; --train learns 1024)
     n_layer: int = 4               # blocks, one after the other
     n_head: int = 4                # H: attention heads in a block; it must divide n_embd
     n_embd: int = 128              # C: channels, the numbers that represent a token
@@ -281,12 +281,12 @@ class TrainConfig:
     beta2: float = 0.99            # and of the average of its square
     grad_clip: float = 1.0         # all gradients, as one long vector, are shortened to this length
     grad_accum: int = 1            # batches averaged for a step, if memory holds no larger batch
-    seed: int = 1337               # where all chance begins: weights, passages, dropout
+    seed: int = 1337               # the start of all randomness: weights, passages, dropout
     save_every: int = 0            # steps between two saves of all numbers; 0: one after each exam
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
-# Chance has to be repeatable, so that a run that was interrupted continues exactly as it would have. So each
-# use of it makes its own generator, from a number for what it is used for, the seed, and often the step.
+# Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
+# each use makes a generator of its own, from a number for what it is used for, the seed, and often the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -303,16 +303,16 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # Attention, below, averages over tokens, and an average hardly shows their order: did the dog bite the man,
 # or the man the dog? So a second table, `wpe` ("word position embedding"), has a row for each of the T places
 # in the context, and the model begins with the sum of both rows: what the token is, plus where it stands. (A
-# sum, since C numbers have room for both, and twice as many would cost twice the time.)
+# sum, since C numbers have room for both, and twice as many would cost more time. But see exercise 2.)
 #
-# 6.2 The operations, of which four carry the ideas
+# 6.2 The operations: `linear`, `layer_norm`, `gelu`, `attention`, and some helpers
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
 # are learned. One product of matrices does it for all tokens at once.
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
 # learned scale and shift may undo as much of that as is useful. Without it, numbers and gradients grow or
 # shrink by some factor at each layer, over ten layers by its tenth power. (The 1e-5 prevents a division by
-# zero. Many newer models use *RMSNorm* in its stead, without mean and shift: x / sqrt(mean of x^2) * weight.)
+# zero. Newer models use *RMSNorm*: in `layer_norm`, x / sqrt(mean of x^2 + 1e-5) * weight, and no bias.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
@@ -327,11 +327,11 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
 # mean 0 and variance 1, so is each product, and variances add up: the score has variance D. With D = 32, it
 # is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight to
-# one token, and still would if scores changed a little, so nothing could be learned. Divided by sqrt(D),
-# scores have variance 1 again. *Why a mask?* A token must not see those after it: it is to predict the next.
-# Their scores become minus infinity, their weights exp(-inf) = 0. For T = 4, row t shows whom token t hears:
+# one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided by
+# sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
+# later ones get a score of minus infinity, a weight of exp(-inf) = 0. For T = 4, row t is what token t hears:
 #
-# >>> Tensor.ones(4, 4).tril().int().tolist()
+# >>> Tensor.ones(4, 4).tril().int().tolist()           # `tril` keeps the lower left triangle
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
 #
 # The mask is also why training is efficient. Token t's output depends on tokens 0 to t alone, so one pass
@@ -418,8 +418,8 @@ class Plain:
         return Tensor(array)
 
     def record(self, function):
-        """Wrap `function`, from tensors to a tuple of tensors, so that it takes arrays and returns a list of
-        them, recorded by TinyJit. The arrays must have the same shapes and types at every call."""
+        """Wrap `function` (tensors in, a tuple of tensors out), recorded by TinyJit: arrays in, a list of
+        arrays out. The arrays must have the same shapes and types at every call."""
         jit = TinyJit(function)
 
         def call(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -432,7 +432,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 
 # 6.3 The layers
 # A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
-# begins with small random weights: were they all equal, all outputs would be equal, would get equal
+# begins with small random weights: if they were all equal, all outputs would be equal, would get equal
 # gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
 # trained and saved, including any that you add. (After `.is_param_(False)` it is only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
@@ -471,7 +471,7 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on a single other one, and scales the rest up. `stir` computes which, from their
+# part of the model relies on any single other, and scales the rest up. `stir` computes which, from their
 # places and a `key`, new at each step; its results look random. Without a key, as in exams, none is dropped.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
@@ -498,12 +498,12 @@ def stir(h: Tensor) -> Tensor:
 # 6.4 Blocks
 # The rows of a passage, (B, T, C), run through the whole network like a stream, and each part only *adds*
 # something to it: x + f(x). That is why it can be trained although it is deep. The slope of x + f(x) is 1 +
-# f'(x), and by that 1, a gradient gets through on its way back even where f'(x) is nearly 0.
+# f'(x), and thanks to the 1, a gradient gets through on its way back even where f'(x) is nearly 0.
 #
 # A *block* adds twice. Attention gathers from other tokens; a small network of two layers (a *multilayer
 # perceptron*), four times as wide inside, then thinks about what was gathered, for each token by itself. The
-# norm stands *before* each of them: x + f(norm(x)). With norm(x + f(x)), each layer would multiply that 1 by
-# another factor, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
+# norm stands *before* each of them: x + f(norm(x)). With norm(x + f(x)), that 1 would be multiplied by the
+# slope of a norm at each layer, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
 # Two layers in each block, both named `c_proj`, add to the stream: 2 n_layer times in all. If each addition
 # has variance s^2, the sum has 2 n_layer s^2. So their weights begin smaller by the root of 2 n_layer.
@@ -551,11 +551,11 @@ class Block:
 # After the last block and one more norm, the row at place t should describe what comes at place t + 1. To
 # turn it into a guess, compare it with the row of every token in `wte`: the dot product is large where the
 # two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. One table
-# can serve at both ends, since tokens with similar rows should be likely at the same places. With V = 1024
-# and C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859); but see exercise 5.
+# can serve at both ends: tokens that behave alike have similar rows, hence similar logits. With V = 1024 and
+# C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859); but see exercise 5.
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
-    Its parameters have Hugging Face's names, so that files fit; with `seed=None`, memory but no numbers."""
+    Its parameters are named as in Hugging Face's GPT-2 files; `seed=None` leaves them unfilled."""
     def __init__(self, config: GPTConfig, backend: Plain | None = None, *,
                  tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
         if config.n_embd % config.n_head:
@@ -608,10 +608,10 @@ class GPT:
 # === Chapter 7. The loss
 #
 # How wrong is a guess? If the model gave the token that really came the probability p, we say that it was
-# surprised by -ln p *nats*: by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p = 1/100. (Probabilities of
-# tokens multiply to that of the text; so surprises add up.) The mean over all tokens is the *cross-entropy*,
-# the loss that training lowers. With p from softmax, it is ln(sum of exp(logits)) minus the logit of what
-# came.
+# surprised by -ln p *nats*: by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p = 1/100. Why ln? A text's
+# probability is the product of its tokens', and ln makes it a sum: surprises add up, and can be averaged.
+# Their mean over all tokens is the *cross-entropy*, the loss that training lowers. With p from softmax, a
+# surprise is ln(sum of exp(logits)) minus the logit of the token that came.
 #
 # What should it be at the start? Small random weights make small logits, so each of V tokens gets about 1/V,
 # and the loss is ln V; with 1024 tokens, 6.93. If a new model's loss is far from that, something is wrong.
@@ -622,8 +622,8 @@ class GPT:
 # True
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
-# also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. To know nothing
-# of a byte is 8 bits; a loss of 3.6 nats on tokens of 2.3 bytes is 3.6 * 1.44 / 2.3 = 2.25.
+# also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Knowing nothing
+# of a byte costs 8 bits; a loss, say, of 3.6 nats on tokens of 2.3 bytes is 3.6 * 1.44 / 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -652,12 +652,12 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # keep changing their sign move it slowly. (`adamw`, in chapter 6.2, is this.)
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
-# 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2, and m / sqrt(v) is 1, by luck; but
-# at step 10, with g still the same, m = 0.65 g and v = 0.096 g^2 give 2.1, twice as far as meant. So Adam
-# divides by these factors, which is called *bias correction*: m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
+# 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
+# 1. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1, twice as far as meant. So Adam
+# divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls the weights of matrices a little towards zero
-# at each step. And lest one odd batch undo what many taught, gradients longer than `grad_clip` are shortened.
+# at each step. So that no odd batch undoes what many taught, gradients longer than `grad_clip` are shortened.
 class AdamW:
     """A model's optimizer. `m` and `v` hold Adam's averages, by the parameters' names. `optimizer(data, i)`
     takes step i and returns its loss, and the gradient's length before clipping, as numbers."""
@@ -665,14 +665,14 @@ class AdamW:
         self.model = model
         self.config = config
         self.parameters = model.parameters()
-        self.tensors = list(get_state_dict(model).values())           # (also what is not learned)
+        self.tensors = list(get_state_dict(model).values())           # (the untrained ones, too)
         zeros = {name: np.zeros(p.shape, np.float32) for name, p in self.parameters.items()}
         self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         sums = zeros if config.grad_accum > 1 else {}                 # of the gradients of a step's batches
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
-        self.batch = model.ops.record(self.step)                      # without `rates`, and below with them:
-        self.last_batch = model.ops.record(self.step)                 # two programs, so two recordings
+        self.batch = model.ops.record(self.step)                      # all batches of a step but the last
+        self.last_batch = model.ops.record(self.step)                 # the last one, which takes the step
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
         """A batch x, y (B, T) and a key (1,) -> its loss. With the last of a step's batches come the `rates`
@@ -682,7 +682,7 @@ class AdamW:
         gradients = dict(zip(self.parameters, slopes, strict=True))
         for name, sums in self.sums.items():
             gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
-        Tensor.realize(loss, *gradients.values())                     # (what the way back needed can go now)
+        Tensor.realize(loss, *gradients.values())                     # (frees what the way back needed)
         if rates is None:
             return (loss,)
         length = self.model.ops.norm(gradients)
@@ -697,7 +697,7 @@ class AdamW:
         now = get_state_dict(self.model).values()
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
-        Tensor.realize(*now)                                          # (should some have been assigned to)
+        Tensor.realize(*now)                                          # (in case any were assigned to)
         x, y = get_batch(data, c, self.model.config.block_size, i)
         keys = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=(len(x), 1), dtype=np.uint32)
         rates = [learning_rate(c, i), 1 - c.beta1 ** (i + 1), 1 - c.beta2 ** (i + 1)]
@@ -706,8 +706,8 @@ class AdamW:
         loss, length = self.last_batch(x[-1], y[-1], keys[-1], first[-1], np.array(rates, np.float32))
         return float(np.mean([*losses, loss])), float(length)
 
-# *The step size.* At the start Adam's averages are of few gradients, so steps grow over a *warm-up*. Towards
-# the end we want to come to rest at a low point, not to jump across it, so they shrink, along half a cosine:
+# *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
+# end we want to come to rest at a low point, not to jump across it, so they shrink, along half a cosine:
 #
 # >>> plan = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, max_iters=1100)
 # >>> [round(learning_rate(plan, step), 2) for step in (0, 49, 99, 100, 350, 600, 850, 1100)]
@@ -746,7 +746,7 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
 # === Chapter 10. Writing
 #
 # To write, ask for the probabilities of the next token and draw one; append it; ask again. Always taking the
-# likeliest is dull and ends in loops; drawing by the probabilities takes, now and then, a nearly impossible
+# likeliest is dull and ends in loops; drawing from the probabilities picks, now and then, a nearly impossible
 # one. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0] gives 67 %, 24 %
 # and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k` keeps the k
 # likeliest, `top_p` the fewest that add up to the share p (Holtzman et al. 2020, arXiv:1904.09751).
@@ -769,7 +769,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
 # The model can look at T tokens. When there are more, we let go of the older half. The list that we hand over
 # is always T long, because a recording works for one shape; no token looks at the zeros that come after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue the prompt `ids` (at least one). `text` is for several with one `seed`."""
+    """Yield tokens that continue the prompt `ids` (at least one). `text` numbers the texts of one `seed`."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -788,10 +788,10 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 #
 # To understand all this, change it: part II notices, and where it has no fast program for your change, what
 # stands here runs. `python minimiggy.py --gradcheck` tells whether all gradients are right. Without a change,
-# `python minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. Guess first.
+# `python minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. More or less?
 #
 # 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
-# 2. No positions. Take `self.wpe(position)` out of `hidden`. (2.65! The mask tells places: arXiv:2203.16634.)
+# 2. No `self.wpe(position)` in `hidden`. (2.65! How many a token hears tells its place: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
