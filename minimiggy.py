@@ -2834,6 +2834,7 @@ class Packed(Fast):
 import argparse
 import codecs
 import errno
+import gc
 import json
 import timeit
 import traceback
@@ -5547,8 +5548,12 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 # A shell can close one of a program's three streams (`>&-`), and it is None then; it gets one that leads
-# nowhere. And a terminal may not know all letters: it gets a "?" for those, which is better than an error.
+# nowhere. And a terminal may not know all letters: it gets a "?" for those, which is better than an error. To
+# write programs takes millions of small objects, hardly any of them garbage: looking for that less often
+# makes the start 5 % quicker.
 if __name__ == "__main__":
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in ("stdin", "stdout", "stderr"):
