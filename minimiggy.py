@@ -4466,7 +4466,6 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
 # then channel 5 of each answer is the weight of token 5. D channels tell of D tokens; for T = 64 and D = 32
 # we ask twice, side by side in a batch. So the weights come out of the operation that runs, also a reader's
 # own, and we check that with the true values they give the true answer.
-#
 def attention_weights(attention, qkv: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The weights (H, T, T) with which an attention averaged: row t has those of token t. `attention` is the
     operation as `record` makes it, for arrays; `qkv` (T, 3, H, D) is what it got, `y` (T, H, D) what it
@@ -4936,9 +4935,9 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
 # an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
 # hour was nearly over: it had begun to know the plays by heart. So "lunch" has a model of the size of
-# "coffee", which looks further back and reads the text a quarter as often again. With 1024 tokens that came
-# to 2.09. Of a thousand tokens, many come too seldom in a megabyte to be learned well; with 512 it is 2.07,
-# and with 384, in half an hour, 2.08.
+# "coffee", which looks further back and reads the text a third as often again. With 1024 tokens, and no
+# further back, that came to 2.09. Of a thousand tokens, many come too seldom in a megabyte to be learned
+# well; with 512 it is 2.07, and with 384, in half an hour, 2.08.
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
@@ -5296,8 +5295,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
 # At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31) and
-# the median speed give operations a second, and numpy's product of matrices, which is timed before the
-# training begins, says how many are possible.
+# the median speed give operations a second, and numpy's product of matrices, which is timed now, says how many
+# are possible.
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")

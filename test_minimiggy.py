@@ -1086,7 +1086,7 @@ losses = [loss for _, loss, _ in training(model, plan, np.arange(50) % 9)]
 print(type(model.ops).__name__, tinygrad.Device.DEFAULT, len(losses))"""
 
 @pytest.mark.parametrize("first_cell", ["", "tinygrad.Tensor([1.0]).tolist()"])
-@pytest.mark.parametrize("path", {os.environ["PATH"], "/usr/bin:/bin"} if CLANG else [os.environ["PATH"]])
+@pytest.mark.parametrize("path", [os.environ["PATH"], "/usr/bin:/bin"][:2 if CLANG else 1])
 def test_it_does_not_matter_which_was_imported_first(first_cell, path):
     hidden = {"OCL_ICD_VENDORS": "/dev/null"}  # (OpenCL, where there is one)
     done = in_a_process(NOTEBOOK, first_cell, PATH=path, DEV=None, CC=None, **hidden)
