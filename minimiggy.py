@@ -5295,8 +5295,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
 
 # At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31) and
-# the median speed give operations a second, and numpy's product of matrices, which is timed now, says how many
-# are possible.
+# the median speed give operations a second, and numpy's product of matrices, which is timed now, says how
+# many are possible.
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")
