@@ -14,7 +14,7 @@ Comments give shapes as (B, T, C): B sequences side by side, T tokens in each, C
 token. V is the size of the vocabulary, H the number of attention heads, D = C / H the width of a head. What
 follows >>> can be pasted into Python after `from minimiggy import *`; the tests run it all. MIT licence.
 """
-# ruff: noqa: E402  (each part brings its own imports, so that part I can stand alone; skip to chapter 1)
+# ruff: noqa: E402  (Each part has its own imports, so that part I can stand alone. Now skip to chapter 1.)
 from __future__ import annotations
 
 import math
@@ -121,7 +121,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 # On a megabyte of text, counting all pairs anew for each merge would take many minutes. Two observations make
 # it half a second. A word that occurs 5,000 times need be looked at only once: each of its pairs then counts
 # 5,000 times. And a merge changes only the words that contain the pair, so we remember which those are.
-LONGEST = 256  # only so many bytes of a word are read: a row of zeros would make tokens 00, 0000, 00000000
+LONGEST = 256  # bytes of a word that are read: a long row of zeros would make 00, 0000, and so on, for ever
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -148,7 +148,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (else we had it: "abc" as ab + c, now a + bc)
+        if joined not in numbers:                  # (else only the way is new: a + bc, not ab + c)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -162,7 +162,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with or without a space before it; white space, less a space that begins the next piece.
+# other signs, each with or without a space before it; white space, but for a space that begins the next.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -183,7 +183,7 @@ class BPETokenizer:
             tokens = [bytes([byte]) for byte in range(256)]
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-            ranks = {token: number for number, token in enumerate(tokens)}  # bytes -> number
+            ranks = {token: number for number, token in enumerate(tokens)}  # (lower ones are merged first)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
 
@@ -209,10 +209,10 @@ class BPETokenizer:
 
 # === Chapter 4. tinygrad in ten lines
 #
-# A *tensor* is an array of numbers with any number of dimensions. tinygrad computes with tensors, on a CPU or
-# a GPU, and knows how to differentiate. It is *lazy*: an operation computes nothing; it only notes down what
-# would have to be done. Only when somebody wants to see numbers, or calls `realize`, does tinygrad write a
-# small C program for everything noted so far, compile it, and run it.
+# A *tensor* is an array of numbers with any number of dimensions. `@` multiplies the last two, for each of
+# the others; in (T, C) + (C,), the smaller one is repeated; dimension -1 is the last. tinygrad is *lazy*: an
+# operation only notes down what would have to be done. When somebody wants to see numbers, or calls
+# `realize`, it writes a small program for all that, in C for a CPU, compiles it, and runs it.
 #
 # >>> a = Tensor([1.0, 2.0, 3.0])
 # >>> b = (a * a).sum()                      # nothing has been computed: b is a recipe
@@ -233,7 +233,7 @@ class BPETokenizer:
 # `contiguous` says "compute this here, once, and keep it". And noting things down takes Python far longer
 # than computing, so TinyJit *records*, at the second call of a function, which programs it runs. From the
 # third call on, only these are run, and nothing else of the function. A Python number that it used stays what
-# it was at the recording. Whatever changes must come in as a tensor, or be `assign`ed.
+# it was at the recording. Whatever changes must come in as a realized tensor, or be `assign`ed.
 #
 # >>> scaled = TinyJit(lambda x: (factor * x).realize())
 # >>> for factor in (2.0, 3.0, 4.0):         # runs; runs and is recorded; repeats that, with its 3.0
@@ -261,7 +261,7 @@ class GPTConfig:
     """What the model is."""
     block_size: int = 64           # T: tokens that the model sees at once, its context
     vocab_size: int = 50257        # V: tokens in the vocabulary (GPT-2's; --train learns 1024)
-    n_layer: int = 4               # blocks, one after the other
+    n_layer: int = 4               # the depth: blocks, one after the other
     n_head: int = 4                # H: attention heads in a block; it must divide n_embd
     n_embd: int = 128              # C: channels, the numbers that represent a token
     dropout: float = 0.0           # share of numbers set to zero at random while training
@@ -277,22 +277,22 @@ class TrainConfig:
     eval_iters: int = 20           # batches in such an exam
     min_lr: float = 1e-4           # the step size at the end
     weight_decay: float = 0.1      # matrices shrink by this, times the step size, at each step
-    beta1: float = 0.9             # share of its average gradient that Adam keeps at each step
-    beta2: float = 0.99            # and of the average of its square
-    grad_clip: float = 1.0         # all gradients, as one long vector, are shortened to this length
+    beta1: float = 0.9             # Adam keeps this share of its average gradient at each step
+    beta2: float = 0.99            # and this share of the average squared gradient
+    grad_clip: float = 1.0         # all gradients, as one long vector, are shortened to this length at most
     grad_accum: int = 1            # batches averaged for a step, if memory holds no larger batch
     seed: int = 1337               # the start of all randomness: weights, passages, dropout
     save_every: int = 0            # steps between two saves of all numbers; 0: one after each exam
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each use makes a generator of its own, from a number for what it is used for, the seed, and often the step.
+# each of four uses has generators of its own, made from its number, the seed, and often the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
 #
-# For each token we take a row of numbers (6.1). In some *blocks*, tokens hear each other and think about what
-# they heard (6.2 to 6.4). At last, each row is compared with all tokens that could follow (6.5).
+# For each token we take a row of numbers (6.1). In *block* after block, tokens hear each other and think of
+# what they heard (6.2 to 6.4). At last, each row is compared with all tokens that could follow (6.5).
 #
 # 6.1 A token is a row of numbers
 # The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
@@ -302,21 +302,21 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 #
 # Attention, below, averages over tokens, and an average hardly shows their order: did the dog bite the man,
 # or the man the dog? So a second table, `wpe` ("word position embedding"), has a row for each of the T places
-# in the context, and the model begins with the sum of both rows: what the token is, plus where it stands. (A
-# sum, since C numbers have room for both, and twice as many would cost more time. But see exercise 2.)
+# in the context, and the model begins with the sum of both rows: what the token is, plus where it stands.
+# (Side by side, they would cost more time; and C numbers have room for both. But see exercise 2.)
 #
-# 6.2 The operations: `linear`, `layer_norm`, `gelu`, `attention`, and some helpers
+# 6.2 The operations: `linear`, `layer_norm`, `gelu`, `attention` (and some more, for 6.5, 7 and 8)
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
 # are learned. One product of matrices does it for all tokens at once.
 #
-# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance 1; a
-# learned scale and shift may undo as much of that as is useful. Without it, numbers and gradients grow or
-# shrink by some factor at each layer, over ten layers by its tenth power. (The 1e-5 prevents a division by
-# zero. Newer models use *RMSNorm*: in `layer_norm`, x / sqrt(mean of x^2 + 1e-5) * weight, and no bias.)
+# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance (their
+# mean square) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
+# gradients grow or shrink by a factor at each layer, in ten layers by its tenth power. (1e-5 prevents 0 / 0.
+# Newer models use *RMSNorm*: in `layer_norm`, x / sqrt((mean of x^2) + 1e-5) * weight; the bias goes unused.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
 # linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
-# numbers and nearly x for positive ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
+# numbers and nearly x for large ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
 #
 # `attention` is how tokens learn about each other. `linear` gives each token three vectors: a *query* (what
 # am I looking for?), a *key* (what do I have to offer?), and a *value* (what I say to those who ask). The dot
@@ -325,7 +325,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # is the average of all values with these weights. A pronoun can look for its noun, a line for its rhyme.
 #
 # *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
-# mean 0 and variance 1, so is each product, and variances add up: the score has variance D. With D = 32, it
+# mean 0 and variance 1, each product has these too, and variances add up: the score's is D. With D = 32, it
 # is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight to
 # one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided by
 # sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
@@ -337,8 +337,8 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # The mask is also why training is efficient. Token t's output depends on tokens 0 to t alone, so one pass
 # over a passage gives T honest predictions at once: of token 1 from token 0, of token 2 from tokens 0 and 1,
 # and so on. *Why several heads?* One softmax is one question, and its answer is an average. A token may need
-# to know several things: who speaks, which verb came last, what rhymes. So the C channels are split among H
-# heads with D = C / H channels each; each asks its own question, and the H answers are put side by side.
+# to know several things: who speaks, which verb came last, what rhymes. So query, key and value are split
+# among H heads, D = C / H numbers each; each asks its own question, and the H answers are put side by side.
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself. Such a set
     is a *backend*; part II has another one, some fifteen times faster."""
@@ -384,13 +384,13 @@ class Plain:
         return x @ table.transpose(0, 1)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Surprise in nats (chapter 7): at each place a score for each token, (..., V), and the id that came,
+        """Surprise in nats (chapter 7): at each place a logit for each token, (..., V), and the id that came,
         (...) -> (...); NaN for an id that is no token's."""
-        top = logits.max(-1, keepdim=True)                            # (without it, exp() might overflow)
-        total = (logits - top).exp().sum(-1, keepdim=True).log()
+        top = logits.max(-1, keepdim=True)                            # (cancels out; exp() could overflow)
+        log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
         exists = (targets >= 0) & (targets < logits.shape[-1])
-        return exists.where((top + total - chosen).squeeze(-1), math.nan)
+        return exists.where((top + log_sum - chosen).squeeze(-1), math.nan)
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
         """The length (a scalar) of all gradients as one vector: the root of the sum of squares."""
@@ -434,7 +434,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
 # begins with small random weights: if they were all equal, all outputs would be equal, would get equal
 # gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
-# trained and saved, including any that you add. (After `.is_param_(False)` it is only saved.)
+# trained and saved, including any that you add. (One on which you call `.is_param_(False)` is only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -471,8 +471,8 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on any single other, and scales the rest up. `stir` computes which, from their
-# places and a `key`, new at each step; its results look random. Without a key, as in exams, none is dropped.
+# part of the model relies on any single other; the rest grows, so that sums stay as large. `stir` chooses, by
+# the numbers' places and a `key` (not attention's), new at each step. Without one, as in exams, none is zero.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -506,7 +506,7 @@ def stir(h: Tensor) -> Tensor:
 # slope of a norm at each layer, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
 # Two layers in each block, both named `c_proj`, add to the stream: 2 n_layer times in all. If each addition
-# has variance s^2, the sum has 2 n_layer s^2. So their weights begin smaller by the root of 2 n_layer.
+# has variance s^2, the sum has 2 n_layer s^2. So their first weights are divided by the root of 2 n_layer.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -551,8 +551,8 @@ class Block:
 # After the last block and one more norm, the row at place t should describe what comes at place t + 1. To
 # turn it into a guess, compare it with the row of every token in `wte`: the dot product is large where the
 # two point the same way. These V numbers are called *logits*; softmax makes probabilities of them. One table
-# can serve at both ends: tokens that behave alike have similar rows, hence similar logits. With V = 1024 and
-# C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859); but see exercise 5.
+# can serve for reading and for guessing: tokens that behave alike should get similar logits, too. With V =
+# 1024 and C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859); but see exercise 5.
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
     Its parameters are named as in Hugging Face's GPT-2 files; `seed=None` leaves them unfilled."""
@@ -565,7 +565,7 @@ class GPT:
         self.config = config
         self.ops = ops
         self.tokenizer = tokenizer
-        self.source = None
+        self.source = None                                            # (where it comes from, for part III)
         self.wte = Embedding(ops, rng, config.vocab_size, config.n_embd)
         self.wpe = Embedding(ops, rng, config.block_size, config.n_embd)
         self.h = [Block(config, ops, rng) for _ in range(config.n_layer)]
@@ -574,7 +574,7 @@ class GPT:
     def parameters(self) -> dict[str, Tensor]:
         """What is learned, each once, by name: h.0.attn.c_attn.weight and so on. Also realizes all of it."""
         found = {}                                                    # identity -> (name, tensor)
-        everything = get_state_dict(self)
+        everything = get_state_dict(self)                             # name -> tensor, of all parts
         for name, tensor in everything.items():
             # (Skip this: Tensor.ones(3) is only a note, w.T a view of w; each gets memory of its own.)
             tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous())
@@ -623,7 +623,7 @@ class GPT:
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
 # also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Knowing nothing
-# of a byte costs 8 bits; a loss, say, of 3.6 nats on tokens of 2.3 bytes is 3.6 * 1.44 / 2.3 = 2.25.
+# of a byte costs 8 bits; a loss, say, of 3.6 nats on tokens of 2.3 bytes costs 3.6 * 1.44 / 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -653,11 +653,11 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
-# 1. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1, twice as far as meant. So Adam
-# divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
+# 1, as it should be. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1: twice too far. So
+# Adam divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
 #
-# AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls the weights of matrices a little towards zero
-# at each step. So that no odd batch undoes what many taught, gradients longer than `grad_clip` are shortened.
+# AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
+# what does not keep helping fades. And gradients over `grad_clip` are shortened: no odd batch undoes much.
 class AdamW:
     """A model's optimizer. `m` and `v` hold Adam's averages, by the parameters' names. `optimizer(data, i)`
     takes step i and returns its loss, and the gradient's length before clipping, as numbers."""
@@ -669,7 +669,7 @@ class AdamW:
         zeros = {name: np.zeros(p.shape, np.float32) for name, p in self.parameters.items()}
         self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
-        sums = zeros if config.grad_accum > 1 else {}                 # of the gradients of a step's batches
+        sums = zeros if config.grad_accum > 1 else {}                 # the sum over a step's batches
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
         self.batch = model.ops.record(self.step)                      # all batches of a step but the last
         self.last_batch = model.ops.record(self.step)                 # the last one, which takes the step
@@ -682,7 +682,7 @@ class AdamW:
         gradients = dict(zip(self.parameters, slopes, strict=True))
         for name, sums in self.sums.items():
             gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
-        Tensor.realize(loss, *gradients.values())                     # (frees what the way back needed)
+        Tensor.realize(loss, *gradients.values())                     # (frees what the backward pass needed)
         if rates is None:
             return (loss,)
         length = self.model.ops.norm(gradients)
@@ -766,10 +766,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model can look at T tokens. When there are more, we let go of the older half. The list that we hand over
-# is always T long, because a recording works for one shape; no token looks at the zeros that come after it.
+# The model looks at T tokens. When there are more, the older half goes (one by one, all would change places
+# each time). We always hand over T, since a recording has one shape; no token looks at the zeros after it.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue the prompt `ids` (at least one). `text` numbers the texts of one `seed`."""
+    """Yield tokens that continue the prompt `ids` (at least one). `text` is 0, 1, ...: a seed has many."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -786,12 +786,12 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it: part II notices, and where it has no fast program for your change, what
-# stands here runs. `python minimiggy.py --gradcheck` tells whether all gradients are right. Without a change,
-# `python minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. More or less?
+# To understand all this, change it. Part II checks whether its fast programs still fit; if not, your code
+# runs as it is. `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python
+# minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. And with these changes?
 #
-# 1. Another bend. Let `gelu` return x.relu().square(). (2.61: better than GPT-2's, and simpler.)
-# 2. No `self.wpe(position)` in `hidden`. (2.65! How many a token hears tells its place: arXiv:2203.16634.)
+# 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
+# 2. No `self.wpe(position)` in `hidden`. (2.65! Whom a token may hear tells its place: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
@@ -2222,7 +2222,7 @@ class Fast(Plain):
             return self.run(dot_rows, [y], [x, table], back)[0]
         return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
 
-    @instead_of("cross_entropy", "9ca0631f8026")
+    @instead_of("cross_entropy", "f57abc3edf8c")
     def cross_entropy(self, logits, targets):
         check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
         targets = in_memory(targets, logits.shape[-1])

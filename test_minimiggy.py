@@ -934,6 +934,28 @@ def test_an_optimizer_of_another_model_or_plan_is_refused_or_follows(ids):
         return
     assert same(weights(model), before)
 
+EXERCISES = [
+    [],  # without a change
+    RELU2,
+    [("drop(self.wte(idx) + self.wpe(position))", "drop(self.wte(idx))")],
+    [("k.transpose(-2, -1) / math.sqrt(D)", "k.transpose(-2, -1)")],
+    [("self.attn(self.ln_1(x), ", "self.attn(x, "), ("self.mlp(self.ln_2(x))", "self.mlp(x)")],
+    UNTIED,
+    [("m_hat / (v_hat.sqrt() + 1e-8)", "m_hat")]]
+
+@pytest.mark.skipif("EXERCISES" not in os.environ, reason="trains for 75 s: EXERCISES=1 pytest -k exercise")
+@pytest.mark.parametrize("number", range(len(EXERCISES)))
+def test_an_exercise_ends_where_part_one_says(number, tmp_path, capsys):
+    if not (HERE / "data" / "tinyshakespeare.txt").exists():
+        pytest.skip("needs tiny Shakespeare, which --train fetches")
+    prose = PART_ONE[PART_ONE.index("Chapter 11"):].replace("\n#", "")
+    told = re.search(rf" {number}\. .*?\((\d\.\d\d)" if number else r"ends at (\d\.\d\d)", prose)[1]
+    module, _ = edited(EXERCISES[number], tmp_path)
+    command = ["--train", "--max-iters", "500", "--no-checkpoint", "--out-dir", str(tmp_path)]
+    assert module.main([*command, "--data", str(HERE / "data" / "tinyshakespeare.txt")]) == 0
+    ends = re.findall(r"= (\d\.\d+) bits/byte", capsys.readouterr().out)[-1]
+    assert float(ends) == pytest.approx(float(told), abs=0.03)
+
 def test_an_edit_of_the_call_alone_reaches_the_loss_and_the_writer(tmp_path, capsys):
     module, _ = edited([("return self.head(self.hidden(idx, key))",
                          "return 3.0 * (self.head(self.hidden(idx, key)) / 3.0).tanh()")], tmp_path)
