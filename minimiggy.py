@@ -856,6 +856,7 @@ try:
 
     from tinygrad import UOp
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
+    from tinygrad.codegen.opt import Opt, OptOps
     from tinygrad.dtype import AddrSpace
     from tinygrad.engine.realize import capturing, get_call_arg_uops, get_runtime
     from tinygrad.helpers import DEBUG, DEV, JIT, getenv
@@ -1132,10 +1133,32 @@ def memory_of(tensor: Tensor) -> np.ndarray:
     memory = tensor.uop.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
     return np.frombuffer(memory, np.dtype(tensor.dtype.fmt)).reshape(tensor.shape)
 
+# Ordinary operations, such as the sum of x and what a block adds to it, become programs of tinygrad's own. It
+# divides one among several cores if each gets 131,072 numbers or more. As chapter 19 calls them, it pays much
+# earlier, and twice: a core also finds in its own cache what it has computed itself. (A default training step
+# takes 4 % less time.) Only programs that go from number to number are divided: sums stay as they are.
+ENOUGH = 1 << 14  # numbers
+
+def divided(call, cores: int):
+    """A call of a recording, with its program divided among `cores`, if it is one of these."""
+    tree = call.src[0]
+    if tree.op is not Ops.SINK or tree.arg.opts_to_apply is not None:  # (one of ours, or none at all)
+        return call
+    loops = [node for node in tree.toposort() if node.op is Ops.RANGE]
+    is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)
+    cores = min(cores, Device["CPU"].renderer.global_max[0])  # (tinygrad has a limit of its own)
+    if cores == 1 or is_sum or math.prod(loop.vmax + 1 for loop in loops) < ENOUGH:
+        return call
+    outermost = min(loops, key=lambda loop: loop.arg[0])
+    if outermost.src[0].divides(cores) is None:
+        return call
+    plan = dataclasses.replace(tree.arg, opts_to_apply=(Opt(OptOps.THREAD, 0, cores),))
+    return call.replace(src=(tree.replace(arg=plan), *call.src[1:]))
+
 class Recording:
     """A function from tensors to a tuple of tensors, as its programs: `calls` lists them. `arrays` are the
-    memory of its inputs, `results` that of its results."""
-    def __init__(self, function, arrays: tuple[np.ndarray, ...]):
+    memory of its inputs, `results` that of its results; `cores` share the work."""
+    def __init__(self, function, arrays: tuple[np.ndarray, ...], cores: int):
         self.arrays = [np.array(array) for array in arrays]
         inputs = [Tensor.from_blob(array.ctypes.data, array.shape, dtype=Tensor(array).dtype)
                   for array in self.arrays]
@@ -1144,6 +1167,8 @@ class Recording:
             results = function(*inputs)
             Tensor.realize(*results)  # (notes down the last programs)
             linears = self.jit._linears
+            for i, linear in enumerate(linears):
+                linears[i] = linear.replace(src=tuple(divided(call, cores) for call in linear.src))
             trees = [call.src[0] for linear in linears for call in linear.src if call.src[0].op is Ops.SINK]
             compile_together(trees)
             return results
@@ -2264,7 +2289,7 @@ class Fast(Plain):
         def call(*arrays: np.ndarray) -> list[np.ndarray]:
             nonlocal replay
             if replay is None:
-                replay = Replay(Recording(function, arrays), self.cores)  # (which runs it once)
+                replay = Replay(Recording(function, arrays, self.cores), self.cores)  # (which runs it once)
             else:
                 for memory, array in zip(replay.recording.arrays, arrays, strict=True):
                     memory[...] = array
