@@ -694,7 +694,7 @@ class AdamW:
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
-        now = get_state_dict(self.model).values()
+        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (not its thousand merges)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
