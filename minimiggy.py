@@ -1447,10 +1447,11 @@ def exp(x):
 # *panels*, each as wide as a tile, are copied to where they lie without gaps; they stay in the second level.
 # (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
 # would compete for the same few places.) A streams past in strips. A few rows of a strip, in the first level,
-# meet one panel after the other, while their tile of the result is in registers. If A's rows go on for more
-# than two blocks, the strip is copied as well, for the same reason, unless few panels meet it: 2048 x 1536 @
-# 1536 x 384 takes 16.6 instead of 17.5 ms of a core, and 15.8 if the group has all 12 panels, so that A is
-# read once. (A row of the copy is a line longer than it need be, or rows would compete for the same places.)
+# meet one panel after the other, while their tile of the result is in registers. On an Intel Xeon it pays to
+# copy the strip as well, for the same reason, if A's rows go on for more than two blocks, unless few panels
+# meet it: 2048 x 1536 @ 1536 x 384 takes 16.6 instead of 17.5 ms of a core there, and 15.8 if the group has
+# all 12 panels, so that A is read once. On an AMD EPYC copying costs 3 %. (A row of the copy is a line longer
+# than it need be, or rows would compete for the same places.)
 #
 #     for each group of panels of B:
 #         for each block of `depth` rows of B:
@@ -1467,6 +1468,7 @@ def exp(x):
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
+COPIES = "Intel" in describe_processor()  # strips of A, before they are used
 
 def pieces(n: int, size: int) -> int:
     """How many pieces of `size` make up n, the last of which may be smaller."""
@@ -1543,7 +1545,7 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
     height = min(tiles * rows, M)
     width = min(panels * columns, N)
     packed = k.aligned_array(panels, depth, columns)
-    copied = a_transposed or (K > 2 * depth and panels > 8)
+    copied = a_transposed or (COPIES and K > 2 * depth and panels > 8)
     strip = k.aligned_array(depth, height + LINE) if a_transposed else k.aligned_array(height, depth + LINE)
     sums = k.array(panels, columns)
     share_rows, share_columns = (k.share, k.loop) if M >= N else (k.loop, k.share)
