@@ -409,6 +409,28 @@ def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
     for plain, fast in both_ways(name, *inputs):
         assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
 
+def test_a_deep_product_is_right_with_and_without_copied_strips(monkeypatch):
+    monkeypatch.setattr(minimiggy, "COPIES", not minimiggy.COPIES)
+    for plain, fast in both_ways("linear", random(2, 192, 1030), random(1030, 320), random(320)):
+        assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
+
+@pytest.mark.parametrize(("function", "shape", "cores", "shares"), [
+    (lambda x: x.exp() + 1, (4, 64, 128), 2, 2),
+    (lambda x: x.exp() + 1, (4, 64, 128), 1, 1),
+    (lambda x: x.exp() + 1, (3, 101, 101), 2, 1),      # an odd number
+    (lambda x: x.exp() + 1, (4, 8, 8), 2, 1),          # so few that waking a core would take longer
+    (lambda x: x.transpose(0, 1) * 2, (128, 192), 2, 2),
+    (lambda x: (x * 2).sum(0), (4, 64, 128), 2, 1)])  # sums keep their order
+def test_ordinary_programs_are_divided_among_cores_if_it_pays(function, shape, cores, shares):
+    if cores > minimiggy.CORES:
+        pytest.skip("needs two cores")
+    x = random(*shape)
+    recording = minimiggy.Recording(lambda x: (function(x).contiguous().realize(),), (x,), cores)
+    recording.arrays[0][...] = x + 1
+    (_, _, found), = recording.calls()
+    minimiggy.Crew(recording.calls(), cores, cores)()
+    assert found == shares and np.allclose(recording.results[0], function(Tensor(x + 1)).numpy(), rtol=1e-6)
+
 ELSEWHERE = minimiggy.Elsewhere()  # (the kernels for a GPU's threads; on a CPU they are loops)
 
 @pytest.mark.parametrize("ops", [FAST, ELSEWHERE])
