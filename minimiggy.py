@@ -4957,10 +4957,13 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # readings, a dropout of 0.07, with 0.13 of weight decay, made 2.24 bits a byte of 2.20. But at twenty
 # readings of 250 KB, ten times as much weight decay gained 0.09. So both follow from how often the text is
 # read: the dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
-# time, 0.1 at least. And 26 readings are enough for any text, so a short one gets fewer steps: on our play of
-# 138 KB, "coffee" with 40 was at 2.07 when it began to get worse; with 25 it ends at 2.03. On tiny
-# Shakespeare, "coffee" takes all of its 7600 steps of 8 x 128 tokens. There are 415,000 to learn from, which
-# are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
+# time, 0.1 at least. On tiny Shakespeare, for example, "coffee" takes 7600 steps of 8 x 128 tokens. There are
+# 415,000 to learn from, which are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
+#
+# A short text gets fewer steps, for 26 readings are enough: on our play of 138 KB, "coffee" with 40 was at
+# 2.07 when it began to get worse; with 25 it ended at 2.03. And below 200,000 tokens it gets the small model,
+# whatever the effort: with "quick", the play comes to 1.99; and 420 KB of Chinese manual pages, where
+# "coffee" was at 2.54 when it began to get worse, and with only 10 readings at 2.46, come to 2.41.
 #
 # More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
 # an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
@@ -4975,6 +4978,7 @@ RECIPES = {
               "max_iters": 11400}}
 REACHES = {"quick": 2.20, "coffee": 2.10, "lunch": 2.07}  # bits a byte on tiny Shakespeare
 MOST_READINGS = 26
+SHORT_TEXT = 200_000  # tokens to learn from
 
 EXAMPLES = """examples:
   python minimiggy.py --train                             learn from tiny Shakespeare
@@ -5249,8 +5253,11 @@ def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None)
     """For --train and --resume: an optimizer, with its model and its config, and the text. What flags say of
     training replaces what a checkpoint says."""
     config = chosen(args, TrainConfig, opened.config if args.resume else None)
-    gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
     corpus = read_corpus(args, opened)
+    if args.effort and len(corpus.train) < SHORT_TEXT:
+        args.effort = "quick"
+        config = chosen(args, TrainConfig)
+    gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
     if not opened:
         gpt_config.vocab_size = corpus.tokenizer.vocab_size
     if args.effort:
@@ -5311,7 +5318,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if effort:
         times = f"{readings(config, T, len(corpus.train)):.0f} times through the text"
         forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
-        say(f"effort     {effort}: {times}, {forgetting}")
+        why = ", as always for a text as short as this" if len(corpus.train) < SHORT_TEXT else ""
+        say(f"effort     {effort}{why}: {times}, {forgetting}")
     if effort in REACHES:
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
     if WHY_PLAIN:

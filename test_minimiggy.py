@@ -1589,8 +1589,10 @@ def test_an_effort_sets_what_no_flag_says_and_fits_the_text():
 def test_a_run_says_what_to_expect_and_resume_keeps_the_recipe(tmp_path, capsys):
     assert main(training_play(tmp_path, "--effort", "coffee", "--max-iters", "12")) == 0
     output = capsys.readouterr().out
-    assert "coffee: " in output and "times through the text" in output and "ms a step" in output
+    assert "quick, as always for a text as short as this: " in output  # (what a larger model knows by heart)
+    assert "times through the text" in output and "ms a step" in output
     made = minimiggy.open_checkpoint(tmp_path / "ckpt_12.safetensors")[1]
+    assert made.learning_rate == minimiggy.RECIPES["quick"]["learning_rate"]
     assert main(["--resume", "--out-dir", str(tmp_path), "--max-iters", "13"]) == 0
     again = minimiggy.open_checkpoint(tmp_path / "ckpt_13.safetensors")[1]
     assert made.min_lr == 0 and again == dataclasses.replace(made, max_iters=13)
