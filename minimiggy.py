@@ -148,7 +148,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (else only the way is new: a + bc, not ab + c)
+        if joined not in numbers:                  # (else it is a token already: ab + c, now a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -172,7 +172,7 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 class BPETokenizer:
     """Text to token ids and back. `BPETokenizer.train` learns a vocabulary; `BPETokenizer()` is GPT-2's, of
     50257 tokens. Attributes: `name`, "bpe" or "gpt2"; `vocab_size`; `merges` (None: GPT-2's). Applying
-    merges is a solved problem, so we leave it to tiktoken, which does in Rust what we did by hand."""
+    merges is a solved problem, so we leave it to tiktoken, which does that in Rust."""
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
         import tiktoken
         self.name = name
@@ -384,7 +384,7 @@ class Plain:
         return x @ table.transpose(0, 1)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Surprise in nats (chapter 7): at each place a logit for each token, (..., V), and the id that came,
+        """Surprise in nats (chapter 7): at each place a score (logit) a token (..., V), and the id that came,
         (...) -> (...); NaN for an id that is no token's."""
         top = logits.max(-1, keepdim=True)                            # (cancels out; exp() could overflow)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
@@ -434,7 +434,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
 # begins with small random weights: if they were all equal, all outputs would be equal, would get equal
 # gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
-# trained and saved, including any that you add. (One on which you call `.is_param_(False)` is only saved.)
+# trained and saved, including any that you add. (One of integers, or `.is_param_(False)`, is only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -766,10 +766,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model looks at T tokens. When there are more, the older half goes (one by one, all would change places
-# each time). We always hand over T, since a recording has one shape; no token looks at the zeros after it.
+# The model looks at T tokens. When there are more, the older half goes. (One by one, all would change places
+# each time; part II could keep nothing.) A recording has one shape: we pad with zeros, which no token sees.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue the prompt `ids` (at least one). `text` is 0, 1, ...: a seed has many."""
+    """Yield tokens that continue the prompt `ids` (at least one). `text` counts a seed's texts: 0, 1, 2."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -791,7 +791,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. And with these changes?
 #
 # 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
-# 2. No `self.wpe(position)` in `hidden`. (2.65! Whom a token may hear tells its place: arXiv:2203.16634.)
+# 2. No `self.wpe(position)` in `hidden`. (2.65! A token can count those before it: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
@@ -4961,9 +4961,9 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # 415,000 to learn from, which are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
 #
 # A short text gets fewer steps, for 26 readings are enough: on our play of 138 KB, "coffee" with 40 was at
-# 2.07 when it began to get worse; with 25 it ended at 2.03. And below 200,000 tokens it gets the small model,
-# whatever the effort: with "quick", the play comes to 1.99; and 420 KB of Chinese manual pages, where
-# "coffee" was at 2.54 when it began to get worse, and with only 10 readings at 2.46, come to 2.41.
+# 2.07 when it began to get worse; with 25 it ended at 2.03. And below half a megabyte every effort is
+# "quick": with its small model, the play comes to 1.99; and 420 KB of Chinese manual pages, where "coffee"
+# was at 2.54 when it began to get worse, and with only 10 readings at 2.46, come to 2.41.
 #
 # More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
 # an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
@@ -4978,7 +4978,7 @@ RECIPES = {
               "max_iters": 11400}}
 REACHES = {"quick": 2.20, "coffee": 2.10, "lunch": 2.07}  # bits a byte on tiny Shakespeare
 MOST_READINGS = 26
-SHORT_TEXT = 200_000  # tokens to learn from
+SHORT_TEXT = 500_000  # bytes
 
 EXAMPLES = """examples:
   python minimiggy.py --train                             learn from tiny Shakespeare
@@ -5201,10 +5201,12 @@ def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tup
 
 def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
     """The text to train on, encoded: by the tokenizer of the model that is there, or by the one that
-    --tokenizer asks for."""
+    --tokenizer asks for. A short text changes --effort."""
     text, name = asked_or_learned(args, opened)
     if not text:
         raise UserError(f"{name} is empty: there is nothing to learn from")
+    if args.effort and len(text) < SHORT_TEXT:
+        args.effort = "quick"
     train_text, val_text = split_text(text)
     if opened:
         tokenizer = opened.model.tokenizer
@@ -5254,8 +5256,7 @@ def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None)
     training replaces what a checkpoint says."""
     config = chosen(args, TrainConfig, opened.config if args.resume else None)
     corpus = read_corpus(args, opened)
-    if args.effort and len(corpus.train) < SHORT_TEXT:
-        args.effort = "quick"
+    if args.effort:  # (a short text may have changed that)
         config = chosen(args, TrainConfig)
     gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
     if not opened:
@@ -5318,7 +5319,7 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if effort:
         times = f"{readings(config, T, len(corpus.train)):.0f} times through the text"
         forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
-        why = ", as always for a text as short as this" if len(corpus.train) < SHORT_TEXT else ""
+        why = ", as always for a text as short as this" if corpus.n_bytes < SHORT_TEXT else ""
         say(f"effort     {effort}{why}: {times}, {forgetting}")
     if effort in REACHES:
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
