@@ -1992,6 +1992,7 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
 PATIENCE = 4000
 
+@functools.cache
 def replay_program(threads: int):
     """The loop above. Its own arguments are the list, the length of the list, the place of `mine`, and all
     `done`."""
@@ -2051,7 +2052,7 @@ class Crew:
 
 # To wake a second thread takes 50 microseconds, in which a small model has written its token. So for a short
 # recording we try both ways in turn, and after some calls stay with the one that was faster.
-TRIALS = 20
+TRIALS = 8
 
 class Replay:
     """Calls a recording again and again, in the quickest way."""
@@ -2276,7 +2277,9 @@ class Fast(Plain):
             results = [tensors[name] for tensors in (parameters, m, v) for name in names]
             inputs = [*(gradients[name] for name in names), scale.reshape(1), rates]
             decays = tuple(config.weight_decay if parameters[name].ndim == 2 else 0.0 for name in names)
-            changed += self.run(adamw, results, inputs, beta1=config.beta1, beta2=config.beta2, decays=decays)
+            options = {"beta1": config.beta1, "beta2": config.beta2, "decays": decays}
+            first, *_ = self.run(adamw, results, inputs, **options)
+            changed.append(first)  # (asking for one of its results makes the kernel run)
         return changed
 
     def place(self, array):
@@ -2503,7 +2506,8 @@ class Cache:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
         if self.memory is None:
             shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
-            self.memory = [Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes]
+            self.memory = [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
+            Tensor.realize(*self.memory)
         return self.memory
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2530,9 +2534,10 @@ class Cache:
 # This holds for part I's model. A reader's own may look at earlier tokens in another way, which no cache of
 # keys and values knows of. So where part I's layers have been changed, a Writer compares: it reads some
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
-# way.
+# way. It also does so if `write` itself is another.
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
 LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "91b9865bce09" and not CHANGED
+WRITE_AS_WE_KNOW_IT = write if digest("write") == "59f0ba302c75" else None
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 
 def is_as_in_part_one(thing) -> bool:
@@ -2580,17 +2585,26 @@ class Writer:
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         self.tensors = list(model.parameters().values())
+        c = model.config
+        if write is not WRITE_AS_WE_KNOW_IT:
+            self.forget("`write` has been changed, and part II cannot do the same with a cache")
+            return
         try:
-            first = Tensor([0], dtype=dtypes.int32)
-            model.hidden(first.reshape(1, 1), None, first, self.caches)  # computes nothing, but makes room
+            # The caches' memory must be there before something is recorded. What shape it has, we know of our
+            # own model only; any other is asked for a token, of which nothing is computed.
+            if self.is_known:
+                for cache in self.caches:
+                    cache.room(c.n_head, c.n_embd // c.n_head)
+            else:
+                first = Tensor([0], dtype=dtypes.int32)
+                model.hidden(first.reshape(1, 1), None, first, self.caches)
         except Exception:  # a layer that takes no cache, or cannot be asked for one token: whatever it says
             self.forget()
 
-    def forget(self) -> None:
+    def forget(self, why="with a cache of keys and values this model would write something else") -> None:
         """Do without the caches from now on."""
         self.remembers = False
-        print("minimiggy: with a cache of keys and values this model would write something else; it writes "
-              "without, more slowly", file=sys.stderr)
+        print(f"minimiggy: {why}; it writes without, more slowly", file=sys.stderr)
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
@@ -4835,6 +4849,12 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
         tell(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
     right = bool(worst < 1e-4)  # (a NaN is not)
     verdict = "all gradients are right" if right else "SOMETHING IS WRONG"
+    if not right:
+        # Slopes in float64 hardly depend on h. Those of a model that rounds, say by .float(), are chance.
+        others = exact_slopes(model, batches, 3e-5)
+        if max(np.abs(others[name] - slope).max() for name, slope in slopes.items()) > 1e-5 * largest:
+            verdict = ("this says nothing, since with another h the finite differences are others. Does the "
+                       "model round its numbers, as .float() does?")
     tell(f"largest relative error {worst:.1e}: {verdict}")
     return right
 

@@ -867,6 +867,15 @@ def test_where_a_cache_would_write_something_else_none_is_used_and_that_is_said(
     writes_alike(module, model, writer=writer)
     assert "more slowly" in capsys.readouterr().err
 
+def test_a_changed_write_is_what_everything_writes_with(tmp_path, capsys):
+    line = "        seen.append(draw(logits, rng, **how))\n"
+    module, _ = edited([(line, "        logits[seen[-2:]] -= 9  # nothing twice\n" + line)], tmp_path)
+    model = shake(small(module), 0.5)
+    written = [1, 2, 3, *writes_alike(module, model, [1, 2, 3])]
+    assert all(token not in written[max(0, i - 2):i] for i, token in enumerate(written))
+    assert module.generate(model, Tensor([[1, 2, 3]], dtype="int32"), 16, temperature=0).tolist() == [written]
+    assert "`write` has been changed" in capsys.readouterr().err
+
 def test_a_look_back_over_more_than_64_tokens_is_noticed(tmp_path):
     module, _ = edited([(TOKEN_SHIFT[0], TOKEN_SHIFT[1].replace("LAG", "70"))], tmp_path)
     model = shake(module.GPT(module.GPTConfig(96, 7, n_layer=1, n_head=2, n_embd=4)), 0.5)
@@ -2655,6 +2664,12 @@ def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
         return found | {"h.0.ln_1.bias": found["h.0.ln_1.bias"] * 1.001}
     monkeypatch.setattr(minimiggy, "exact_slopes", others)
     assert main(["--gradcheck"]) == 1
+
+def test_gradcheck_does_not_call_wrong_what_the_model_itself_rounds(tmp_path, capsys):
+    module, _ = edited([("self.ops.gelu(self.c_fc(x))", "self.ops.gelu(self.c_fc(x)).half().float()")], tmp_path)
+    assert module.main(["--gradcheck"]) == 1
+    said = capsys.readouterr().out
+    assert "does the model round" in said.lower() and "SOMETHING IS WRONG" not in said
 
 def test_the_readmes_commands_for_those_who_know_nanogpt_run_small(run, tmp_path, monkeypatch, capsys):
     import tiktoken
