@@ -2089,7 +2089,8 @@ class Replay:
 # operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
 # is computed. It does so, too, if somebody puts another function into Plain while the program runs.
 def sources() -> dict:
-    """What part I defines, by name ("GPT", "Plain.gelu"): its source without comments and docstrings."""
+    """What part I defines, by name ("GPT", "Plain.gelu", "SPLIT"): its source without comments and
+    docstrings."""
     found = {}
     with suppress(OSError, NameError, SyntaxError):  # there need not be a file
         text = Path(__file__).read_text(encoding="utf-8")
@@ -2102,6 +2103,8 @@ def sources() -> dict:
                 found[thing.name] = ast.unparse(thing)
                 inner = thing.body if thing.name == "Plain" else []
                 found |= {f"Plain.{node.name}": ast.unparse(node) for node in inner if hasattr(node, "name")}
+            elif isinstance(thing, ast.Assign):
+                found[ast.unparse(thing.targets[0])] = ast.unparse(thing.value)
     return found
 
 SOURCES = sources()
@@ -2878,6 +2881,7 @@ import argparse
 import codecs
 import errno
 import gc
+import inspect
 import json
 import timeit
 import traceback
@@ -3079,9 +3083,8 @@ def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> n
     """The token ids (N,) of a long text, UTF-8 bytes, in pieces of about `size` bytes: uint8 or uint16 if
     they fit, else int32."""
     import regex
-    if tokenizer.merges == []:
-        return np.frombuffer(text, np.uint8)  # plain bytes: the text is its own list of tokens
-    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    largest = tokenizer.vocab_size - 1
+    kind = next(kind for kind in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(kind).max)
     arrays = []
     decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
     waiting = ""
@@ -3095,6 +3098,10 @@ def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> n
     return np.concatenate(arrays)
 
 BPETokenizer.encode_array = encode_array
+
+def tokens_of(tokenizer: BPETokenizer) -> list[bytes]:
+    """The bytes of every token."""
+    return [tokenizer.decode_bytes(token) for token in range(tokenizer.vocab_size)]
 
 def gpt2_tokenizer() -> BPETokenizer:
     """GPT-2's tokenizer. tiktoken downloads its vocabulary once; UserError if it cannot be had."""
@@ -3367,19 +3374,37 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
         tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
     return tensors
 
+# A tokenizer is kept as what its class takes to make one: part I's a name and merges, yours perhaps a list of
+# characters.
 def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
-    """All that is needed to make the tokenizer again, as a text."""
-    return json.dumps({"name": tokenizer.name, "merges": tokenizer.merges})
+    """All that is needed to make the tokenizer again, as a text. UserError if it does not have that."""
+    takes = list(inspect.signature(BPETokenizer).parameters)
+    try:
+        return json.dumps({name: getattr(tokenizer, name) for name in takes})
+    except (AttributeError, TypeError):
+        raise UserError("a checkpoint could not bring the tokenizer back: its class takes "
+                        f"{' and '.join(takes)}, so it needs attributes of these names") from None
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
     """The opposite; Damaged if the text is not of that kind."""
     try:
         saved = json.loads(text)
-        if saved["name"] == "gpt2":
+        if saved.get("name") == "gpt2":
             return gpt2_tokenizer()
+        if not TOKENIZER_AS_WE_KNOW_IT:
+            return BPETokenizer(**saved)
         return tokenizer_of([(int(left), int(right)) for left, right in saved["merges"]])
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged("its tokenizer is none of ours") from error
+
+def check_comes_back(tokenizer: BPETokenizer) -> None:
+    """UserError if a checkpoint would give back another tokenizer than this one, or none."""
+    with suppress(Damaged):
+        again = tokenizer_from_json(tokenizer_to_json(tokenizer))
+        if tokens_of(again) == tokens_of(tokenizer):
+            return
+    raise UserError("a checkpoint would bring back another tokenizer: one that BPETokenizer makes, given the "
+                    "attributes that have its parameters' names, has other tokens")
 
 # A list of merges can be a trap. Let each token be two of the one before it: forty of them, less than a line
 # in a file, make a token of 10^12 bytes. Numbers below zero lead there as well, since Python counts them from
@@ -3399,6 +3424,8 @@ def tokenizer_of(merges: list[tuple[int, int]]) -> BPETokenizer:
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
 PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ for layer in LAYERS))
+TOKENIZER = digest("BPETokenizer", "SPLIT")
+TOKENIZER_AS_WE_KNOW_IT = TOKENIZER == "b4ad19b64faa"
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
@@ -3411,6 +3438,7 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     metadata["gpt_config"] = json.dumps(dataclasses.asdict(model.config))
     if model.tokenizer:
         metadata["tokenizer"] = tokenizer_to_json(model.tokenizer)
+        metadata["tokenizer_made_by"] = TOKENIZER
     metadata |= model.source or {}
     if optimizer:
         metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
@@ -3447,9 +3475,11 @@ def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimize
         if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
             raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
     fill(state_of(model, optimizer), arrays, path, model.ops)
-    if metadata.get("made_by", PART_ONE) != PART_ONE:
-        print(f"minimiggy: {printable(str(path))} was saved while part I had other layers or operations: its "
-              "model may compute something else now", file=sys.stderr)
+    for key, now, what in (("made_by", PART_ONE, "layers or operations"),
+                           ("tokenizer_made_by", TOKENIZER, "rules for tokens")):
+        if metadata.get(key, now) != now:
+            print(f"minimiggy: {printable(str(path))} was saved while part I had other {what}: its model may "
+                  "compute something else now", file=sys.stderr)
 
 # They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
 # files.
@@ -3645,7 +3675,7 @@ class Evaluator:
 
 def bits_per_byte(tokenizer: BPETokenizer, data: np.ndarray) -> float:
     """The factor from nats a token to bits a byte, for the text of these token ids."""
-    lengths = np.array([len(tokenizer.decode_bytes(token)) for token in range(tokenizer.vocab_size)])
+    lengths = np.array([len(token) for token in tokens_of(tokenizer)])
     places = range(0, len(data), 1 << 20)  # (a million tokens at a time: a text can be long)
     n_bytes = sum(int(lengths[data[i:i + (1 << 20)]].sum()) for i in places)
     return len(data) / math.log(2) / n_bytes
@@ -3893,6 +3923,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     go wrong, or if the last save fails."""
     check_config(model.config)
     check_config(config)
+    if model.tokenizer:
+        check_comes_back(model.tokenizer)
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
     began = time.perf_counter()
@@ -4132,7 +4164,7 @@ LETTERS = {byte: chr(byte) for byte in AS_THEY_ARE} | {byte: chr(256 + i) for i,
 
 def vocabulary(tokenizer: BPETokenizer) -> dict[str, int]:
     """All tokens, written in these letters, and their numbers."""
-    words = [tokenizer.decode_bytes(token).decode("latin-1") for token in range(tokenizer.vocab_size)]
+    words = [token.decode("latin-1") for token in tokens_of(tokenizer)]
     return {word.translate(LETTERS): token for token, word in enumerate(words)}
 
 def last_parts(token: str, ids: dict[str, int]) -> list[str]:
@@ -4200,8 +4232,10 @@ def export(model: GPT, folder: Path) -> None:
         "attn_pdrop": 0.0, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
         "bos_token_id": end, "eos_token_id": end}
     files = {"config.json": json.dumps(config, indent=2)}
-    if tokenizer:
+    if tokenizer and TOKENIZER_AS_WE_KNOW_IT and type(tokenizer) is BPETokenizer:
         files |= tokenizer_files(tokenizer, c.block_size)
+    elif tokenizer:
+        say("without its tokenizer, which is not part I's any more: transformers would cut texts otherwise")
     for name, text in files.items():
         with whole(folder / name) as file:
             file.write(text.encode())

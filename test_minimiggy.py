@@ -1005,6 +1005,49 @@ def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path,
     minimiggy.open_checkpoint(tmp_path / "ckpt_1.safetensors")
     assert "other layers or operations" in capsys.readouterr().err
 
+def letters(kept):
+    """An edit: tokens are characters, which the class is given, and which a line keeps in an attribute."""
+    start = PART_ONE.index('    def __init__(self, name: str = "gpt2"')
+    end = PART_ONE.index("    @classmethod\n    def train(cls, text: str")
+    return [(PART_ONE[start:end], f"""    def __init__(self, letters):
+        self.name = "letters"
+        self.all = sorted(letters)
+        {kept}
+        self.vocab_size = len(letters)
+
+"""), ('cls("bpe", learn_merges(Counter(regex.findall(SPLIT, text)), vocab_size))', "cls(set(text))"),
+        ('self.encoding.encode_ordinary(text.encode("utf-8", "replace").decode())',
+         "[self.all.index(letter) for letter in text]"),
+        ('self.encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""',
+         "self.all[token].encode()")]
+
+def test_a_tokenizer_of_ones_own_is_kept_or_refused_at_once(tmp_path, capsys):
+    module, _ = edited(letters("self.letters = self.all"), tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    train = ["--train", *SMALL, "--data", str(tmp_path / "my.txt"), "--out-dir"]
+    out = ["--out-dir", str(tmp_path / "out")]
+    assert module.main([*train, out[1]]) == 0
+    assert module.main(["--resume", *out, "--max-iters", "6"]) == 0
+    capsys.readouterr()
+    assert module.main(["--sample", "ROMEO:", *out, "--max-tokens", "9", "--temperature", "0"]) == 0
+    assert re.fullmatch(r"ROMEO:.{9}\n", capsys.readouterr().out, re.DOTALL)
+    assert module.main(["--export", str(tmp_path / "hub"), *out]) == 0
+    assert "without its tokenizer" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"config.json", "model.safetensors"}
+    assert main(["--sample", "A", *out]) == 2  # part I as it is
+    assert "tokenizer is none of ours" in capsys.readouterr().err
+    for kept, why in (("", "needs attributes of these names"), ("self.letters = 'ab'", "another tokenizer")):
+        module, _ = edited(letters(kept), tmp_path)
+        assert module.main([*train, str(tmp_path / "refused")]) == 2
+        assert not (tmp_path / "refused").exists() and why in capsys.readouterr().err
+
+def test_a_text_that_is_cut_in_another_way_now_is_noticed(run, tmp_path, capsys):
+    module, _ = edited([(r"| ?\p{N}+|", r"| ?\p{N}|")], tmp_path)
+    model = module.open_checkpoint(run[2] / "ckpt_6.safetensors").model
+    assert "other rules for tokens" in capsys.readouterr().err
+    module.export(model, tmp_path / "hub")
+    assert not (tmp_path / "hub" / "tokenizer.json").exists()
+
 def test_tensors_that_are_exchanged_are_noticed():
     model = small(minimiggy)
     optimizer = AdamW(model, TrainConfig(batch_size=2))
@@ -2666,7 +2709,8 @@ def test_gradcheck_agrees_and_notices_a_wrong_gradient(monkeypatch, capsys):
     assert main(["--gradcheck"]) == 1
 
 def test_gradcheck_does_not_call_wrong_what_the_model_itself_rounds(tmp_path, capsys):
-    module, _ = edited([("self.ops.gelu(self.c_fc(x))", "self.ops.gelu(self.c_fc(x)).half().float()")], tmp_path)
+    line = "self.ops.gelu(self.c_fc(x))"
+    module, _ = edited([(line, f"{line}.half().float()")], tmp_path)
     assert module.main(["--gradcheck"]) == 1
     said = capsys.readouterr().out
     assert "does the model round" in said.lower() and "SOMETHING IS WRONG" not in said
