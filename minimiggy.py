@@ -4850,9 +4850,13 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
                 slopes[name][:, *place] = (above - below) / (2 * h)
     return slopes
 
-def gradcheck(seed: int, backend: Plain | None = None) -> bool:
-    """Print for every parameter of a tiny model how far its gradient is from finite differences. Returns
-    whether all agree to 1e-4, relative to the largest gradient of the parameter."""
+RIGHT = "all gradients are right"
+WRONG = "SOMETHING IS WRONG"
+
+def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tuple], float, str]:
+    """Compare the gradients of a tiny model with finite differences: for each parameter its name, its shape,
+    its largest gradient and the largest error; the largest error relative to a parameter's largest gradient;
+    and a verdict, which is RIGHT if that is less than 1e-4."""
     config = GPTConfig(block_size=5, vocab_size=7, n_layer=2, n_head=2, n_embd=4)
     model = GPT(config, backend, seed=seed)
     rng = np.random.default_rng(seed)
@@ -4860,7 +4864,6 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     parameters = model.parameters()
     for tensor in parameters.values():  # so that nothing is zero by accident, where errors could hide
         load_array(tensor, tensor.numpy() + 0.1 * rng.standard_normal(tensor.shape, np.float32))
-    show("computing the loss with each parameter a little larger and a little smaller ...")
     slopes = exact_slopes(model, batches)
     found = []
     for x, y in batches:  # as training does: the loss, and its gradient for all parameters at once
@@ -4868,8 +4871,7 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
         gradients = loss.gradient(*parameters.values())
         Tensor.realize(loss, *gradients)
         found.append([gradient.numpy() for gradient in gradients])
-    show("")
-    tell(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
+    table = []
     worst = 0.0
     largest = max(np.abs(slope).max() for slope in slopes.values())
     for name, *got in zip(parameters, *found, strict=True):
@@ -4879,18 +4881,26 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
         # added to all keys adds the same to all scores of a query, which softmax does not see.
         size_at_least = max(size, 1e-3 * largest)
         worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
-        shape = str(parameters[name].shape).replace(" ", "")
-        tell(f"{name:<24}{shape:>10}{size:>18.6f}{error:>16.1e}")
-    right = bool(worst < 1e-4)  # (a NaN is not)
-    verdict = "all gradients are right" if right else "SOMETHING IS WRONG"
-    if not right:
-        # Slopes in float64 hardly depend on h. Those of a model that rounds, say by .float(), are chance.
-        others = exact_slopes(model, batches, 3e-5)
-        if max(np.abs(others[name] - slope).max() for name, slope in slopes.items()) > 1e-5 * largest:
-            verdict = ("this says nothing, since with another h the finite differences are others. Does the "
-                       "model round its numbers, as .float() does?")
+        table.append((name, parameters[name].shape, size, error))
+    if worst < 1e-4:  # (a NaN is not)
+        return table, worst, RIGHT
+    # Slopes in float64 hardly depend on h. Those of a model that rounds, say by .float(), are chance.
+    others = exact_slopes(model, batches, 3e-5)
+    if max(np.abs(others[name] - slope).max() for name, slope in slopes.items()) > 1e-5 * largest:
+        return table, worst, ("this says nothing, since with another h the finite differences are others. "
+                              "Does the model round its numbers, as .float() does?")
+    return table, worst, WRONG
+
+def gradcheck(seed: int, backend: Plain | None = None) -> bool:
+    """Print such a comparison, and return whether all gradients are right."""
+    show("computing the loss with each parameter a little larger and a little smaller ...")
+    table, worst, verdict = compare_gradients(seed, backend)
+    show("")
+    tell(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
+    for name, shape, size, error in table:
+        tell(f"{name:<24}{str(shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
     tell(f"largest relative error {worst:.1e}: {verdict}")
-    return right
+    return verdict == RIGHT
 
 # Is it fast? Milliseconds do not tell, since machines differ. So we count the operations that a step cannot
 # do without, and compare what we reach with the rate of this machine's best-tuned program, numpy's product of
@@ -5386,6 +5396,13 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
     if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
+    # `.realize()` in the middle of a network makes numbers of what was a recipe, and no slope goes through a
+    # number. The loss would fall all the same, only less. So a changed model is examined first.
+    if not is_as_in_part_one(model):
+        with suppress(Exception):  # (it may not be possible to make one that is so small)
+            if compare_gradients(config.seed, model.ops)[-1] == WRONG:
+                say("note       the changed model's gradients are not the slopes of its loss, as --gradcheck "
+                    "shows: is there a .detach() or .realize() in it?")
 
 # At the end one sees what came of it, and how well the machine was used: a step's operations (chapter 31) and
 # the median speed give operations a second, and numpy's product of matrices, which is timed now, says how
@@ -5613,8 +5630,12 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
     if device != "CPU" and not isinstance(BACKENDS[-1], Fast) and "tinygrad" in frames[-1].filename:
         return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
+    if type(error).__name__ == "JitError":
+        return 2, (f"line {ours[-1]} wants to see numbers, but a step is only being recorded there: take "
+                   ".numpy(), .item() and the like out of the network (model(idx).numpy() shows its results)")
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
-    return 70, f"a mistake in this program ({what}): please report it (--debug shows the traceback)"
+    remedy = "please report it" if LAYERS_AS_WE_KNOW_THEM else "is it in what you have changed?"
+    return 70, f"a mistake in this program ({what}): {remedy} (--debug shows the traceback)"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code. Whatever goes wrong gets one line on stderr."""

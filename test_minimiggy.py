@@ -1005,6 +1005,19 @@ def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path,
     minimiggy.open_checkpoint(tmp_path / "ckpt_1.safetensors")
     assert "other layers or operations" in capsys.readouterr().err
 
+def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    train = ["--train", *SMALL, "--data", str(tmp_path / "my.txt"), "--no-checkpoint",
+             "--out-dir", str(tmp_path / "out")]
+    line = "        heard = self.attn(self.ln_1(x), position, cache)\n"
+    for cut, said in (("x = x.contiguous()", False), ("x = x - self.ln_2(x).detach()", True)):
+        module, _ = edited([(line, f"{line}        {cut}\n")], tmp_path)
+        assert module.main(train) == 0
+        assert ("not the slopes of its loss" in capsys.readouterr().out) == said, cut
+    module, _ = edited([(line, f"{line}        print(x.numpy())\n")], tmp_path)
+    assert module.main(train) == 2
+    assert "wants to see numbers" in capsys.readouterr().err
+
 def letters(kept):
     """An edit: tokens are characters, which the class is given, and which a line keeps in an attribute."""
     start = PART_ONE.index('    def __init__(self, name: str = "gpt2"')
