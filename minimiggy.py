@@ -1192,7 +1192,7 @@ class Recording:
     def calls(self) -> list | None:
         """For each recorded call: the address of its program, those of its arguments, and among how many
         cores it is divided (chapter 14). None if something else than programs was recorded, such as copying
-        an array of numpy's."""
+        an array of numpy's, or a program with very many arguments."""
         found = []
         for call in self.jit.captured.linear.src:
             if call.src[0].op is not Ops.PROGRAM:
@@ -1200,6 +1200,8 @@ class Recording:
             program = get_runtime("CPU", call.src[0])
             info = call.src[0].arg
             arguments = get_call_arg_uops(call)
+            if len(info.globals) > WIDTH - 4:  # (more than a line of chapter 19 has room for)
+                return None
             buffers = [arguments[i].buffer.ensure_allocated() for i in info.globals]
             addresses = [buffer.get_buf("CPU").va_addr for buffer in buffers]
             found.append((program.addr, addresses, info.global_size[0]))
@@ -2437,6 +2439,8 @@ OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "
               "norm", "adamw")
 CHANGED = [name for name in OPERATIONS
            if hasattr(Plain, name) and getattr(Fast, name) is getattr(Plain, name)]
+for name in CHANGED:
+    delattr(Fast, name)  # (so that one that is put into Plain later is inherited, too)
 
 if KNOWN:
     if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
@@ -2671,7 +2675,8 @@ class Writer:
                 text.seen = text.seen[-self.half:]
                 text.done = 0
             self.read_before_last(text.seen, text.done, text.row)
-        if len(texts) == 1 or not self.is_known:  # (for a model that is not part I's we take no chances)
+        too_many = self.texts > self.model.config.block_size
+        if len(texts) == 1 or too_many or not self.is_known:  # (if not part I's, we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
         else:
             tokens = [0] * self.texts  # (rows without a text get a 0 at place 0)
@@ -2713,6 +2718,7 @@ class Writer:
         tensors = list(self.model.parameters().values())  # (what has been assigned to them is done now)
         if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
             self.tensors = tensors  # somebody has put others there: record anew
+            self.is_known = is_as_in_part_one(self.model)
             self.programs = {}
             self.readers = {}
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
@@ -3034,7 +3040,8 @@ def fetch_rest(url: str, unfinished: Path) -> None:
             if not response.ok:
                 raise OSError(f"the server answers {response.status_code}")
             if response.status_code != 206:
-                file.truncate(0)
+                file.seek(0)
+                file.truncate()
             left = response.headers.get("content-length", "")
             total = f" of {(file.tell() + int(left)) / 1e6:.1f}" if left.isdecimal() else ""
             for chunk in response.iter_content(1 << 16):
@@ -3217,11 +3224,16 @@ def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
     return digest.hexdigest()
 
 def numbers_of(tensor) -> memoryview:
-    """The float32 numbers of a tensor or an array, as bytes; ValueError unless they are finite."""
+    """The numbers of a tensor or an array, float32 or int32, as bytes; ValueError if these cannot hold
+    them."""
     array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
-    array = np.ascontiguousarray(array, np.float32).reshape(-1)
-    check_finite(array)
-    return array.data
+    kind = np.float32 if array.dtype.kind == "f" else np.int32
+    numbers = np.ascontiguousarray(array, kind).reshape(-1)
+    if kind == np.float32:
+        check_finite(numbers)
+    elif (numbers != array.reshape(-1)).any():
+        raise ValueError("there are whole numbers of more than 32 bits")
+    return numbers.data
 
 def check_finite(array: np.ndarray) -> None:
     """ValueError if a number in it is infinite, or no number."""
@@ -3229,15 +3241,17 @@ def check_finite(array: np.ndarray) -> None:
         raise ValueError("there are numbers that are not finite")
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """Write tensors or arrays, by name, as float32, together with some texts. OSError if that fails; what
-    `path` was before is then intact. However large they are together, they are copied one at a time."""
-    # The header comes first, and in it the SHA-256, so that has to be known before a number is written. That
-    # is why all numbers are fetched twice: once to be counted, once to be written.
+    """Write tensors or arrays, by name, as float32 (whole numbers as int32), together with some texts.
+    OSError if that fails; what `path` was before is then intact. However large they are together, they are
+    copied one at a time."""
+    # The header comes first and contains the SHA-256, so all numbers are fetched twice: once for the SHA-256,
+    # once to be written.
     header = {}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * math.prod(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        kind = "I32" if isinstance(tensor, Tensor) and not dtypes.is_float(tensor.dtype) else "F32"
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     sha256 = sha256_of(header, metadata, map(numbers_of, tensors.values()))
     text = json.dumps({"__metadata__": metadata | {"sha256": sha256}} | header).encode()
@@ -3341,9 +3355,11 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
         array = arrays.get(name)
         if array is None:
             raise UserError(f"{path} does not fit this model: {name} is missing")
-        if array.shape != tensor.shape or array.dtype.kind != "f" and array.dtype != np.uint16:
+        kind = "float" if dtypes.is_float(tensor.dtype) else "int"
+        is_float = array.dtype.kind == "f" or array.dtype == np.uint16
+        if array.shape != tensor.shape or is_float != (kind == "float"):
             found = f"{array.dtype} {array.shape}"
-            raise UserError(f"{path} does not fit this model: {name} is {found}, not float {tensor.shape}")
+            raise UserError(f"{path} does not fit this model: {name} is {found}, not {kind} {tensor.shape}")
         numbers = as_float32(array)
         try:
             check_finite(numbers)
@@ -3353,7 +3369,7 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
             raise UserError(f"{path} is damaged: {name} has averages of squares below zero")
     for name, tensor in tensors.items():
         load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
-        load(tensor, as_float32(arrays[name]))
+        load(tensor, as_float32(arrays[name]) if dtypes.is_float(tensor.dtype) else arrays[name])
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
 # same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
@@ -3371,7 +3387,7 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     # a table of random numbers has to come back as well.
     tensors = {}
     for name, tensor in get_state_dict(model).items():
-        if all(tensor is not other for other in tensors.values()) and dtypes.is_float(tensor.dtype):
+        if all(tensor is not other for other in tensors.values()):
             tensors[name] = tensor
     if optimizer:
         tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
@@ -3462,7 +3478,10 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
     """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
     UserError, and nothing has changed, if the file is damaged or does not fit."""
     arrays, metadata = read_checkpoint(Path(path))
-    config = config_from(GPTConfig, metadata.get("gpt_config", ""))
+    try:
+        config = config_from(GPTConfig, metadata.get("gpt_config", ""))
+    except Damaged as error:
+        raise UserError(f"{path} cannot be opened: {error}") from error
     for field in dataclasses.fields(config):
         saved = getattr(config, field.name)
         if field.name != "dropout" and saved != getattr(model.config, field.name):
@@ -3526,7 +3545,8 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
         model = GPT(config, backend, seed=None)
         restore(model, arrays, metadata, path)
         text = metadata.get("tokenizer")
-        if text and len(text) > 100 + 20 * config.vocab_size:  # (18 for "[399998, 399999], ")
+        most = 100 + 20 * config.vocab_size  # (18 for a merge such as "[399998, 399999], ")
+        if text and len(text) > most and TOKENIZER_AS_WE_KNOW_IT:
             raise Damaged("its tokenizer is too long for its vocabulary")
         model.tokenizer = tokenizer_from_json(text) if text else None
         if text and model.tokenizer.vocab_size > config.vocab_size:
@@ -3633,12 +3653,12 @@ def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
 # the same machine, and with the same text. On another one sums may be added in another order, and then their
 # last digits differ.)
 #
-# An exam measures the loss on text that was not learned from, cut into windows of T tokens. A token at the
-# beginning of a window is harder than one at its end, which has more before it. At the end of a run, windows
-# lie side by side and each token is counted once, so the result depends on nothing but the model and the
-# text. On the way that is done, too, if it takes no more than 80 batches: 110 KB, a tenth of tiny
-# Shakespeare, take 61. Of a longer text, some windows have to do, spread evenly and always the same ones, so
-# that two exams can be compared.
+# An exam measures the loss on text that was not learned from, cut into windows of T tokens. (The cuts matter:
+# a window's first tokens are harder than its last ones, which have more before them.) Where there is time,
+# windows lie side by side and each token is counted once, so the result depends on nothing but the model and
+# the text. That is so if it takes no more than 80 batches: 110 KB, a tenth of tiny Shakespeare, take 61. Of a
+# longer text 80 have to do, spread evenly and always the same ones, so that exams can be compared.
+# (`--eval-only` reads all of it.)
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
     def __init__(self, model: GPT, batch_size: int):
@@ -3769,8 +3789,7 @@ class Run:
         # Batches of validation text: how many there are, and how many of them an exam on the way reads.
         windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
         self.val_batches = math.ceil(windows / config.batch_size)
-        few = self.val_batches <= 4 * config.eval_iters
-        self.exam_batches = self.val_batches if few else config.eval_iters
+        self.exam_batches = min(self.val_batches, 4 * config.eval_iters)
         if start == 0 or "run" not in (model.source or {}):
             model.source = (model.source or {}) | {"run": name_of_run(model, config, self.data)}
         self.out_dir = None if out_dir is None else Path(out_dir)
@@ -3822,16 +3841,16 @@ class Run:
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some
-        batches will do. The validation text is read whole if that is no more than four times as much, or at
-        the end of a run 50 times; of a longer one, as much as of the other, or at the end those 50 times."""
+        batches will do. The validation text is read whole if that takes no more than four times as many; of a
+        longer one, so many have to do."""
         c = self.config
         found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
         line = f"step {step:5}  train {found['train_loss']:.3f}"
         if self.val is not None:
-            at_the_end = min(self.val_batches, 50 * c.eval_iters)
-            n = at_the_end if step == c.max_iters else self.exam_batches
-            whole = n == self.val_batches
-            found["val_loss"] = self.evaluator.whole(self.val) if whole else self.evaluator.mean(self.val, n)
+            if self.exam_batches == self.val_batches:
+                found["val_loss"] = self.evaluator.whole(self.val)
+            else:
+                found["val_loss"] = self.evaluator.mean(self.val, self.exam_batches)
             line += f"  val {found['val_loss']:.3f}"
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
@@ -3927,7 +3946,7 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     go wrong, or if the last save fails."""
     check_config(model.config)
     check_config(config)
-    if model.tokenizer:
+    if model.tokenizer and out_dir:
         check_comes_back(model.tokenizer)
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
@@ -4135,9 +4154,9 @@ def check_is_gpt2(model: GPT) -> None:
     for name, shape in sorted(have ^ set(gpt2_shapes(model.config).items())):
         verb = "has" if (name, shape) in have else "lacks"
         raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
-    # Eight tokens at random are enough. Another formula gives other logits at once, by far more than rounding
-    # does, which is some 1e-6 of the largest.
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(8, model.config.block_size))
+    # Another formula gives other logits, by far more than rounding does, which is some 1e-6 of the largest.
+    # It may differ only for tokens that are far apart, so a whole context is compared, of tokens at random.
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, model.config.block_size)
     with np.errstate(all="ignore"):
         want = gpt2_logits(arrays, ids, model.config)
     got = model(Tensor(ids[None].astype(np.int32))).numpy()[0]
@@ -4494,18 +4513,18 @@ class Watching:
         # Python calls this for a name that it does not find here, and so for all other operations.
         return getattr(self.ops, name)
 
-    def attention(self, qkv: Tensor, *others):
-        y = self.ops.attention(qkv, *others)
+    def attention(self, qkv: Tensor, *others, **named):
+        y = self.ops.attention(qkv, *others, **named)
         self.asked.append((qkv, y))
         return y
 
 def noting(block, streams: list):
     """A function that does what `block` does, and adds its result to `streams`; the first block's adds the
     stream that comes in, too: what the model knows before any block has been asked."""
-    def watched(x, *others):
+    def watched(x, *others, **named):
         if not streams:
             streams.append(x)
-        streams.append(block(x, *others))
+        streams.append(block(x, *others, **named))
         return streams[-1]
     return watched
 
@@ -4836,8 +4855,11 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
         for name, tensor in state_of(twin, None).items():
-            # The twin's parameters look into numpy's memory: what we write there, the next loss is computed
-            # from. What is not learned has to be the same.
+            # The twin's tensors look into numpy's memory: the next loss is computed from what we write there.
+            # (Those that are not learned get the model's numbers, too.)
+            if not dtypes.is_float(tensor.dtype):
+                load_array(tensor, fixed[name].numpy())
+                continue
             array = arrays.setdefault(name, fixed[name].numpy().astype(np.float64))
             memory = Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtypes.float64, device="CPU")
             tensor.replace(memory)
@@ -5000,7 +5022,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, c
     if Device.DEFAULT == "CPU" and needed >= available:
         by_size = for_parameters > for_batches
         flag = f"--n-embd than {config.n_embd}" if by_size else f"--batch-size than {train_config.batch_size}"
-        raise UserError(f"this would take about {needed / 1e9:,.0f} GB of memory, and "
+        raise UserError(f"this would take about {needed / 1e9:,.1f} GB of memory, and "
                         f"{available / 1e9:,.1f} GB are free: choose a smaller {flag}")
 
 # === Chapter 32. The command line
@@ -5284,7 +5306,7 @@ def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
         # (A piece may begin or end in the middle of a character; "ignore" drops the bytes of such a half.)
         places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
         pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
-        show(f"learning a vocabulary from {sum(map(len, pieces)) / 1e6:.1f} MB ...")
+        show(f"learning a vocabulary from {min(len(train_text), len(pieces) << 20) / 1e6:.1f} MB ...")
         vocab_size = 256 if args.tokenizer == "bytes" else chosen(args, GPTConfig).vocab_size
         tokenizer = BPETokenizer.train("".join(pieces), vocab_size)
     show(f"encoding {len(text) / 1e6:.1f} MB ...")
@@ -5389,7 +5411,7 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
         why = ", as always for a text as short as this" if corpus.n_bytes < SHORT_TEXT else ""
         say(f"effort     {effort}{why}: {times}, {forgetting}")
-    if effort in REACHES:
+    if effort and RECIPES[effort].items() <= (vars(model.config) | vars(config)).items():
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
@@ -5631,7 +5653,8 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, f"the C compiler {error.cmd[0]} failed (exit code {error.returncode}): start again"
     frames = traceback.extract_tb(error.__traceback__)
     device = os.environ["DEV"]
-    if device != "CPU" and not isinstance(BACKENDS[-1], Fast) and "tinygrad" in frames[-1].filename:
+    in_tinygrad = frames[-1].filename.startswith(sys.modules["tinygrad"].__path__[0])
+    if device != "CPU" and not isinstance(BACKENDS[-1], Fast) and in_tinygrad:
         return 2, f"tinygrad could not compute on {device} ({brief(error, 90)}): unset DEV"
     ours = [frame.lineno for frame in frames if frame.filename == main.__code__.co_filename]
     if type(error).__name__ == "JitError":
@@ -5649,7 +5672,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_programs()
         return code
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError) and error.filename is None:
+        if __name__ == "__main__" and isinstance(error, OSError) and error.filename is None:
             # Perhaps nobody can be told anything any more. What is still to be written goes nowhere, or
             # Python would try once more at its end, and complain.
             with suppress(OSError, ValueError):

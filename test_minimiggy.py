@@ -891,6 +891,21 @@ def test_a_parameter_may_be_made_in_any_way(line, use, tmp_path):
                         ("self.ops.unembed(x, self", f"self.ops.unembed(x + {use}, self")], tmp_path)
     comes_back(module, learns(module, small(module)), tmp_path)
 
+def test_whole_numbers_in_a_model_are_saved_and_examined_with_it(tmp_path, capsys):
+    order = "Tensor(np.random.permutation(config.block_size), dtype=dtypes.int32)"
+    module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        self.order = {order}\n"),
+                        ("+ self.wpe(position))", "+ self.wpe(self.order[position]))")], tmp_path)
+    model = small(module)
+    order = model.order.numpy()
+    comes_back(module, shake(model, 0.3), tmp_path)
+    list(module.training(model, module.TrainConfig(batch_size=2, max_iters=2), CIRCLE))
+    assert (model.order.numpy() == order).all() and module.main(["--gradcheck"]) == 0
+    arrays, metadata = module.read_safetensors(tmp_path / "ckpt_1.safetensors")
+    arrays["order"] = arrays["order"].astype(np.float32)
+    module.write_safetensors(tmp_path / "other.safetensors", arrays, metadata)
+    with pytest.raises(module.UserError, match="order is float32"):
+        module.open_checkpoint(tmp_path / "other.safetensors")
+
 @pytest.mark.parametrize("table", ["first_weights(ops, rng, 5, config.n_embd)", "self.wpe.weight",
                                    "Tensor.randn(5, config.n_embd)"], ids=["noise", "frozen", "lazy"])
 def test_numbers_that_are_not_learned_stay_and_are_saved(table, tmp_path):
@@ -1060,6 +1075,20 @@ def test_a_text_that_is_cut_in_another_way_now_is_noticed(run, tmp_path, capsys)
     assert "other rules for tokens" in capsys.readouterr().err
     module.export(model, tmp_path / "hub")
     assert not (tmp_path / "hub" / "tokenizer.json").exists()
+
+def test_more_texts_than_the_context_has_tokens_are_written_side_by_side():
+    model = shake(GPT(SMALLEST), 0.5)
+    prompts = [[i, 2 * i] for i in range(7)]
+    written = model.generate(Tensor(prompts, dtype="int32"), 6, temperature=0).tolist()
+    assert written == [ids + list(write(model, ids, 6, temperature=0)) for ids in prompts]
+
+def test_an_operation_that_is_put_in_twice_counts_both_times(tmp_path):
+    module, _ = edited(RELU2, tmp_path)
+    model = small(module)
+    for function in (lambda self, x: x.relu(), lambda self, x: x.sin()):
+        module.Plain.gelu = function
+        got, want = (logits(shake(small(module, ops)), PASSAGE[0]) for ops in (model.ops, module.PLAIN))
+        assert np.abs(got - want).max() < 1e-5
 
 def test_tensors_that_are_exchanged_are_noticed():
     model = small(minimiggy)
