@@ -804,16 +804,16 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # Chapter 12. Where the time goes
 #
 # Part I as it stands takes about fifteen times as long for a training step as this part does, on the same
-# machine, for the same numbers. It does hardly more arithmetic than it must. A processor core can do some 100
-# billion multiplications and additions a second, but only with numbers that are in its *registers*, a few
-# hundred at a time. To fetch a number from the cache takes several times as long as using it, and to fetch it
-# from memory a hundred times. So the question is never how many operations there are; it is how often each
-# number is fetched.
+# machine, for the same numbers. Its excess of arithmetic is the smaller reason. A core of a processor can do
+# some 100 billion multiplications and additions a second, but only with numbers that are in its *registers*,
+# which hold a few hundred. To fetch one from the cache takes several times as long as using it, and from
+# memory a hundred times. So the question is less how many operations there are than how often each number is
+# fetched.
 #
 # Three things go wrong when tinygrad compiles part I by its own rules. In a *product* of two N x N matrices
 # each number is used N times, and its loops fetch it nearly every time. By *fusion*, operations that ought to
-# run once are computed again inside other loops; `contiguous` in part I prevents the worst. And only one
-# *core* works.
+# run once are computed again inside other loops; `contiguous` in part I prevents the worst. And for most
+# programs only one *core* works.
 #
 # In this part we write the loops ourselves, for the operations of part I and their gradients, in a language
 # that tinygrad compiles. Nothing of part I changes. Whatever we have no program for goes the old way, and the
@@ -842,10 +842,11 @@ from tinygrad import Context, Device
 
 # === Chapter 13. What we borrow from tinygrad's inside
 #
-# Part I uses what tinygrad promises to its users. Here we go behind the counter, in this one chapter: its
-# names for pieces of programs (UOp), its compiler, and the list of programs that TinyJit records. All of that
-# may change with the next version. So we use it with the one version that we know. With any other, part I's
-# operations run as they are, slowly, and `WHY_PLAIN` says why in one line.
+# Part I uses what tinygrad promises to its users. Here we go behind the counter: to its compiler, to the list
+# of programs that TinyJit records, and to *UOps*, the nodes of its syntax trees (`op` says what a node does,
+# `src` which nodes it needs, `arg` the rest). All such names are imported here, in one place. They may change
+# with the next version, so we use them with the one that we know. With any other, part I's operations run as
+# they are, slowly, and `WHY_PLAIN` says why in one line.
 
 TINYGRAD = "0.14.0"
 
@@ -995,7 +996,7 @@ def open_device() -> None:
                 helper(f"helper_{number}")
     try:
         Tensor([1.0]).realize().tolist()
-        if helper.cache_info().currsize and not DEBUG:
+        if helper.cache_info().currsize and not DEBUG:  # (if helpers run, see 13.4)
             ordered(replay_program(CORES), Device["CPU"].renderer)  # (of chapter 19: all recordings need it)
     except subprocess.CalledProcessError:
         raise  # the compiler has failed: `explain` says so
@@ -1037,8 +1038,8 @@ def load_programs() -> set:
     return set(loaded)
 
 def essence(program):
-    """A compiled program without its syntax tree and instructions: to run it takes the code and the
-    arguments."""
+    """A compiled program without its syntax tree and instructions: to run it, the code and the arguments
+    are enough."""
     sink, linear, *code = program.src
     arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
     return program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
@@ -1062,7 +1063,7 @@ def keep_programs() -> None:
 # and answers through another. It ends when we do, or after a minute without work. Should it end before,
 # because somebody has killed it, say, then what it has not done is done here. It has a session of its own, so
 # that Ctrl-C or a closed terminal, which reach all processes of a session, do not end it in the middle.
-HELPER = """
+HELPER_CODE = """
 import pickle, signal, sys
 from tinygrad.codegen import to_program
 while True:
@@ -1075,15 +1076,16 @@ HELPERS = min(CORES, 4) - 1
 
 @functools.cache
 def helper(name: str) -> subprocess.Popen:
-    """The process of this name. It is started at the first call, and is ready half a second later."""
+    """The process of this name. It is started at the first call, and is ready half a second later. (How many
+    have been started, `helper.cache_info().currsize` tells.)"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-c", HELPER], start_new_session=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", HELPER_CODE], start_new_session=True, **pipes)
 
 # For each process there is a thread here that hands it programs and waits for them. It moves bytes and knows
 # nothing of what they mean: tinygrad's trees are made by one thread only.
 @functools.cache
 def helpers() -> ThreadPoolExecutor:
-    """These threads."""
+    """These threads, one for each process."""
     return ThreadPoolExecutor(max(1, HELPERS), thread_name_prefix="helper")
 
 def let_help(order: bytes) -> bytes:
@@ -1124,28 +1126,24 @@ def forget_orders() -> None:
     ordered.cache_clear()
 
 # 13.5 A recording
-#
-# TinyJit runs a function once before it records, as a precaution; we record at the first call (`cnt` counts
-# its calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over
-# new numbers.
 def memory_of(tensor: Tensor) -> np.ndarray:
     """The memory of a computed or empty tensor on the CPU, as an array that shares it."""
     memory = tensor.uop.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
     return np.frombuffer(memory, np.dtype(tensor.dtype.fmt)).reshape(tensor.shape)
 
-# Ordinary operations, such as the sum of x and what a block adds to it, become programs of tinygrad's own. It
-# divides one among several cores if each gets 131,072 numbers or more. As chapter 19 calls them, it pays much
-# earlier, and twice: a core also finds in its own cache what it has computed itself. (A default training step
-# takes 4 % less time.) Only programs that go from number to number are divided: sums stay as they are.
+# Ordinary operations, such as the addition in x + f(x), become programs of tinygrad's own. It divides one
+# among several cores if each gets 131,072 numbers or more. Chapter 19 calls programs so cheaply that 16,384
+# in all are enough, and each core then finds its part in its own cache. (A default training step takes 4 %
+# less time.) Only programs without a sum are divided.
 ENOUGH = 1 << 14  # numbers
 
 def divided(call, cores: int):
-    """A call of a recording, with its program divided among `cores`, if it is one of these."""
+    """A call of a recording; if its program is tinygrad's, and has no sum in it, divided among `cores`."""
     tree = call.src[0]
-    if tree.op is not Ops.SINK or tree.arg.opts_to_apply is not None:  # (one of ours, or none at all)
+    if tree.op is not Ops.SINK or tree.arg.opts_to_apply is not None:  # (no program, or one of ours)
         return call
     loops = [node for node in tree.toposort() if node.op is Ops.RANGE]
-    is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)
+    is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)  # (WEAK: over results, not over terms)
     cores = min(cores, Device["CPU"].renderer.global_max[0])  # (tinygrad has a limit of its own)
     if cores == 1 or is_sum or math.prod(loop.vmax + 1 for loop in loops) < ENOUGH:
         return call
@@ -1155,6 +1153,9 @@ def divided(call, cores: int):
     plan = dataclasses.replace(tree.arg, opts_to_apply=(Opt(OptOps.THREAD, 0, cores),))
     return call.replace(src=(tree.replace(arg=plan), *call.src[1:]))
 
+# TinyJit runs a function once before it records, as a precaution; we record at the first call (`cnt` counts
+# its calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over
+# new numbers.
 class Recording:
     """A function from tensors to a tuple of tensors, as its programs: `calls` lists them. `arrays` are the
     memory of its inputs, `results` that of its results; `cores` share the work."""
@@ -1166,7 +1167,7 @@ class Recording:
         def traced():
             results = function(*inputs)
             Tensor.realize(*results)  # (notes down the last programs)
-            linears = self.jit._linears
+            linears = self.jit._linears  # what has been noted down: lists of calls of programs
             for i, linear in enumerate(linears):
                 linears[i] = linear.replace(src=tuple(divided(call, cores) for call in linear.src))
             trees = [call.src[0] for linear in linears for call in linear.src if call.src[0].op is Ops.SINK]
@@ -1220,9 +1221,10 @@ class Recording:
 #
 # `k` is the Kernel that is being written, the others are its arguments, results first. The Python function
 # runs once, and `k.loop(n)` turns once, too: it opens a C loop, hands out the counter as a symbol, and closes
-# it. `x[i, c]` is a symbol as well, for a number that only the C will read. An assignment to `y[i, c]` notes
-# down a statement, `after` all earlier ones. Nothing else does: `t = x[i, c] * 2.0` only names an expression,
-# which the C computes where a statement uses it.
+# it. `x[i, c]` is a symbol as well, for a number that only the C will read. Only an assignment to `y[i, c]`
+# makes a statement: `t = x[i, c] * 2.0` just names an expression. All this is kept as a tree, which has no
+# order of its own. So `last` is the newest statement, and whatever is read or written comes `after` it; `end`
+# makes of a loop, and of all that is in it, one statement.
 #
 # >>> def example(k, y, x, b):
 # ...     for i in k.loop(x.rows):
@@ -1249,8 +1251,9 @@ class Array:
         self.start = start                         # where in the memory its first number is, if not at 0
         self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
 
-    def at(self, place, *index):
+    def at(self, first, *index):
         """The element at an index, as a symbol."""
+        place = first
         sizes = self.shape[len(self.shape) - len(index):]
         for i, size in zip(index, sizes, strict=True):
             place = place * size + i
@@ -1264,7 +1267,7 @@ class Array:
     def __setitem__(self, index, value) -> None:
         self.kernel.last = (self[index].store(value),)
 
-    unscaled = __getitem__
+    unscaled = __getitem__  # (but not for a table with scales, in chapter 22)
 
     def scale_of(self, row):
         """By what a row's `unscaled` numbers must be multiplied. (Chapter 22 has other scales than 1.)"""
@@ -1296,7 +1299,7 @@ class Kernel:
 
     def loop(self, end, *more):
         """`for i in k.loop(n)`, or `for i, j in k.loop(m, n)` for two loops, the second inside the first. An
-        end that only the running kernel knows must be at least 1."""
+        end that only the running kernel knows must be at least 1, as it is tested after each turn."""
         if more:
             for i in self.loop(end):
                 for j in self.loop(*more):
@@ -1310,8 +1313,7 @@ class Kernel:
         counter = None
         loop = UOp.range(end, next(self.ids))
         if not isinstance(end, int) and end.ranges:
-            # The end depends on an outer loop, which tinygrad's ranges cannot: do { ... } while (++counter <
-            # end).
+            # A range's end cannot depend on an outer loop, so we write do { ... } while (++counter < end).
             counter = self.array(1, dtype=dtypes.int)
             loop = UOp.loop(next(self.ids))
             counter[0] = 0
@@ -1327,9 +1329,9 @@ class Kernel:
         self.last = (self.last[0].end(loop, *again), *outer)
 
     def share(self, n: int):
-        """A loop over this core's part of 0 to n, in one piece; the parts differ by one at most. If n is
-        smaller than the number of cores, only n of them run the kernel, and whatever else it shares must be
-        of the same n."""
+        """A loop over this core's part of 0 to n - 1, in one piece; the parts' sizes differ by one at most.
+        If n is smaller than the number of cores, only n cores run the kernel; one that shares twice must then
+        do so with the same n."""
         cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
@@ -1353,9 +1355,9 @@ class Kernel:
         self.last = (self.last[0].end(thread, group),)
 
     def fold(self, n: int, first: float, *steps):
-        """`total = first; for i < n: total = step(total, i)` for each of some steps, in 16 lanes side by
-        side, which a vector register holds. (A compiler may not change the order of a sum by itself.) Returns
-        the lanes' totals, a list for each step."""
+        """`total = first; for i < n: total = step(total, i)` for each function in `steps`, in 16 lanes side
+        by side, which a vector register holds. (A compiler may not change the order of a sum by itself.)
+        Returns the lanes' totals, a list for each step."""
         width = min(n, 16)
         lanes = self.array(len(steps), width)
         for lane in self.loop(width):
@@ -1398,8 +1400,8 @@ def written_down(kernel, cores: int, *arguments, **options):
     return k.last[0].sink(arg=KernelInfo(name=name, opts_to_apply=(), estimates=Estimates()), tag=1)
 
 def program_of(kernel, cores: int, *arguments, **options):
-    """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree. If
-    not, and if this is for a recording, it is ordered from the helpers, if there are any."""
+    """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree. Else
+    the tree itself, which for a recording is also ordered from the helpers, if there are any."""
     tree = written_down(kernel, cores, *arguments, **options)
     renderer = Device["CPU"].renderer
     program = to_program_cache.get(to_program_key(tree, renderer))
@@ -1413,7 +1415,7 @@ def exp(x):
     """e^x for x <= 0. It is 2^t with t = x / ln 2, and t = n + f with a whole n and f in -1/2 to 1/2: 2^f is
     a short sum (its Taylor series), and 2^n goes straight into the bits of the exponent. Unlike a call of the
     C library's expf, this becomes vector instructions. It is never less than 2^-60, which beside a 1
-    makes no difference: with numbers below 2^-126, as the products of smaller ones would soon be, a processor
+    makes no difference: products of smaller results could be below 2^-126, and with such numbers a processor
     takes a hundred times as long."""
     t = (x * (1 / math.log(2))).maximum(-60.0)
     n = (t - 0.5).cast(dtypes.int)
@@ -1445,15 +1447,13 @@ def exp(x):
 #         i+3   a(i+3, k)  [                       ]
 #
 # *Packed*: a core has three levels of memory. 48 KB answer at once, 2 MB within 15 cycles, the rest is far.
-# So that most numbers come from near, the product goes in blocks. Rows of B are cut to `depth`, and some
+# So that most numbers come from near, the product takes blocks of `depth` rows of B. Of such a block some
 # *panels*, each as wide as a tile, are copied to where they lie without gaps; they stay in the second level.
 # (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
 # would compete for the same few places.) A streams past in strips. A few rows of a strip, in the first level,
-# meet one panel after the other, while their tile of the result is in registers. On an Intel Xeon it pays to
-# copy the strip as well, for the same reason, if A's rows go on for more than two blocks, unless few panels
-# meet it: 2048 x 1536 @ 1536 x 384 takes 16.6 instead of 17.5 ms of a core there, and 15.8 if the group has
-# all 12 panels, so that A is read once. On an AMD EPYC copying costs 3 %. (A row of the copy is a line longer
-# than it need be, or rows would compete for the same places.)
+# meet one panel after the other, while their tile of the result is in registers. If A's rows are long and
+# meet many panels, it pays on an Intel Xeon to copy the strip as well (5 % of the time); on an AMD EPYC it
+# costs 3 %. (A row of the copy is a line longer than it need be, or rows would compete for the same places.)
 #
 #     for each group of panels of B:
 #         for each block of `depth` rows of B:
@@ -1470,7 +1470,7 @@ def exp(x):
 TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
-COPIES = "Intel" in describe_processor()  # strips of A, before they are used
+COPIES = "Intel" in describe_processor()  # whether long strips of A are copied before they are used
 
 def pieces(n: int, size: int) -> int:
     """How many pieces of `size` make up n, the last of which may be smaller."""
@@ -1510,8 +1510,8 @@ def product(k: Kernel, M: int, N: int, K: int, a, b):
             yield i0 + r, j0 + j, value
 
 def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
-    """How many tiles of `size` there are in a part, if n is cut into at least `parts` parts, as many for each
-    core; with `exact`, all parts must be full."""
+    """How many tiles of `size` there are in a part, if n is cut into `parts` parts or more, the same number
+    for each core. With `exact`, parts must not overlap: then their tiles divide those of n evenly."""
     parts = pieces(parts, cores) * cores
     tiles = pieces(pieces(n, parts), size)
     return divisor(n // size, tiles) if exact else tiles
@@ -1519,8 +1519,8 @@ def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
 def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, ...]:
     """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
-    strip, and all 12 panels in one group. (512 deep, 32 columns of B are 64 KB; 256 if A has to be copied,
-    too.)"""
+    strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB, or 256
+    if A is transposed.)"""
     # 65 rows are covered by nine tiles of 8: the last begins at row 57, not 64, so that all are whole. Seven
     # rows are computed twice, with the same result.
     rows = pieces(M, pieces(M, TILE[0]))
@@ -1553,7 +1553,7 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
     share_rows, share_columns = (k.share, k.loop) if M >= N else (k.loop, k.share)
 
     def pack(block, column):
-        """Copy the panels of a group; what a block before has had already counts as 0."""
+        """Copy the panels of a group. (The last block steps back: rows that were seen before count as 0.)"""
         k0 = step_back(block, depth, K)
         some = divisor(depth, LINE)
         for panel in k.loop(panels):
@@ -1606,10 +1606,10 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
 #
 #     dx = dy @ w^T        dw = x^T @ dy        and for a bias, added to each row:  db = the column sums of dy
 #
-# Two more products, which is why a training step costs three times as much as a forward pass. tinygrad asks
-# for them through a function that we hand over with the kernel. In chapter 20, `Fast.run` does that: its
-# `back` receives the gradient of the kernel's first result, and the results as the kernel left them, and
-# returns a gradient for each of the kernel's inputs, or None. For y = x @ w + b, it is these three lines:
+# Two more products, which is why a training step costs three times as much as a forward pass. With a kernel
+# we hand over a function for this, `back` (to `Fast.run` of chapter 20). It receives the gradient of the
+# kernel's first result, and the results as the kernel left them, and returns for each input a gradient, or
+# None. For y = x @ weight + bias it is these lines (`like(x)` is empty memory of x's shape):
 #
 #     def back(dy, y):
 #         dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
@@ -1626,7 +1626,7 @@ def weights_back(k, dw, *rest):
 # on how fast weights come. A processor notices where we read straight on, in several places at a time, and
 # fetches ahead. So each core reads a part of w's rows, one piece of memory, in eight places side by side. On
 # two Intel cores, a w of 384 x 384, which stays in the second level, then comes at 110 GB a second, and one
-# of 1536 x 384, which does not fit, at 54. With half of every row for each core, it was 47 and 38.
+# of 1536 x 384, which does not fit, at 54.
 #
 # The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
 FEW = 8  # rows of x for which this is the quicker way
@@ -1641,7 +1641,7 @@ def matvec(k, parts, x, w):
     K, N = w.shape
     P, R, _ = parts.shape
     streams, _ = parts_of(K, k.cores)
-    width = divisor(N, 4096 // R)  # columns whose sums stay in the first store
+    width = divisor(N, 4096 // R)  # columns whose sums stay in the first level
     steps = K // streams // P
     for part in k.share(P):
         for block in k.loop(N // width):
@@ -1658,9 +1658,9 @@ def matvec(k, parts, x, w):
                         parts[part, r, column] = sum(terms, parts[part, r, column])
 
 def add_parts(k, y, parts, *others):
-    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,), if there is one. Then come x and w, for the
-    way back alone. (What a kernel does not use must come last, or it would look for its core's number in the
-    wrong place.)"""
+    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,), if there is one. Last come x and w, which
+    only the way back needs. (The C has no argument for what a kernel does not use; if that stood earlier, all
+    that comes after it, also the core's number, would be looked for in the wrong place.)"""
     *bias, _, _ = others
     P, R, N = parts.shape
     for r in range(R):
@@ -1669,8 +1669,8 @@ def add_parts(k, y, parts, *others):
             y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
 def dot_rows(k, y, x, table):
-    """y (R, V) = x (R, C) @ table^T, for a table (V, C). A sum must wait for each addition before the next,
-    so some are on their way at a time."""
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C): `unembed` of a few rows. In a sum, each addition has
+    to wait for the one before, so about four sums are computed side by side."""
     V, C = table.shape
     R = x.rows
     at_once = min(V, max(1, 4 // R))
@@ -1704,8 +1704,8 @@ LANES = TILE[1]  # queries in a block
 
 def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
-    exponentials. To go on reading a text, B = 1, it puts its keys and values into the caches (1, H, S, D),
-    where the text has a stretch that begins at `start` (1,); those from `position` (T,) on are new."""
+    exponentials. With caches (1, H, S, D), and B = 1, these are new tokens of a text: position[0] others came
+    before. Its part of the caches begins at `start` (1,), and the new keys and values are put there first."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
