@@ -1878,7 +1878,7 @@ def layer_norm_weights_back(k, dw, *rest):
                 d[c] += dy[i, c]
 
 # Looking up a row is copying it; the way back adds each row's gradient to its row in the table. A number that
-# is no row's (part I would give zeros, or count from the end) becomes NaN, which nobody can overlook.
+# is no row's becomes NaN, as in part I: nobody can overlook that.
 def embed(k, x, table, idx):
     """x (..., C): for each of idx (...) its row of the table (N, C)."""
     N, C = table.shape
@@ -1960,21 +1960,21 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     *arrays, scale, rates = arrays
     n = len(decays)
     taken = scale[0] > 0.0
-    shorter = scale[0]
+    factor = scale[0]
     rate = rates[0]
     # Where no step is taken, the same numbers are stored again. (Not to store them would be simpler, but a
     # store that depends on something takes AMD's processors with AVX2 three times as long.)
-    keep_1 = taken.where(shorter.const_like(beta1), 1.0)
-    keep_2 = taken.where(shorter.const_like(beta2), 1.0)
-    start_1 = rates[1]
-    start_2 = rates[2]
+    keep_1 = taken.where(factor.const_like(beta1), 1.0)
+    keep_2 = taken.where(factor.const_like(beta2), 1.0)
+    correction_1 = rates[1]
+    correction_2 = rates[2]
     kinds = [arrays[i * n:i * n + n] for i in range(4)]
     for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
         for i in k.share(theta.rows * theta.columns):
-            g = taken.where(unless_tiny(gradient[i] * shorter, 1e-16), 0.0)
+            g = taken.where(unless_tiny(gradient[i] * factor, 1e-16), 0.0)
             m[i] = unless_tiny(m[i] * keep_1 + g * (1 - beta1), 1e-18)
             v[i] = unless_tiny(v[i] * keep_2 + g * g * (1 - beta2), 1e-34)
-            change = (m[i] / start_1) / ((v[i] / start_2).sqrt() + 1e-8) + theta[i] * decay
+            change = (m[i] / correction_1) / ((v[i] / correction_2).sqrt() + 1e-8) + theta[i] * decay
             theta[i] -= taken.where(change * rate, 0.0)
 
 # === Chapter 19. All cores at once
@@ -1991,17 +1991,18 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #                 (turn < 4000 ? go_on : rest)();
 #     }
 #
-# `go_on` is C's abs, which does nothing here, and `rest` its sched_yield, which lets other programs run.
-# Asking the system takes longer than most waits, so it is asked only when one is long: a thread may be off
-# its core. All that takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since all that we have
-# is its compiler, and that has no other way of not calling something.
+# `go_on` is C's abs, which does nothing here, and `rest` is sched_yield, which lets other programs run. To
+# call that takes longer than most waits, so we do so only when a wait is long, as when another thread has
+# lost its core. All this takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since we have no
+# compiler but its own. UOps cannot skip a call; so where there is nothing to do, `go_on` is called.
 WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
 PATIENCE = 4000
 
 @functools.cache
 def replay_program(threads: int):
-    """The loop above. Its own arguments are the list, the length of the list, the place of `mine`, and all
-    `done`."""
+    """The loop above. Its own arguments are the list, its length, the place of `mine`, and all of `done`.
+    (`x.after(y)` is x, but not before y is done, and `x.end(loop, c)` is x and then `while (c)`.)"""
+    # (`volatile` memory is fetched anew each time, since another thread may have changed it.)
     lines = UOp.param(0, dtypes.uint64, (1 << 20,), volatile=True)
     length = UOp.param(1, dtypes.int, (1,))
     mine = UOp.param(2, dtypes.uint64, (1,), volatile=True)
@@ -2024,8 +2025,8 @@ def replay_program(threads: int):
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
 
 class Crew:
-    """Calls all kernels of a recording, on so many of the threads that there could be. The numbers do not
-    depend on how many."""
+    """Calls all kernels of a recording, on `threads` of the `cores` threads that there could be. The results
+    do not depend on how many."""
     def __init__(self, calls: list, threads: int, cores: int):
         library = ctypes.CDLL(None)
         go_on, rest = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.abs, library.sched_yield))
@@ -2039,7 +2040,7 @@ class Crew:
                 lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
         self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
         self.length = np.array([len(lists[0])], np.int32)
-        self.done = np.full((cores, 8), 2**64 - 1, np.uint64)                # nobody waits for the others
+        self.done = np.full((cores, 8), 2**64 - 1, np.uint64)                # (one that is not there is done)
         tree = replay_program(cores)
         compile_together([tree])
         self.program = Device["CPU"].runtime(to_program(tree, Device["CPU"].renderer).to_elf())
@@ -2093,7 +2094,7 @@ class Replay:
 # Here kernels take the place of part I's operations. Whoever changes an operation in part I must not get the
 # kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
 # operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
-# is computed. It does so, too, if somebody puts another function into Plain while the program runs.
+# is computed. It also steps back if somebody puts another function into Plain while the program runs.
 def sources() -> dict:
     """What part I defines, by name ("GPT", "Plain.gelu", "SPLIT"): its source without comments and
     docstrings."""
@@ -2116,18 +2117,18 @@ def sources() -> dict:
 SOURCES = sources()
 
 def digest(*names: str) -> str:
-    """A checksum of what these do; of nothing, if one of them is unknown."""
+    """A checksum of what these do; one that is unknown counts as an empty text."""
     text = "\n".join(SOURCES.get(name, "") for name in names)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def known_to_kernels(arguments, device: str) -> bool:
-    """Are all numbers in these arguments such as kernels can read, float32 in the memory of `device`? (Ids
-    are made so.)"""
+    """Can kernels read all tensors of floats in these arguments: are they float32, in the memory of `device`?
+    (Ids need not be: `in_memory` makes them so.)"""
     for argument in arguments:
         if isinstance(argument, dict) and not known_to_kernels(argument.values(), device):
             return False
-        is_number = isinstance(argument, Tensor) and dtypes.is_float(argument.dtype)
-        if is_number and (argument.dtype != dtypes.float32 or argument.device != device):
+        has_floats = isinstance(argument, Tensor) and dtypes.is_float(argument.dtype)
+        if has_floats and (argument.dtype != dtypes.float32 or argument.device != device):
             return False
     return True
 
@@ -2135,7 +2136,7 @@ def instead_of(name: str, known: str):
     """A decorator: the function below is used while the operation `name` of part I has this checksum, for
     arguments that kernels know; or else the operation itself."""
     plain = getattr(Plain, name, None)
-    # (A line such as Plain.gelu = ... puts in another function, which was not defined in the class.)
+    # (After a line such as Plain.gelu = f, the class's source does not tell what is done; this name does.)
     is_its_own = getattr(plain, "__qualname__", "") == f"Plain.{name}"
 
     def choose(fast):
@@ -2154,16 +2155,16 @@ def like(tensor: Tensor | None) -> Tensor | None:
 # does not; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so theirs is
 # None.
 class Fast(Plain):
-    """Part I's operations by the kernels of part II: the same arguments and results, to float32's rounding,
-    on `cores` cores."""
+    """Part I's operations by the kernels of part II, on `cores` cores: the same arguments, and the same
+    results up to float32's rounding."""
     def __init__(self, cores: int):
         self.cores = cores
         self.device = "CPU"
 
     def run(self, kernel, results: list[Tensor], inputs: list[Tensor], back=None, **options) -> list[Tensor]:
-        """Run a kernel; return the results. `back` is its gradient: from that of the first result, and the
-        results, it makes those of the inputs, or None for such as need none. A bias that is None is left out
-        everywhere."""
+        """Run a kernel; return the results. `back` is its way back: given the gradient of the first result,
+        and the results, it returns a gradient for each input, or None where none is needed. A bias that is
+        None is left out everywhere."""
         results = [tensor for tensor in results if tensor is not None]
         inputs = [tensor for tensor in inputs if tensor is not None]
         n = len(results)
@@ -2279,7 +2280,7 @@ class Fast(Plain):
 
     @instead_of("adamw", "e475df0de9ec")
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
-        check_config(config)  # (with a beta of 1, the kernel would have nothing to store)
+        check_config(config)  # (of part III; with a beta of 1, the kernel would have nothing to store)
         # The kernel's results are no new memory, but theta, m and v themselves, which it changes in place.
         changed = []
         for names in groups(parameters, self.cores):
@@ -2293,7 +2294,7 @@ class Fast(Plain):
 
     def place(self, array):
         tensor = Tensor.empty(*array.shape, dtype=Tensor(array).dtype)
-        memory_of(tensor)[...] = array  # (part I's way is quick for one, but takes 2 ms to prepare)
+        memory_of(tensor)[...] = array  # (part I's way would take 2 ms for each)
         return tensor
 
     def record(self, function):
@@ -2326,8 +2327,8 @@ def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
 
 def in_memory(ids: Tensor, n: int | None = None) -> Tensor:
     """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not. ValueError
-    if there are others than 0 to n - 1, as far as they are known: a recording only gets to see them when it
-    is repeated, and its kernels give NaN for them."""
+    if one is not from 0 to n - 1. (A recording gets to see its numbers only when it is repeated; there the
+    kernels give NaN.)"""
     if n is not None and not capturing and 0 not in ids.shape:
         numbers = ids.numpy()
         if not 0 <= numbers.min() <= numbers.max() < n:
@@ -2365,8 +2366,8 @@ def attend_by_threads(k, y, lse, qkv):
             query[d] = qkv[b, i, 0, h, d] * D**-0.5
             out[d] = 0.0
         for j in k.loop(i + 1):
-            weight[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])
-            fade[0] = top[0]
+            weight[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])  # (for now, the score,
+            fade[0] = top[0]                                               # and the old top)
             top[0] = top[0].maximum(weight[0])
             fade[0] = exp(fade[0] - top[0])
             weight[0] = exp(weight[0] - top[0])
@@ -2378,7 +2379,7 @@ def attend_by_threads(k, y, lse, qkv):
         lse[b, h, i] = top[0] + total[0].log()
 
 # On the way back thread i is first query i, with the i + 1 keys that it sees, and then key i, with the T - i
-# queries that see it. So all threads have the same to do, and none writes where another does.
+# queries that see it. So all threads have equally much to do, and none writes where another does.
 def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
     """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
     B, T, _, H, D = qkv.shape
@@ -2437,7 +2438,7 @@ class Elsewhere(Plain):
 
 OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "cross_entropy",
               "norm", "adamw")
-CHANGED = [name for name in OPERATIONS
+CHANGED = [name for name in OPERATIONS  # those that `instead_of` has not recognised
            if hasattr(Plain, name) and getattr(Fast, name) is getattr(Plain, name)]
 for name in CHANGED:
     delattr(Fast, name)  # (so that one that is put into Plain later is inherited, too)
@@ -2455,20 +2456,20 @@ if KNOWN:
 # earlier tokens compute does not depend on the later ones: their keys and values are what they were. So we
 # keep these (the *KV cache*) and compute the new token alone: one query against the keys of all before it.
 #
-# When block_size tokens are there, the older half is let go and the newer half read again, from place 0 on.
-# So at least half a context is always remembered, and the extra work stays small. What comes out must be what
-# `write` writes; the tests compare.
+# When there are more than block_size tokens, the older half is let go and the newer half read again, from 0
+# on. So at least half a context is always remembered, and the extra work stays small. What comes out must be
+# what `write` writes; the tests compare.
 #
 # Several texts can be written side by side: then a weight that has come from memory serves all of them. They
 # have different lengths, and soon one of them begins anew while the others go on, so they are no batch (B,
 # T). But for all layers except attention a token is a token. So we hand over one row (1, T) of T tokens, each
-# at a place of its own, and only the cache knows which text each belongs to. It has a long stretch of memory,
-# S places for each text; where the stretch of a token's text begins is its `start`.
+# at a place of its own, and only the cache knows which text each belongs to. It is one long memory, with a
+# stretch of S places for each text; where the stretch of a token's text begins is its `start`.
 #
 # A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of
 # chapter 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are
-# three: a prompt of 1,000 tokens is read in pieces of 256, and the last piece steps back to end where the
-# prompt does. What it reads twice is the same the second time.
+# three at most, of 256, 64 and 16 tokens. For what is left at the end, one steps back, to end where the
+# prompt does; what it reads twice is the same the second time.
 def attend(k, y, keys, values, qkv, position, start, *, most: int):
     """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at
     place position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and
@@ -2531,10 +2532,10 @@ class Cache:
         last = start + position.reshape(T, 1)
         # Kernels write where they like; ordinary operations can't. So each place asks which new token is its
         # own, and a product with these zeros and ones takes it there.
-        here = (last == places).transpose(0, 1)                       # (S, T): token t belongs to place s
-        is_new = here.max(1, keepdim=True)                            # (S, 1)
+        here = (last == places).transpose(0, 1)                       # (texts * S, T): token t, place s
+        is_new = here.max(1, keepdim=True)                            # (texts * S, 1)
         for old, new in zip(memory, (k, v), strict=True):
-            moved = here.cast(new.dtype) @ new                        # (1, H, S, D)
+            moved = here.cast(new.dtype) @ new                        # (1, H, texts * S, D)
             old.assign(is_new.where(moved, old))
         return *memory, (start <= places) & (places <= last)
 
@@ -2545,7 +2546,7 @@ class Cache:
 # This holds for part I's model. A reader's own may look at earlier tokens in another way, which no cache of
 # keys and values knows of. So where part I's layers have been changed, a Writer compares: it reads some
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
-# way. It also does so if `write` itself is another.
+# way. It also does so if `write` itself has been changed.
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
 LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "91b9865bce09" and not CHANGED
 WRITE_AS_WE_KNOW_IT = write if digest("write") == "59f0ba302c75" else None
@@ -2559,11 +2560,11 @@ def is_as_in_part_one(thing) -> bool:
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
-    if kind in (Fast, Packed, Elsewhere) and not is_as_in_part_one(PLAIN):  # (they do what Plain does)
+    if kind in (Fast, Packed, Elsewhere) and not is_as_in_part_one(PLAIN):  # (Packed: chapter 22)
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    if kind is dict:  # `source`, which is of texts
+    if kind is dict:  # `source`, a dict of texts
         return all(isinstance(part, str) for part in thing.values())
     return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, int, type(None))
 
@@ -2592,7 +2593,7 @@ class Writer:
         self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]  # of pieces of a prompt
         self.caches = [Cache(self.S, texts) for _ in model.h]
         self.programs = {}
-        self.readers = {}  # whose text is in the caches, by row
+        self.owners = {}  # which text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         self.tensors = list(model.parameters().values())
@@ -2601,25 +2602,25 @@ class Writer:
             self.forget("`write` has been changed, and part II cannot do the same with a cache")
             return
         try:
-            # The caches' memory must be there before something is recorded. What shape it has, we know of our
-            # own model only; any other is asked for a token, of which nothing is computed.
+            # The caches' memory must be there before something is recorded. We know its shape for our own
+            # model only; any other is given one token, lazily, which makes the memory and computes nothing.
             if self.is_known:
                 for cache in self.caches:
                     cache.room(c.n_head, c.n_embd // c.n_head)
             else:
                 first = Tensor([0], dtype=dtypes.int32)
                 model.hidden(first.reshape(1, 1), None, first, self.caches)
-        except Exception:  # a layer that takes no cache, or cannot be asked for one token: whatever it says
+        except Exception:  # (of any kind, from a layer that takes no cache, say, or no single token)
             self.forget()
 
     def forget(self, why="with a cache of keys and values this model would write something else") -> None:
         """Do without the caches from now on."""
         self.remembers = False
-        print(f"minimiggy: {why}; it writes without, more slowly", file=sys.stderr)
+        print(f"minimiggy: {why}; it writes without one, more slowly", file=sys.stderr)
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
-        self.readers = {}
+        self.owners = {}
         n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
         try:
@@ -2631,9 +2632,9 @@ class Writer:
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
 
     def read(self, ids: list[int], places: list[int], rows: list[int], head=True) -> np.ndarray:
-        """Pass n tokens at certain places through the model: each of the text in a row of its own, or all of
-        that in the only row. Returns what comes out for each: the logits (n, V), or only the stream before
-        the head, (n, C)."""
+        """Pass n tokens, which stand at `places`, through the model. `rows` has the row of each one's text,
+        or a single row if all are of one text. Returns for each the logits, (n, V), or without the head the
+        stream before it, (n, C)."""
         def run(idx, position, start):
             caches = [cache.at(start) for cache in self.caches]
             x = self.model.hidden(idx, None, position, caches)
@@ -2643,12 +2644,12 @@ class Writer:
         kind = len(ids), len(rows), head
         if kind not in self.programs:
             self.programs[kind] = self.model.ops.record(run)
-        idx, position, start = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
-        return self.programs[kind](idx, position, start * self.S)[0][0]
+        idx, position, row = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
+        return self.programs[kind](idx, position, row * self.S)[0][0]
 
     def read_before_last(self, ids: list[int], done: int, row: int = 0) -> None:
-        """Read those of `ids` that have not been read, all after the first `done`, except for the last
-        one."""
+        """Read what has not been read of `ids`, all after the first `done`, at least up to the last but one.
+        (A token that goes alone passes the head, too: writing has that program anyway.)"""
         # Take the largest piece that fits what is left. If none does, the smallest steps back over tokens
         # that have been read; and if there are too few of those, one token goes alone.
         while done < len(ids) - 1:
@@ -2668,8 +2669,8 @@ class Writer:
         # First all but their last tokens must be in the caches: of a prompt, or of the newer half when the
         # context is full.
         for text in texts:
-            if self.readers.get(text.row) is not text:  # another text has used its stretch meanwhile
-                self.readers[text.row] = text
+            if self.owners.get(text.row) is not text:  # another text has used its stretch meanwhile
+                self.owners[text.row] = text
                 text.done = 0
             if len(text.seen) > self.model.config.block_size:
                 text.seen = text.seen[-self.half:]
@@ -2679,12 +2680,12 @@ class Writer:
         if len(texts) == 1 or too_many or not self.is_known:  # (if not part I's, we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
         else:
-            tokens = [0] * self.texts  # (rows without a text get a 0 at place 0)
+            tokens = [0] * self.texts  # (a row without a text gets a 0 at place 0: what it held is lost)
             places = [0] * self.texts
             for text in texts:
                 tokens[text.row] = text.seen[-1]
                 places[text.row] = len(text.seen) - 1
-            self.readers = {text.row: text for text in texts}
+            self.owners = {text.row: text for text in texts}
             results = self.read(tokens, places, list(range(self.texts)))
             logits = [results[text.row] for text in texts]
         # Each text draws from its own generator, so it is the same whoever else is written beside it.
@@ -2715,12 +2716,12 @@ class Writer:
         for ids in map(np.asarray, prompts):
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
-        tensors = list(self.model.parameters().values())  # (what has been assigned to them is done now)
+        tensors = list(self.model.parameters().values())  # (also carries out assignments that wait)
         if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
             self.tensors = tensors  # somebody has put others there: record anew
             self.is_known = is_as_in_part_one(self.model)
             self.programs = {}
-            self.readers = {}
+            self.owners = {}
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
         if not self.remembers:
@@ -2761,9 +2762,9 @@ GPT.generate = generate
 #
 # A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its
 # upper half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is
-# still there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one,
-# round: add half of what is cut off, 0x7fff (and 1 more if the last digit kept is a 1, so that a tie goes to
-# the even one).
+# still there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one, add
+# 0x7fff, just under half of the last digit that stays (and 1 more if that digit is a 1, so that a tie goes to
+# the even one), and cut off 16 digits.
 #
 # >>> pi = np.array([[3.14159265]], np.float32)
 # >>> hex(pi.view(np.uint32)[0, 0]), hex(round_to_bfloat16(pi)[0, 0])
@@ -2774,8 +2775,8 @@ GPT.generate = generate
 # *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix
 # a *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1
 # becomes 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more
-# than half a scale. A row with one number that is far larger than the others would be read coarsely, which is
-# why each row has a scale of its own.
+# than half a scale. One that is far larger than the others makes all that share its scale coarse: so there is
+# a scale for each row, and not one for the matrix.
 #
 # >>> numbers, scale = in_eight_bits(np.array([[0.1, -0.0311, 0.254, 0.0]], np.float32))
 # >>> numbers.tolist(), round(float(scale[0]), 6)
@@ -2786,8 +2787,8 @@ GPT.generate = generate
 # Only what comes from memory is small: in registers, numbers and sums are float32. To kernels an `Unpacked`
 # looks like any other matrix. But to multiply each number by its scale would cost the kernels of 15.3 a
 # seventh of their speed. They multiply once a row instead: `matvec` scales x, as x @ (s w) = (x s) @ w, and
-# `dot_rows` scales each finished sum. What is lost? As many bits a byte as `--eval-only --weights int8` says:
-# on a model trained here, less than 0.01.
+# `dot_rows` scales each finished sum. What is lost? `--eval-only --weights int8` tells: on a model trained
+# here, less than 0.01 bits a byte.
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16: the upper 16 bits, uint16."""
     bits = array.view(np.uint32)
