@@ -2879,8 +2879,8 @@ class Packed(Fast):
 # Parts I and II learn and write, as long as nothing happens. But something always does. A laptop's lid closes
 # in the middle of a save, a disk is full, a download stops half-way, a terminal is closed, and somebody types
 # `--n-layer 0`. This part is about all that: it keeps what was learned, says in one line what went wrong,
-# speaks with other programs, and lets you check that what the first two parts claim is true. It can be read
-# in any order:
+# speaks with other programs, and lets you check that what the first two parts claim is true. Its chapters can
+# be read in any order (names that are neither here nor in part I, such as `Packed` and `digest`, are of II):
 #
 #     23  files that are whole, lines that are plain       28  models from Hugging Face, and to it
 #     24  a text: downloads, any encoding, any length      29  curves, in the terminal and in a picture
@@ -2901,6 +2901,8 @@ from collections import namedtuple
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+VERSION = "2.0"
+
 # === Chapter 23. Safe files, safe output
 #
 # When a program is killed while it writes a file, half of a file is left, under a name that promises all of
@@ -2909,10 +2911,8 @@ from datetime import timedelta
 # since the name is an entry in the folder, and a folder is a kind of file, the folder must reach the disk as
 # well.
 #
-# `whole` is for a `with` block. `@contextmanager` makes that of a function with one `yield`, where the block
-# runs. If the block fails, its error comes out of the `yield`, and only `except` and `finally` are done.
-VERSION = "2.0"
-
+# `whole` is for a `with` block: `@contextmanager` runs it up to its `yield`, then the block, then the rest of
+# it. If the block fails, its error is raised at the `yield`, so that only `except` and `finally` are done.
 @contextmanager
 def whole(path: Path):
     """A binary file to write to, in a `with` block. If the block ends well, the file takes the place of
@@ -2980,15 +2980,14 @@ def in_words(error: Exception) -> str:
 #
 # The text to learn from is by default "tiny Shakespeare", 1.1 MB of plays, which are fetched once. Downloads
 # go wrong in many ways: there is no network, the connection breaks, or a hotel's login page comes in place of
-# the file. A SHA-256 settles all of them. It is a number of 256 bits that is computed from all bytes of a
+# the file. A SHA-256 shows the last two. It is a number of 256 bits that is computed from all bytes of a
 # file; whoever changes one of them gets another number, and nobody knows how to make a second file with the
 # same. So what came gets its name only if its number is the one that we expect. Where there is no network at
 # all, a play that was written for this project stands in: the first run always works.
 #
 # A download that broke off can go on where it stopped, and for that HTTP has a header. With `Range:
-# bytes=1000-` we ask for the file from its thousandth byte on. A server that understands answers 206 and
-# sends the rest; one that does not answers 200 and sends everything; and 416 means that nothing comes after
-# that byte.
+# bytes=1000-` we ask for all but the first 1000 bytes. A server that understands answers 206 and sends them;
+# one that does not answers 200 and sends everything; and 416 means that there are no more.
 DATA = Path(__file__).resolve().parent / "data"
 SHAKESPEARE = {
     "url": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -3030,7 +3029,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 def fetch_rest(url: str, unfinished: Path) -> None:
     """Add to the file `unfinished` what it lacks of the file at `url`, and show how far it is."""
     import requests
-    # Opened to be added to, a file tells how much it has; if everything is sent anew, that is thrown away.
+    # "ab" begins at the end of what is there, so `tell` gives its size. If all is sent again, that is thrown
+    # away.
     with open(unfinished, "ab", buffering=0) as file:
         headers = {"Accept-Encoding": "identity"}  # as it is, not compressed: we count its bytes
         if file.tell():
@@ -3066,9 +3066,8 @@ def check_file(path: str | Path) -> int:
     return os.path.getsize(path)
 
 def read_text(path: Path, replace: bool = False) -> bytearray:
-    """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. Bytes that are not UTF-8
-    are a UserError that says where they are, or become U+FFFD with `replace`; so is a file that cannot be
-    read."""
+    """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. UserError if it
+    cannot be read, or has bytes that are not UTF-8 (it says where); with `replace`, these become U+FFFD."""
     text = bytearray()
     errors = "replace" if replace else "strict"
     try:
@@ -3086,8 +3085,8 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
     return text
 
 # tiktoken is quick, but fails on a million blanks, and its lists take ten times an array's memory. So a long
-# text is encoded in pieces. A piece may end only where the pattern of chapter 3 cuts whatever comes next:
-# after a word's last letter, or before white space. The rest is put before the next piece. (A piece of
+# text is encoded in pieces. A piece may end only where the pattern of chapter 3 is sure to cut, whatever
+# follows: after a word's last letter, or before white space. The rest waits for the next piece. (A piece of
 # nothing but white space is encoded as it is: there may be no other place for megabytes.)
 SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
@@ -3123,10 +3122,8 @@ def gpt2_tokenizer() -> BPETokenizer:
         remedy = "use --tokenizer bpe, or set TIKTOKEN_CACHE_DIR to a folder that has it"
         raise UserError(f"GPT-2's vocabulary could not be downloaded (no network?): {remedy}") from error
 
-# And which text? A name on the command line is one of ours or a file's. A checkpoint remembers the name, too,
-# so that a resumed run finds its text again; but a checkpoint may come from anywhere, and then so does the
-# name.
-
+# And which text? `--data` names one of ours, or a file. A checkpoint keeps the name, so that a resumed run
+# finds its text; and since a checkpoint may come from anywhere, `check_file` looks at what that is.
 def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
     """The text that `--data` asks for, and what to ask for to get it again; None asks for the default.
     UserError if there is no such text."""
@@ -3149,12 +3146,8 @@ def load_text(data: str | None, replace: bool = False) -> tuple[bytearray, str]:
 
 # === Chapter 25. What a knob may be
 #
-# Part I says what each number of a config means, and believes whatever it is given. But numbers also come
-# from a keyboard or from a file that somebody sent. This table has the smallest and the largest value of
-# each. What flags say is held against it, and so are a checkpoint's configs, so that neither can drift away
-# from the other. The ends are generous: they are there to catch a slip of the finger and a hostile file, not
-# to tell what is wise. (A field that you add to a config needs no entry. It becomes a flag that takes any
-# value, and the comment behind it becomes the flag's line of help, as with those of chapter 5.)
+# Part I says what each number of a config means, and believes whatever it is given. The numbers for writing
+# have a config here, too.
 @dataclasses.dataclass
 class SampleConfig:
     """How text is written."""
@@ -3164,6 +3157,11 @@ class SampleConfig:
     top_p: float = 1.0             # draw among the fewest tokens that have this share of all probability
     num_samples: int = 1           # texts to write
 
+# But numbers also come from a keyboard, or from a file that somebody sent. KNOBS has the smallest and the
+# largest value of each, for flags and for a checkpoint's configs alike. The ends are generous: they are there
+# to catch a slip of the finger and a hostile file, not to tell what is wise. (A field that you add to a
+# config needs no entry. It becomes a flag that takes any value, and the comment behind it becomes the flag's
+# line of help, as with those of chapter 5.)
 KNOBS = {
     "block_size": (1, 65536), "vocab_size": (2, 400_000), "n_layer": (1, 1000), "n_head": (1, 1000),
     "n_embd": (1, 65536), "dropout": (0.0, 0.99),
@@ -3181,8 +3179,7 @@ def flag_of(name: str) -> str:
 
 def check_value(name: str, value, kind: type) -> None:
     """UserError if the field `name`, whose values are of a `kind`, cannot be `value`. (A whole number will do
-    for a fraction; a NaN is in no range.)"""
-    # Python takes True for a 1 and would find it in many a range; but its type is another.
+    for a fraction; True is none, though Python takes it for a 1; a NaN is in no range.)"""
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
@@ -3214,7 +3211,7 @@ def check_config(config) -> None:
 #
 # Unlike Python's own format, pickle, it cannot contain a program that runs when the file is opened. In the
 # header, under the name "__metadata__", there is room for texts, and one of ours is a SHA-256 of everything
-# else in the file. It cannot count itself, so it is computed without its own entry.
+# else in the file. (It cannot cover itself, so it is computed without its own entry.)
 def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
     """The SHA-256 of a file's header, of its metadata other than "sha256", and of its `numbers`, pieces of
     bytes."""
@@ -3334,8 +3331,8 @@ def read_arrays(file, header: dict) -> dict[str, np.ndarray]:
 # The numbers then have to fit the model. All are looked at before the first one is used: a model that is half
 # the old one and half the new one would be worse than either.
 def load_array(tensor: Tensor, array: np.ndarray) -> None:
-    """Write the numbers of `array` into the memory of `tensor`, of the same shape, where recordings look for
-    them."""
+    """Write the numbers of `array`, of the same shape, into the memory of `tensor`, where recordings look for
+    them: straight into it if we know its address, or else by an assignment."""
     if KNOWN and tensor.device == "CPU":
         memory_of(tensor)[...] = array
     else:
@@ -3412,11 +3409,11 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
         saved = json.loads(text)
         if saved.get("name") == "gpt2":
             return gpt2_tokenizer()
-        if not TOKENIZER_AS_WE_KNOW_IT:
+        if not TOKENIZER_IS_OURS:  # but yours: only your class knows what is right
             return BPETokenizer(**saved)
         return tokenizer_of([(int(left), int(right)) for left, right in saved["merges"]])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise Damaged("its tokenizer is none of ours") from error
+        raise Damaged("its tokenizer is not one of ours") from error
 
 def check_comes_back(tokenizer: BPETokenizer) -> None:
     """UserError if a checkpoint would give back another tokenizer than this one, or none."""
@@ -3424,8 +3421,8 @@ def check_comes_back(tokenizer: BPETokenizer) -> None:
         again = tokenizer_from_json(tokenizer_to_json(tokenizer))
         if tokens_of(again) == tokens_of(tokenizer):
             return
-    raise UserError("a checkpoint would bring back another tokenizer: one that BPETokenizer makes, given the "
-                    "attributes that have its parameters' names, has other tokens")
+    raise UserError("a checkpoint could not bring the tokenizer back: a BPETokenizer that is given this "
+                    "one's attributes, by their names, has other tokens")
 
 # A list of merges can be a trap. Let each token be two of the one before it: forty of them, less than a line
 # in a file, make a token of 10^12 bytes. Numbers below zero lead there as well, since Python counts them from
@@ -3446,11 +3443,11 @@ def tokenizer_of(merges: list[tuple[int, int]]) -> BPETokenizer:
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
 PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ for layer in LAYERS))
 TOKENIZER = digest("BPETokenizer", "SPLIT")
-TOKENIZER_AS_WE_KNOW_IT = TOKENIZER == "b4ad19b64faa"
+TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
-    disk does not take it; ValueError if the numbers could not be read back."""
+    disk does not take it; ValueError for numbers that no checkpoint may have, such as NaN."""
     if type(iter_num) is not int or not 0 <= iter_num < 10**9:
         raise ValueError(f"iter_num is the number of steps, and not {iter_num!r}")
     path = Path(out_dir) / f"ckpt_{iter_num}.safetensors"
@@ -3492,7 +3489,7 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 
 def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
     """The same with what has been read from `path`."""
-    # What the file has too much is as wrong as what it lacks: it comes from a model with more layers, say.
+    # What the file has beyond the model is as wrong as what it lacks: it has more layers, say.
     # (But whoever only wants to let the model write need not have an optimizer for Adam's averages.)
     named = state_of(model, None)
     for name in arrays:
@@ -3505,9 +3502,7 @@ def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimize
             print(f"minimiggy: {printable(str(path))} was saved while part I had other {what}: its model may "
                   "compute something else now", file=sys.stderr)
 
-# They are used as methods, model.save_checkpoint(...), although part I, where the class is, knows nothing of
-# files.
-
+# Both are methods of a model, but part I, which has the class, knows nothing of files.
 GPT.save_checkpoint = save_checkpoint
 GPT.load_checkpoint = load_checkpoint
 
@@ -3536,8 +3531,8 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
     path = Path(path)
     arrays, metadata = read_checkpoint(path)
-    # A hostile file can ask for much, so each thing here takes no more memory than the one before it has
-    # shown to be right: first a few numbers, then a model like those in the file, then its tokenizer.
+    # A hostile file can ask for much memory. So each thing is checked before the next, larger one is made:
+    # the configs, then a model about as large as the file's arrays, then a tokenizer for so many tokens.
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
@@ -3547,7 +3542,7 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
         restore(model, arrays, metadata, path)
         text = metadata.get("tokenizer")
         most = 100 + 20 * config.vocab_size  # (18 for a merge such as "[399998, 399999], ")
-        if text and len(text) > most and TOKENIZER_AS_WE_KNOW_IT:
+        if text and len(text) > most and TOKENIZER_IS_OURS:
             raise Damaged("its tokenizer is too long for its vocabulary")
         model.tokenizer = tokenizer_from_json(text) if text else None
         if text and model.tokenizer.vocab_size > config.vocab_size:
@@ -3635,7 +3630,8 @@ def own_checkpoints(out_dir: Path, run: str) -> dict[int, Path]:
     found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors") if run_of(path) == run}
     return dict(sorted((step, path) for step, path in found.items() if step is not None))
 
-# Old ones are deleted after the new one has been written, never before. So there is always one that is whole.
+# Old ones are deleted after the new one has been written (on a full disk before it, but never the newest). So
+# there is always one that is whole.
 def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
     """Delete all of a run's own checkpoints but the newest `keep` and the best one, by the log's `rows`."""
     kept = {*list(own)[-keep:], best_step(rows, own)}
@@ -3770,8 +3766,8 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 # and has longer tokens for it; there are fewer of them, and each has more to say.
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
-# A step's time is that of the step alone, without exams and saves; and of the last six we take the median,
-# which does not mind that the first four have to compile something. What can wait is made when it is first
+# A step's time is that of the step alone, without exams and saves. Of the last six we take the median, so
+# that a hiccup does not count. What can wait is made when it is first
 # needed: a run that stops early never compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
@@ -3861,8 +3857,8 @@ class Run:
 
     def write_sample(self, step: int) -> None:
         """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
-        # It writes at the first exam of each quarter that is over: in 2000 steps with an exam every 200, at
-        # 600, 1000, 1600 and 2000.
+        # It writes at the first exam after each quarter: of 2000 steps, with an exam every 200, after 600,
+        # 1000, 1600 and 2000.
         c = self.config
         tokenizer = self.model.tokenizer
         quarter = step * 4 // c.max_iters
@@ -4066,15 +4062,15 @@ def alone(out_dir: Path):
                 out_dir.rmdir()
 
 def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | None = None) -> None:
-    """Move what is not this run's into a folder of its own, run-1, run-2, ... At step 0 that is everything:
-    it belongs to an earlier run. A run that goes on from the checkpoint `source` leaves its own checkpoints
-    up to step `start`, but not later ones, which it is going to write anew. If it has no others here, then
-    log.csv and samples.txt are another run's, too. Nothing is ever written over."""
+    """Move what must not mix with this run into a new folder in `out_dir`: run-1, run-2, ... At step 0 that
+    is everything. A run that goes on from the checkpoint `source` moves other runs' checkpoints, and its own
+    after step `start`, which it is going to write anew; and log.csv and samples.txt unless they are its own
+    (`at_home`): unless it has other checkpoints here, or began here alone."""
     found = [path for path in out_dir.glob("ckpt_*.safetensors") if step_of(path) is not None]
     foreign = [path for path in found if run_of(path) not in (run, None)]
     others = [path for path in found if path not in foreign and not (source and path.samefile(source))]
     began_here = source and source.parent.resolve() == out_dir.resolve()
-    at_home = others or began_here and not foreign
+    at_home = bool(others) or (began_here and not foreign)
     old = [path for path in found if path in foreign or step_of(path) > start]
     if start == 0 or not at_home:
         old += [path for path in (out_dir / "log.csv", out_dir / "samples.txt") if path.exists()]
@@ -4171,13 +4167,12 @@ def check_is_gpt2(model: GPT) -> None:
 #
 # Take "banana" from chapter 3: its tokens are an, ban, ana, banana, with the numbers 256 to 259. Let "ana" be
 # merged by itself: a|n|a becomes an|a, and here two parts are left. So the pair of "ana" is (an, a), and
-# never (a, na). That is all there is to `last_parts`. Why is one pair enough, wherever "ana" stands? As long
-# as its bytes are not yet one token, none of them has been joined with a byte outside, or they could never
-# become it. So they were merged among themselves, in the same order as if they stood alone: from the same two
-# parts.
+# never (a, na). That is all there is to `last_parts`. Why is one pair enough, wherever "ana" stands? Where
+# its bytes end up as this token, none of them was joined with a byte outside before. So they were merged
+# among themselves, in the same order as if they stood alone, and the last two parts are the same.
 #
-# Once in a while a token is never reached like this, because an earlier merge has cut it in the wrong place.
-# It can then only be a word that is looked up as a whole, and has no pair.
+# Once in a while a token is never reached like this, because an earlier merge cuts across it. It has no pair,
+# and only a whole word can become it: those are looked up before anything is merged.
 
 # In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
 # written as a character that can be seen: as itself, if Latin-1 has a printable character of that number, or
@@ -4256,15 +4251,15 @@ def export(model: GPT, folder: Path) -> None:
         "attn_pdrop": 0.0, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
         "bos_token_id": end, "eos_token_id": end}
     files = {"config.json": json.dumps(config, indent=2)}
-    if tokenizer and TOKENIZER_AS_WE_KNOW_IT and type(tokenizer) is BPETokenizer:
+    if tokenizer and TOKENIZER_IS_OURS and type(tokenizer) is BPETokenizer:
         files |= tokenizer_files(tokenizer, c.block_size)
     elif tokenizer:
-        say("without its tokenizer, which is not part I's any more: transformers would cut texts otherwise")
+        say("without its tokenizer, which is not part I's: transformers would cut texts in another way")
     for name, text in files.items():
         with whole(folder / name) as file:
             file.write(text.encode())
     tensors = {f"transformer.{name}": tensor for name, tensor in model.parameters().items()}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})  # last: where it is, all is
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})  # last: then all is there
 
 # Coming in, a model is a file of weights with a config.json and perhaps a tokenizer beside it. Large models
 # are cut into several files, and an index says which tensor is in which. Older ones are pickles, which can
@@ -4337,7 +4332,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 # But the number of heads stands nowhere in them, and neither does the activation. That is what the
 # config.json is for, and whatever it says must be true of part I. Where it is missing, we take 64 channels a
 # head, as OpenAI's own models have; if the file is there and does not say, 12 heads, as transformers do.
-def check_told(path: Path, config: GPTConfig) -> int:
+def heads_of(path: Path, config: GPTConfig) -> int:
     """Hold what a config.json says against part I and the shapes of the weights beside it; return the number
     of heads, which no shape tells. UserError if it speaks of another model."""
     about = path.with_name("config.json")
@@ -4370,7 +4365,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     T = len(wpe)
     layers = sum(name.endswith(".ln_1.weight") for name in arrays)
     config = GPTConfig(T, V, max(1, layers), 1, C)
-    config.n_head = check_told(path, config)
+    config.n_head = heads_of(path, config)
     check_config(config)
     if not np.array_equal(arrays.pop("lm_head.weight", wte), wte):
         raise UserError(f"{path}: lm_head.weight is another matrix than wte.weight; in a GPT-2 they are one")
@@ -4392,8 +4387,8 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
 # The log of a run is a table, a row for every tenth step and for every exam. Two pictures are made of it: a
 # curve in the terminal at the end of a run, and with matplotlib one that compares several runs.
 #
-# A run that goes on drops what is no row in its log, since it has to go on. But whoever wants a picture is
-# told: if a point is missing, the picture is wrong.
+# A run that goes on drops damaged lines from its log, rather than stop. But a picture without them would be
+# wrong, so here they are an error.
 def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv: numbers by column, without the empty cells. UserError, with the first line that
     is wrong, if it is not the log of a run."""
@@ -4471,8 +4466,8 @@ def plot(folders: list[str | Path], path: Path):
             exams = column(rows, f"val_{unit}")
             if not learned:
                 raise UserError(f"{folder / 'log.csv'} has nothing to draw yet")
-            # What the picture must have room for is what comes after the first tenth of the longest run, or,
-            # of a run that did not get so far, its end.
+            # The picture has room for all that comes after the first tenth of the longest run; of a run that
+            # did not get so far, for its end.
             late += [value for step, value in learned + exams if step >= min(last / 10, learned[-1][0])]
             named = exams or learned
             name = printable(folder.resolve().name).replace("$", r"\$")
@@ -4812,14 +4807,14 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
     likeliest = [[names[token], float(p[token])] for token in np.argsort(-p)[:5]]
     return {"prompt": [names[token] for token in shown], "next": likeliest, "sections": sections}
 
-# The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
-# anything; so every sign that could end the script or begin a tag is written by its number, which JSON
-# allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
 def is_a_page(path: Path) -> bool:
-    """Is this file one that `write_page` has written?"""
+    """Is this file one that `write_page` has written, and may write over?"""
     beginning = read_text(DATA / "look.html")[:400]
     return path.is_file() and path.read_bytes()[:400] == beginning
 
+# The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
+# anything; so every sign that could end the script or begin a tag is written by its number, which JSON
+# allows. (Two ends of lines of Unicode's are written so as well: some readers of JSON stumble over them.)
 def write_page(content: dict, path: Path) -> None:
     """Write look.html, with this content, to `path`: whole or not at all. OSError if the disk does not take
     it."""
@@ -4837,12 +4832,12 @@ def write_page(content: dict, path: Path) -> None:
 # losses by 2h. In float64 and with h = 1e-5 that is good to nine digits or so. It takes two losses for every
 # single number of the model and so would be no way to train; for a model of some hundred numbers it takes
 # seconds. The losses are part I's, in plain operations; the gradients are those that training uses, from part
-# II's programs where there are any. If you have changed the model, this is the check to run. Each gradient is
-# taken twice, on two batches, since one that was added to another by mistake looks right the first time.
+# II's programs where there are any. If you have changed the model, this is the check to run. It takes two
+# batches: a gradient that is wrongly added to the one before looks right on the first.
 #
-# Why h = 1e-5? The formula takes a curve for a straight line, and its error grows like h^2: 1e-10 here. But a
-# float64 has 16 digits, and the difference of two nearly equal losses keeps few of them; divided by 2h, what
-# is lost of a loss of 2 nats is some 1e-11. A larger h makes the one worse, a smaller one the other.
+# Why h = 1e-5? The formula takes a curve for a straight line, and its error grows like h^2: 1e-10 here. But
+# float64 has 16 digits: a loss of 2 nats is off by some 2e-16, and so the slope by that over 2h, some 1e-11.
+# A larger h makes the first error worse, a smaller h the second.
 def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, np.ndarray]:
     """The slopes of the plain loss on each batch, by the parameters' names, from finite differences in
     float64: of shape (N, ...) for a parameter of shape (...). `batches` (N, 2, B, T) int32: what is read,
@@ -4914,7 +4909,7 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
     # Slopes in float64 hardly depend on h. Those of a model that rounds, say by .float(), are chance.
     others = exact_slopes(model, batches, 3e-5)
     if max(np.abs(others[name] - slope).max() for name, slope in slopes.items()) > 1e-5 * largest:
-        return table, worst, ("this says nothing, since with another h the finite differences are others. "
+        return table, worst, ("this says nothing, since the finite differences change with h. "
                               "Does the model round its numbers, as .float() does?")
     return table, worst, WRONG
 
@@ -4937,8 +4932,8 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
 # operations for each weight and token. A block has C x 3C weights for queries, keys and values, C x C for
 # c_proj, and twice C x 4C in the MLP: 12 C^2 in all; the head has V C. On the way back, each product has two
 # more of its size, one for the gradient of the weights and one for that of the input. So a weight costs 6 for
-# each token. Attention compares each token with T / 2 others on average, C operations for the scores and C
-# for the values: T C.
+# each token. Attention compares each token with T / 2 others on average, with C multiplications for the
+# scores and C for the values: it costs as much as T C more weights.
 def step_flops(config: GPTConfig, train_config: TrainConfig) -> float:
     """The floating-point operations that a training step cannot do without."""
     C = config.n_embd
@@ -4992,7 +4987,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
 # besides. So the recipe "coffee" of chapter 32 takes 55 MB for its 3.45 million parameters, and 84 MB for a
-# batch of 1024 tokens, of 82 KB each.
+# batch of 1024 tokens, 82 KB for each.
 #
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
 # may be allowed less. Where nobody tells, we hope for the best.
@@ -5045,7 +5040,7 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # The longer a run, the more often it reads the same text, and the better it knows that by heart. *Dropout*
 # (chapter 6) helps: the model never sees all of a line, and so cannot learn it as it stands. *Weight decay*
 # (chapter 8) makes it forget what it does not meet again and again. Both slow learning down: at seven
-# readings, a dropout of 0.07, with 0.13 of weight decay, made 2.24 bits a byte of 2.20. But at twenty
+# readings, a dropout of 0.07, with 0.13 of weight decay, turned 2.20 bits a byte into 2.24. But at twenty
 # readings of 250 KB, ten times as much weight decay gained 0.09. So both follow from how often the text is
 # read: the dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
 # time, 0.1 at least. On tiny Shakespeare, for example, "coffee" takes 7600 steps of 8 x 128 tokens. There are
@@ -5093,7 +5088,7 @@ class Parser(argparse.ArgumentParser):
 
 # The flags come in groups, as `--help` lists them: what to do; files; the machine; and then the three
 # configs, whose flags, help texts and defaults are read off the configs themselves. `argparse` does the rest.
-# A flag that nobody has given is None (or False), so that we can tell it from one that was given a default's
+# A config's flag that nobody has given is None, so that we can tell it from one that was given its default's
 # value: `--resume --batch-size 12` asks for 12 whatever the run had before.
 def make_parser() -> Parser:
     """The flags: what to do, with which files, on which machine, and every knob."""
@@ -5164,9 +5159,9 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
             metavar = "N" if of is int else "X"
             group.add_argument(*names, dest=field.name, type=of, metavar=metavar, help=text)
 
-# Ranges and contradictions can be checked before anything else is looked at, and so they are: whoever has
-# typed one wrong number need not wait for a download to hear of it. And where a flag would do nothing though
-# one could expect it to, as in `--resume --effort coffee`, one need not wait for an hour.
+# Ranges and contradictions are checked first: whoever has typed one wrong number need not wait for a
+# download to hear of it. A flag that would have no effect, as in `--resume --effort coffee`, is refused as
+# well: better now than noticed after an hour.
 ACTIONS = ("train", "resume", "sample", "eval_only", "export", "look", "plot", "gradcheck", "bench",
            "version")
 
@@ -5197,7 +5192,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     what = next(name for name in ACTIONS if getattr(args, name) not in (None, False))
     for name, value in vars(args).items():
-        is_given = value is not None and value is not False and value not in ("", "f32", "checkpoints")
+        is_given = value not in (None, False, "", "f32", "checkpoints")  # (the last three are defaults)
         if is_given and name not in flags_of(what):
             raise UserError(f"{flag_of(name)} has no meaning for {flag_of(what)}: leave it out")
     page = Path(args.out or "look.html")
@@ -5417,8 +5412,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     if WHY_PLAIN:
         say(f"note       {WHY_PLAIN}")
     if os.environ["DEV"] == "CPU" and unused_gpu():
-        say(f"note       there seems to be a GPU: DEV={unused_gpu()} python minimiggy.py --train is on that, "
-            "though part II's programs are for the CPU")
+        say(f"note       there seems to be a GPU: DEV={unused_gpu()} python minimiggy.py --train uses it, "
+            "but part II's programs are for the CPU only")
     if CHANGED and fast:
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
     if names := untrained(model):
@@ -5591,7 +5586,7 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
     tell(f"to see  open {path.resolve().as_uri()} in a browser")
 
 # And so the program is this: look at the flags, see that there is a device, choose the operations, and do
-# what was asked for. A plot needs no device, and works where tinygrad does not.
+# what was asked for. A plot needs no device, and works where there is none that can be used.
 #
 # To find your way through it, follow one command. `--train` locks the folder (`alone`), reads the text,
 # learns a vocabulary and makes a model (`prepare`), moves an older run out of the way (`set_aside`), says
@@ -5674,8 +5669,8 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except (Exception, KeyboardInterrupt) as error:
         if __name__ == "__main__" and isinstance(error, OSError) and error.filename is None:
-            # Perhaps nobody can be told anything any more. What is still to be written goes nowhere, or
-            # Python would try once more at its end, and complain.
+            # Perhaps stdout is closed. What is still to be written goes nowhere, or Python would try once
+            # more at its end, and complain.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as in `... | head`: who listened has heard enough
@@ -5701,4 +5696,6 @@ if __name__ == "__main__":
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # (all is done: one more Ctrl-C shall end it without a word)
+    sys.exit(code)
