@@ -3833,8 +3833,10 @@ class Run:
         c = self.config
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
         steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
-        say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about "
-            f"{clock(steps * min(self.times))} min if nothing else runs\n")
+        rest = steps * min(self.times)
+        unit = "h" if rest >= 3600 else "min"
+        say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about {clock(rest)} {unit} if "
+            "nothing else runs\n")
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some
