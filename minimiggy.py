@@ -1013,7 +1013,10 @@ def open_device() -> None:
 # them in a file: whatever tinygrad has compiled in this process is added to it, and given back to tinygrad at
 # the next start. The file's name says for which tinygrad, Python and processor it is. Each addition begins
 # with its checksum and its length. Where that is wrong, or the file cannot be read or written, we do without:
-# a cache must never be the reason why something fails.
+# a cache must never be the reason why something fails. Nor slow: only the newest megabytes of it are used, or
+# whoever has tried many models would wait for all of theirs. (What is compiled again is new again.)
+NEWEST = 4 << 20  # bytes: some 700 programs, in a tenth of a second
+
 def programs_file() -> Path:
     """Where the compiled programs for this machine are kept."""
     machine = [TINYGRAD, sys.version, describe_processor()]
@@ -1032,7 +1035,8 @@ def load_programs() -> set:
                 programs_file().unlink()  # damaged, or too large: begin anew
                 loaded.clear()
                 break
-            loaded |= pickle.loads(data[place + 40:end])
+            if len(data) - place < NEWEST:
+                loaded |= pickle.loads(data[place + 40:end])
             place = end
         to_program_cache.update(loaded)
     return set(loaded)
@@ -3835,8 +3839,8 @@ class Run:
         steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
         rest = steps * min(self.times)
         unit = "h" if rest >= 3600 else "min"
-        say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about {clock(rest)} {unit} if "
-            "nothing else runs\n")
+        say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about {clock(rest)} {unit} "
+            "if nothing else runs\n")
 
     def examine(self, step: int) -> dict[str, float]:
         """The losses on both texts, by the log's columns, and a line about them. Of the training text some

@@ -1289,6 +1289,19 @@ def test_compiled_programs_are_kept_for_the_next_process(programs):
     programs[1]()
     assert minimiggy.load_programs() == compiled
 
+def test_of_the_kept_programs_only_the_newest_are_loaded(programs, monkeypatch):
+    triple(1011)
+    old = set(minimiggy.to_program_cache)
+    size = programs[0].stat().st_size
+    triple(1012)
+    both = set(minimiggy.to_program_cache)
+    monkeypatch.setattr(minimiggy, "NEWEST", programs[0].stat().st_size - size + 1)
+    programs[1]()
+    assert both - old <= minimiggy.load_programs() < both
+    size = programs[0].stat().st_size
+    triple(1011)  # is compiled and kept again
+    assert programs[0].stat().st_size > size
+
 @pytest.mark.skipif(not minimiggy.HELPERS, reason="one core compiles alone")
 @pytest.mark.parametrize("fate", ["they live", "they are dead", "they cannot be started"])
 def test_other_processes_help_to_compile_and_need_not(fate, programs, monkeypatch):
