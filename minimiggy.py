@@ -1165,7 +1165,7 @@ class Recording:
     memory of its inputs, `results` that of its results; `cores` share the work."""
     def __init__(self, function, arrays: tuple[np.ndarray, ...], cores: int):
         self.arrays = [np.array(array) for array in arrays]
-        inputs = [Tensor.from_blob(array.ctypes.data, array.shape, dtype=Tensor(array).dtype)
+        inputs = [Tensor.from_blob(array.ctypes.data, array.shape, dtype=getattr(dtypes, array.dtype.name))
                   for array in self.arrays]
 
         def traced():
@@ -2297,7 +2297,7 @@ class Fast(Plain):
         return changed
 
     def place(self, array):
-        tensor = Tensor.empty(*array.shape, dtype=Tensor(array).dtype)
+        tensor = Tensor.empty(*array.shape, dtype=getattr(dtypes, array.dtype.name))
         memory_of(tensor)[...] = array  # (part I's way would take 2 ms for each)
         return tensor
 
