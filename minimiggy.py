@@ -4993,7 +4993,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
 # two averages. For each token of a batch there are V logits with their gradients, and about 18 C numbers in
 # each block that the way back needs; part I's operations take three times as much, and attention's weights
 # besides. So the recipe "coffee" of chapter 32 takes 55 MB for its 3.45 million parameters, and 84 MB for a
-# batch of 1024 tokens, 82 KB for each.
+# batch of 1024 tokens, 82 KB for each. An exam keeps only the logits, and what one block works on.
 #
 # How much there is, the system tells: on Linux in /proc/meminfo, which only looks like a file. A container
 # may be allowed less. Where nobody tells, we hope for the best.
@@ -5010,15 +5010,18 @@ def memory_available() -> float:
             limits.append(int((Path("/sys/fs/cgroup") / name).read_text()))
     return min(limits)
 
-def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, copies: int = 4) -> None:
-    """UserError, with the flag to change, if a run on the CPU would take more memory than there is; `copies`
-    is how many numbers each parameter has."""
-    a_token = 8 * config.vocab_size + 72 * config.n_layer * config.n_embd
+def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, learns: bool = True) -> None:
+    """UserError, with the flag to change, if a run on the CPU (or an exam, which does not learn) would take
+    more memory than there is."""
+    V = config.vocab_size
+    C = config.n_embd
+    a_token = 8 * V + 72 * config.n_layer * C if learns else 4 * V + 40 * C
     if not isinstance(backend, Fast):
-        a_token += config.n_layer * (168 * config.n_embd + 24 * config.n_head * config.block_size)
+        kept = config.n_layer if learns else 1
+        a_token += kept * (168 * C + 24 * config.n_head * config.block_size)
     passages = 32 * tokens_a_step(train_config, config.block_size)
     for_batches = a_token * train_config.batch_size * config.block_size + passages
-    for_parameters = 4 * copies * size_of(config)
+    for_parameters = 4 * (4 if learns else 1) * size_of(config)
     needed = for_parameters + for_batches
     available = memory_available()
     if Device.DEFAULT == "CPU" and needed >= available:
@@ -5491,7 +5494,7 @@ def run_eval(args: argparse.Namespace, opened: Checkpoint) -> None:
     size."""
     model = opened.model
     config = chosen(args, TrainConfig, opened.config)
-    check_memory(model.config, config, model.ops, copies=1)
+    check_memory(model.config, config, model.ops, learns=False)
     text, name = asked_or_learned(args, opened)
     ids = checked("validation", model.tokenizer.encode_array(split_text(text)[1]), model.config)
     loss = Evaluator(model, config.batch_size).whole(ids)
@@ -5621,7 +5624,8 @@ def run(args: argparse.Namespace) -> int:
     if args.bench:
         config = chosen(args, GPTConfig)
         train_config = chosen(args, TrainConfig)
-        check_memory(config, train_config, backend)
+        if args.bench == "step":
+            check_memory(config, train_config, backend)
         bench(args.bench, config, train_config, backend)
         return 0
     opened = open_model(args, backend)

@@ -1191,6 +1191,13 @@ def test_of_a_mac_only_the_fast_cores_count(answer, cores, tmp_path, monkeypatch
     sysctl.chmod(0o755)
     assert minimiggy.count_cores(tmp_path) == cores
 
+def test_an_exam_needs_less_memory_than_training_and_is_not_refused(monkeypatch):
+    monkeypatch.setattr(minimiggy, "memory_available", lambda: 4e9)
+    gpt2 = GPTConfig(1024, 50257, 12, 12, 768)
+    minimiggy.check_memory(gpt2, TrainConfig(batch_size=12), FAST, learns=False)
+    with pytest.raises(UserError, match=r"about 1\d\.\d GB .* smaller --batch-size than 12"):
+        minimiggy.check_memory(gpt2, TrainConfig(batch_size=12), FAST)
+
 def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(minimiggy, "CORES", 2)
     backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64, weights="f32"))
