@@ -989,7 +989,7 @@ EXERCISES = [
     UNTIED,
     [("m_hat / (v_hat.sqrt() + 1e-8)", "m_hat")]]
 
-@pytest.mark.skipif("EXERCISES" not in os.environ, reason="trains for minutes: EXERCISES=1 pytest -k exercise")
+@pytest.mark.skipif("EXERCISES" not in os.environ, reason="takes minutes: EXERCISES=1 pytest -k exercise")
 @pytest.mark.parametrize("number", range(len(EXERCISES)))
 def test_an_exercise_ends_where_part_one_says(number, tmp_path, capsys):
     if not (HERE / "data" / "tinyshakespeare.txt").exists():
