@@ -1035,7 +1035,7 @@ def load_programs() -> set:
                 programs_file().unlink()  # damaged, or too large: begin anew
                 loaded.clear()
                 break
-            if len(data) - place < NEWEST:
+            if len(data) - end < NEWEST:
                 loaded |= pickle.loads(data[place + 40:end])
             place = end
         to_program_cache.update(loaded)
@@ -2444,8 +2444,9 @@ OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "
               "norm", "adamw")
 CHANGED = [name for name in OPERATIONS  # those that `instead_of` has not recognised
            if hasattr(Plain, name) and getattr(Fast, name) is getattr(Plain, name)]
-for name in CHANGED:
-    delattr(Fast, name)  # (so that one that is put into Plain later is inherited, too)
+for kind, name in itertools.product((Fast, Elsewhere), CHANGED):
+    if name in vars(kind):
+        delattr(kind, name)  # (so that one that is put into Plain later is inherited, too)
 
 if KNOWN:
     if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
@@ -2601,10 +2602,10 @@ class Writer:
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         self.tensors = list(model.parameters().values())
-        c = model.config
         if write is not WRITE_AS_WE_KNOW_IT:
             self.forget("`write` has been changed, and part II cannot do the same with a cache")
             return
+        c = model.config
         try:
             # The caches' memory must be there before something is recorded. We know its shape for our own
             # model only; any other is given one token, lazily, which makes the memory and computes nothing.
@@ -5053,7 +5054,7 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 # readings of 250 KB, ten times as much weight decay gained 0.09. So both follow from how often the text is
 # read: the dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
 # time, 0.1 at least. On tiny Shakespeare, for example, "coffee" takes 7600 steps of 8 x 128 tokens. There are
-# 415,000 to learn from, which are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
+# 411,000 to learn from, which are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
 #
 # A short text gets fewer steps, for 26 readings are enough: on our play of 138 KB, "coffee" with 40 was at
 # 2.07 when it began to get worse; with 25 it ended at 2.03. And below half a megabyte every effort is
@@ -5201,7 +5202,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     what = next(name for name in ACTIONS if getattr(args, name) not in (None, False))
     for name, value in vars(args).items():
-        is_given = value not in (None, False, "", "f32", "checkpoints")  # (the last three are defaults)
+        # (Not `in (None, False, ...)`: a 0 equals False. The last three are defaults.)
+        is_given = value is not None and value is not False and value not in ("", "f32", "checkpoints")
         if is_given and name not in flags_of(what):
             raise UserError(f"{flag_of(name)} has no meaning for {flag_of(what)}: leave it out")
     page = Path(args.out or "look.html")
@@ -5707,5 +5709,6 @@ if __name__ == "__main__":
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
     code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # (all is done: one more Ctrl-C shall end it without a word)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: one more Ctrl-C ends it without a word
     sys.exit(code)

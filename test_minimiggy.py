@@ -1302,7 +1302,7 @@ def test_of_the_kept_programs_only_the_newest_are_loaded(programs, monkeypatch):
     size = programs[0].stat().st_size
     triple(1012)
     both = set(minimiggy.to_program_cache)
-    monkeypatch.setattr(minimiggy, "NEWEST", programs[0].stat().st_size - size + 1)
+    monkeypatch.setattr(minimiggy, "NEWEST", programs[0].stat().st_size - size)
     programs[1]()
     assert both - old <= minimiggy.load_programs() < both
     size = programs[0].stat().st_size
@@ -2270,6 +2270,7 @@ def test_model_flags_that_contradict_the_checkpoint_are_named(run, flags, capsys
         assert flags[0].replace("_", "-") in capsys.readouterr().err
 
 @pytest.mark.parametrize(("flags", "names"), [
+    (["--plot", "x", "--seed", "0"], "--seed"), (["--export", "x", "--keep", "0"], "--keep"),
     (["--train", "--init-from", "nowhere"], "nowhere"), (["--train", "--data", "no/such"], "no/such"),
     (["--export", "x", "--checkpoint", "nowhere"], "nowhere"), (["--train", "--data", "EMPTY"], "empty"),
     (["--train", "--data", "SHORT"], "--block-size"), (["--train", "--data", "LATIN1"], "offset 3"),
