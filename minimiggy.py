@@ -86,7 +86,7 @@ def border(text: bytes, place: int) -> int:
 # token, number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent
 # pieces such as " the" become tokens of their own; a word that was never seen is at worst written in bytes.
 #
-# By hand, on a text that is just "banana", twice. The letters b, a, n are the bytes 98, 97, 110.
+# By hand, for the word "banana", twice (no pair spans two words). b, a and n are the bytes 98, 97, 110.
 #
 #     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur four times, "ba" twice. Of two that are
 #                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
@@ -209,8 +209,8 @@ class BPETokenizer:
 
 # === Chapter 4. tinygrad in ten lines
 #
-# A *tensor* is an array of numbers with any number of dimensions. `@` multiplies the last two, for each of
-# the others; in (T, C) + (C,), the smaller one is repeated; dimension -1 is the last. tinygrad is *lazy*: an
+# A *tensor* is an array of numbers of any dimension. `@` is a product of matrices (the last two dimensions)
+# for each of the others; (T, C) + (C,) repeats the smaller; -1 is the last dimension. tinygrad is *lazy*: an
 # operation only notes down what would have to be done. When somebody wants to see numbers, or calls
 # `realize`, it writes a small program for all that, in C for a CPU, compiles it, and runs it.
 #
@@ -286,7 +286,7 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each of four uses has generators of its own, made from its number, the seed, and often the step.
+# each of four uses has random generators (`rng`) of its own, made of its number, the seed, often the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -341,7 +341,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # among H heads, D = C / H numbers each; each asks its own question, and the H answers are put side by side.
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself. Such a set
-    is a *backend*; part II has another one, some fifteen times faster."""
+    is a *backend*; part II has another, some fifteen times faster. After `attention`, go to 6.3 at first."""
     def embed(self, idx: Tensor, table: Tensor) -> Tensor:
         """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C); NaN for an id that has no row."""
         exists = (idx >= 0) & (idx < table.shape[0])
@@ -384,8 +384,8 @@ class Plain:
         return x @ table.transpose(0, 1)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Surprise in nats (chapter 7): at each place a score (logit) a token (..., V), and the id that came,
-        (...) -> (...); NaN for an id that is no token's."""
+        """Surprise in nats (chapter 7): logits (..., V), a score for each token, and the ids that came (...)
+        -> one number at each place (...); NaN for an id that is no token's."""
         top = logits.max(-1, keepdim=True)                            # (cancels out; exp() could overflow)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
@@ -393,7 +393,7 @@ class Plain:
         return exists.where((top + log_sum - chosen).squeeze(-1), math.nan)
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """The length (a scalar) of all gradients as one vector: the root of the sum of squares."""
+        """The length (a scalar) of all gradients as one vector: root of summed squares. (No layer norm.)"""
         return sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
 
     def adamw(self, parameters: dict[str, Tensor], m: dict, v: dict, gradients: dict, scale: Tensor,
@@ -555,7 +555,7 @@ class Block:
 # 1024 and C = 128, it saves 131,072 parameters (Press & Wolf 2017, arXiv:1608.05859); but see exercise 5.
 class GPT:
     """A GPT-2 of any size: `model(idx)` gives logits, `model.loss(idx, targets)` is what training lowers.
-    Its parameters are named as in Hugging Face's GPT-2 files; `seed=None` leaves them unfilled."""
+    Its parameters are named as in Hugging Face's GPT-2 files; `seed=None` draws no random weights."""
     def __init__(self, config: GPTConfig, backend: Plain | None = None, *,
                  tokenizer: BPETokenizer | None = None, seed: int | None = 1337):
         if config.n_embd % config.n_head:
@@ -675,8 +675,8 @@ class AdamW:
         self.last_batch = model.ops.record(self.step)                 # the last one, which takes the step
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
-        """A batch x, y (B, T) and a key (1,) -> its loss. With the last of a step's batches come the `rates`
-        (3,); then the step is taken, and the gradient's length returned as well."""
+        """A batch x, y (B, T), a key (1,), `is_first` (begins new sums) -> its loss. A step's last batch
+        brings the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
         loss = self.model.loss(x, y, key)                                                     # forward
         slopes = loss.gradient(*self.parameters.values())                                     # backward
         gradients = dict(zip(self.parameters, slopes, strict=True))
@@ -766,10 +766,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model looks at T tokens. When there are more, the older half goes. (One by one, all would change places
-# each time; part II could keep nothing.) A recording has one shape: we pad with zeros, which no token sees.
+# The model looks at T tokens. With more, we drop the older half at once: dropping shifts the others, and
+# then part II must compute all again. A recording has one shape: zeros fill its end (the mask hides them).
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue the prompt `ids` (at least one). `text` counts a seed's texts: 0, 1, 2."""
+    """Yield tokens that continue `ids` (not empty). `text` numbers a seed's texts; `how`: `draw`'s dials."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
