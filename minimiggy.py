@@ -1468,10 +1468,12 @@ def exp(x):
 # Which tile is best depends on the processor, so we measured. On an Intel Xeon with AVX-512 (32 registers of
 # 16 numbers), 12 products of a training step ran at these multiples of the rate of numpy's library: 8 x 32
 # 1.08, 4 x 64 1.04, 12 x 32 0.77; 6 x 64 was better for some and worse for others. With AVX2 (16 registers of
-# 8): 3 x 32 0.96, 4 x 16 0.90, 6 x 16 0.60. The sums, a vector of B and the numbers of A must all find a
-# register: with one too many, clang goes to memory in the innermost loop. So one shape for each kind of
-# processor serves all. (The picture has 4 x 64, which is easier to draw.)
-TILE = (8, 32) if WIDE else (3, 32) if AVX2 else (4, 16)
+# 8), on an AMD EPYC: 4 x 24 0.85, 3 x 32 0.80, 4 x 16 0.76, 6 x 16 0.45. The sums, the vectors of B and the
+# numbers of A must all find a register: with one too many, clang goes to memory in the innermost loop. So
+# shapes can be named for each kind of processor once and for all. (The picture has 4 x 64, which is easier to
+# draw.)
+TILES = [(8, 32)] if WIDE else [(4, 24), (3, 32)] if AVX2 else [(4, 16)]
+TILE = TILES[-1]     # (one before it is for a result whose columns it divides)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
 COPIES = "Intel" in describe_processor()  # whether long strips of A are copied before they are used
@@ -1494,10 +1496,16 @@ def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
     sums = k.array(rows, columns)
     for j, r in k.loop(columns, rows):
         sums[r, j] = 0.0
-    for kk, j in k.loop(K, columns):
-        b_kj = b(kk, j)
-        for r in range(rows):
-            sums[r, j] += a(r, kk) * b_kj
+    if columns == 24:  # 4 x 24 are 12 vectors of sums; with 3 of B, one register is left for A: row by row
+        for kk in k.loop(K):
+            for r in range(rows):
+                for j in k.loop(columns):
+                    sums[r, j] += a(r, kk) * b(kk, j)
+    else:
+        for kk, j in k.loop(K, columns):
+            b_kj = b(kk, j)
+            for r in range(rows):
+                sums[r, j] += a(r, kk) * b_kj
     for r, j in k.loop(rows, columns):
         yield r, j, sums[r, j]
 
@@ -1527,8 +1535,9 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     if A is transposed.)"""
     # 65 rows are covered by nine tiles of 8: the last begins at row 57, not 64, so that all are whole. Seven
     # rows are computed twice, with the same result.
-    rows = pieces(M, pieces(M, TILE[0]))
-    columns = min(TILE[1], N)
+    height, width = next((tile for tile in TILES if N % tile[1] == 0), TILE)
+    rows = pieces(M, pieces(M, height))
+    columns = min(width, N)
     deepest = 256 if a_transposed else 512
     if M % rows or N % columns:  # tiles will overlap, and a block that adds to the one before would add twice
         deepest = 4096
