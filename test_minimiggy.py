@@ -39,11 +39,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+if "EXERCISES" not in os.environ:
+    os.environ["NOOPT"] = "1"  # tinygrad's programs need not be quick here, and so are compiled sooner ...
 import minimiggy  # (before tinygrad, which it tells where to compute)
 from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, Plain, TrainConfig, UserError,
                        Writer, load_array, main, train, write)
 from tinygrad import Tensor, dtypes
 from tinygrad.nn.state import safe_load
+
+os.environ.pop("NOOPT", None)  # ... but in the processes that tests start, they are as users have them
 
 FILE = Path(minimiggy.__file__)
 HERE = FILE.parent
