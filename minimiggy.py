@@ -3384,10 +3384,20 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
         load(tensor, as_float32(arrays[name]) if dtypes.is_float(tensor.dtype) else arrays[name])
 
 # Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
-# same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, so
-# whatever you add to it is saved as well.
+# same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, and
+# what an optimizer has of the optimizer, so whatever tensors you add to either are saved as well.
 FORMAT = "minimiggy 3"
 Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
+
+def lasting(optimizer: AdamW) -> dict:
+    """What an optimizer keeps from one step to the next, by attribute: m, v, and what yours may have. All of
+    it has memory then: of a mere note, such as Tensor.zeros(3), a recording would make a constant."""
+    others = ("model", "config", "parameters", "tensors", "sums", "batch", "last_batch")
+    kept = {name: thing for name, thing in vars(optimizer).items() if name not in others}
+    for tensor in get_state_dict(kept).values():
+        if tensor.device is None:
+            tensor.replace(tensor.clone().realize())
+    return kept
 
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
@@ -3402,8 +3412,7 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
         if all(tensor is not other for other in tensors.values()):
             tensors[name] = tensor
     if optimizer:
-        tensors |= {f"optimizer.m.{name}": average for name, average in optimizer.m.items()}
-        tensors |= {f"optimizer.v.{name}": average for name, average in optimizer.v.items()}
+        tensors |= get_state_dict(lasting(optimizer), "optimizer.")
     return tensors
 
 # A tokenizer is kept as what its class takes to make one: part I's a name and merges, yours perhaps a list of
@@ -3505,11 +3514,11 @@ def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimize
     """The same with what has been read from `path`."""
     # What the file has beyond the model is as wrong as what it lacks: it has more layers, say.
     # (But whoever only wants to let the model write need not have an optimizer for Adam's averages.)
-    named = state_of(model, None)
+    named = state_of(model, optimizer)
     for name in arrays:
-        if re.sub(r"^optimizer\.[mv]\.", "", name) not in named:
+        if name not in named and (optimizer or not name.startswith("optimizer.")):
             raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
-    fill(state_of(model, optimizer), arrays, path, model.ops)
+    fill(named, arrays, path, model.ops)
     for key, now, what in (("made_by", PART_ONE, "layers or operations"),
                            ("tokenizer_made_by", TOKENIZER, "rules for tokens")):
         if metadata.get(key, now) != now:
@@ -3781,8 +3790,8 @@ def tokens_a_step(config: TrainConfig, T: int) -> int:
 #
 # `Run` is what `train` keeps in mind between two steps, with one method for each of the things that it does.
 # A step's time is that of the step alone, without exams and saves. Of the last six we take the median, so
-# that a hiccup does not count. What can wait is made when it is first
-# needed: a run that stops early never compiles an exam.
+# that a hiccup does not count. What can wait is made when it is first needed: a run that stops early never
+# compiles an exam.
 class Run:
     """What `train` knows about the run that it watches: its texts, the log's rows, how fast it is."""
     def __init__(self, model: GPT, config: TrainConfig, train_data, val_data, optimizer, start: int, out_dir):
@@ -3791,10 +3800,10 @@ class Run:
         self.data = checked("training", train_data, model.config)
         self.val = None if val_data is None else checked("validation", val_data, model.config)
         self.optimizer = optimizer or AdamW(model, config)
+        kept = lasting(self.optimizer)
         if self.optimizer.config != config:  # the plan has changed, and a recording knows only the old one
-            m, v = self.optimizer.m, self.optimizer.v
             self.optimizer = AdamW(model, config)
-            self.optimizer.m, self.optimizer.v = m, v
+            vars(self.optimizer).update(kept)
         self.evaluator = Evaluator(model, config.batch_size)
         self.writer = None
         # Batches of validation text: how many there are, and how many of them an exam on the way reads.
@@ -5377,7 +5386,7 @@ def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None)
     model.source = (model.source or {}) | {"data": corpus.name, "data_sha256": corpus.sha256}
     optimizer = AdamW(model, config)
     if args.resume:
-        fill(state_of(model, optimizer), opened.arrays, opened.path, backend)
+        restore(model, opened.arrays, {}, opened.path, optimizer)
     return optimizer, corpus
 
 def check_room(model: GPT, out_dir: Path) -> None:
