@@ -2531,10 +2531,14 @@ class Cache:
     def room(self, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
         if self.memory is None:
-            shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
-            self.memory = [Tensor(np.zeros(shape, np.float32)) for shape in shapes]
-            Tensor.realize(*self.memory)
+            self.memory = [Tensor.empty(1, H, self.texts * self.S, n) for n in (D, width or D)]
+            self.renew()
         return self.memory
+
+    def renew(self) -> None:
+        """New memory of the same shapes, all zeros."""
+        for tensor in self.memory or ():
+            tensor.replace(Tensor(np.zeros(tensor.shape, np.float32)).realize())
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H,
@@ -2617,13 +2621,16 @@ class Writer:
         c = model.config
         try:
             # The caches' memory must be there before something is recorded. We know its shape for our own
-            # model only; any other is given one token, lazily, which makes the memory and computes nothing.
+            # model only; any other is given one token, lazily, which computes nothing. Then the memory is
+            # made anew, or the first recording would put that token into it as well, at each turn.
             if self.is_known:
                 for cache in self.caches:
                     cache.room(c.n_head, c.n_embd // c.n_head)
             else:
                 first = Tensor([0], dtype=dtypes.int32)
                 model.hidden(first.reshape(1, 1), None, first, self.caches)
+                for cache in self.caches:
+                    cache.renew()
         except Exception:  # (of any kind, from a layer that takes no cache, say, or no single token)
             self.forget()
 

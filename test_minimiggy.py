@@ -879,6 +879,19 @@ def test_what_an_optimizer_of_ones_own_keeps_is_in_the_checkpoint(changed, tmp_p
         other = GPT(GPTConfig(**vars(model.config)))
         other.load_checkpoint(tmp_path / "b" / "ckpt_6.safetensors", AdamW(other, plan))
 
+SOFT_CAP = [("        scores = visible.where(", "        scores = 3 * (scores / 3).tanh()\n        scores = visible.where(")]
+NO_SCALE = [(" / math.sqrt(D)               # (B, H, T, S)", "  # (B, H, T, S)")]
+
+@pytest.mark.parametrize("edit", [SOFT_CAP, NO_SCALE], ids=["soft cap", "no sqrt(D)"])
+def test_another_attention_is_written_with_from_a_cache_as_well(edit, tmp_path, capsys):
+    module, _ = edited(edit, tmp_path)
+    model = shake(small(module))
+    writer = module.Writer(model)
+    writes_alike(module, model, writer=writer)
+    texts = [list(text) for text in module.Writer(model, 2).streams([[1, 2], [3]], 9, temperature=0)]
+    assert texts == [list(module.write(model, ids, 9, temperature=0)) for ids in ([1, 2], [3])]
+    assert writer.remembers and capsys.readouterr().err == ""
+
 TOKEN_SHIFT = ("        heard = ", "        x = x + x.pad((None, (LAG, 0), None))[:, :-LAG]\n"
                "        heard = ")
 NO_CACHE = [  # edits of which a cache of keys and values cannot know, or that know nothing of it
