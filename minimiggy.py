@@ -3398,12 +3398,11 @@ Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
 def lasting(optimizer: AdamW) -> dict:
     """What an optimizer keeps from one step to the next, by attribute: m, v, and what yours may have. All of
-    it has memory then: of a mere note, such as Tensor.zeros(3), a recording would make a constant."""
+    it is in memory then: what is only noted down, a recording would do again at each step."""
     others = ("model", "config", "parameters", "tensors", "sums", "batch", "last_batch")
     kept = {name: thing for name, thing in vars(optimizer).items() if name not in others}
     for tensor in get_state_dict(kept).values():
-        if tensor.device is None:
-            tensor.replace(tensor.clone().realize())
+        tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous()).realize()
     return kept
 
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
