@@ -854,9 +854,9 @@ MEAN = [("        self.batch = model.ops.record",
          "        self.mean = {name: Tensor.zeros(*p.shape)HOW for name, p in self.parameters.items()}\n"
          "        self.batch = model.ops.record"),
         ("        Tensor.realize(*changed)\n", """
-        means = [self.mean[name].assign(0.5 * self.mean[name] + 0.5 * p) for name, p in self.parameters.items()]
+        new = [mean.assign(0.5 * mean + 0.5 * self.parameters[name]) for name, mean in self.mean.items()]
         Tensor.realize(*changed)
-        Tensor.realize(*means)
+        Tensor.realize(*new)
 """)]
 
 @pytest.mark.parametrize(("how", "changed"), [("", {}), (".contiguous()", {}), ("", {"min_lr": 1e-5})],
