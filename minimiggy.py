@@ -1135,6 +1135,11 @@ def memory_of(tensor: Tensor) -> np.ndarray:
     memory = tensor.uop.buffer.ensure_allocated().as_memoryview(force_zero_copy=True)
     return np.frombuffer(memory, np.dtype(tensor.dtype.fmt)).reshape(tensor.shape)
 
+def give_memory(things: dict) -> None:
+    """Put all tensors in `things` into memory, also such as Tensor.zeros(3), which is only noted down."""
+    for tensor in get_state_dict(things).values():
+        tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous()).realize()
+
 # Ordinary operations, such as the addition in x + f(x), become programs of tinygrad's own. It divides one
 # among several cores if each gets 131,072 numbers or more. Chapter 19 calls programs so cheaply that 16,384
 # in all are enough, and each core then finds its part in its own cache. (A default training step takes 4 %
@@ -1180,6 +1185,10 @@ class Recording:
         self.jit = TinyJit(traced)
         self.jit.cnt = 1
         load_programs()
+        # What an optimizer has only noted down would be recorded with its step, and done again at each turn.
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, AdamW):
+            give_memory(vars(owner) | {"model": None})
         # Should the function use tinygrad's own random numbers, their counter must exist, or it would begin
         # anew each time.
         if not Tensor._device_rng_counters:
@@ -3398,11 +3407,10 @@ Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
 def lasting(optimizer: AdamW) -> dict:
     """What an optimizer keeps from one step to the next, by attribute: m, v, and what yours may have. All of
-    it is in memory then: what is only noted down, a recording would do again at each step."""
+    it is in memory then."""
     others = ("model", "config", "parameters", "tensors", "sums", "batch", "last_batch")
     kept = {name: thing for name, thing in vars(optimizer).items() if name not in others}
-    for tensor in get_state_dict(kept).values():
-        tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous()).realize()
+    give_memory(kept)
     return kept
 
 def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
@@ -3806,8 +3814,8 @@ class Run:
         self.data = checked("training", train_data, model.config)
         self.val = None if val_data is None else checked("validation", val_data, model.config)
         self.optimizer = optimizer or AdamW(model, config)
-        kept = lasting(self.optimizer)
         if self.optimizer.config != config:  # the plan has changed, and a recording knows only the old one
+            kept = lasting(self.optimizer)
             self.optimizer = AdamW(model, config)
             vars(self.optimizer).update(kept)
         self.evaluator = Evaluator(model, config.batch_size)

@@ -879,6 +879,12 @@ def test_what_an_optimizer_of_ones_own_keeps_is_in_the_checkpoint(how, changed, 
         assert saved[-1]["optimizer.mean.wte.weight"] == pytest.approx(mean, abs=1e-6)
         assert not same_plan or same(saved[-1], minimiggy.read_safetensors(
             tmp_path / "a" / "ckpt_6.safetensors")[0])
+    model = small(module)  # and in part I's own loop
+    optimizer = module.AdamW(model, plan)
+    mean = 0
+    for _ in module.training(model, plan, CIRCLE, optimizer):
+        mean = 0.5 * mean + 0.5 * model.wte.weight.numpy()
+    assert optimizer.mean["wte.weight"].numpy() == pytest.approx(mean, abs=1e-6)
     with pytest.raises(UserError, match="has no optimizer.mean"):
         other = GPT(GPTConfig(**vars(model.config)))
         other.load_checkpoint(tmp_path / "b" / "ckpt_6.safetensors", AdamW(other, plan))
