@@ -1186,9 +1186,8 @@ class Recording:
         self.jit.cnt = 1
         load_programs()
         # What an optimizer has only noted down would be recorded with its step, and done again at each turn.
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, AdamW):
-            give_memory(vars(owner) | {"model": None})
+        if hasattr(function, "__func__"):  # (its step is a method)
+            give_memory(vars(function.__self__) | {"model": None})
         # Should the function use tinygrad's own random numbers, their counter must exist, or it would begin
         # anew each time.
         if not Tensor._device_rng_counters:
@@ -1477,10 +1476,10 @@ def exp(x):
 # Which tile is best depends on the processor, so we measured. On an Intel Xeon with AVX-512 (32 registers of
 # 16 numbers), 12 products of a training step ran at these multiples of the rate of numpy's library: 8 x 32
 # 1.08, 4 x 64 1.04, 12 x 32 0.77; 6 x 64 was better for some and worse for others. With AVX2 (16 registers of
-# 8), on an AMD EPYC: 4 x 24 0.85, 3 x 32 0.80, 4 x 16 0.76, 6 x 16 0.45. The sums, the vectors of B and the
-# numbers of A must all find a register: with one too many, clang goes to memory in the innermost loop. So
-# shapes can be named for each kind of processor once and for all. (The picture has 4 x 64, which is easier to
-# draw.)
+# 8), nine products on an AMD EPYC: 4 x 24 0.85, 3 x 32 0.80, 4 x 16 0.76, 6 x 16 0.45. The sums, the vectors
+# of B and the numbers of A must all find a register: with one too many, clang goes to memory in the innermost
+# loop. So shapes can be named for each kind of processor once and for all. (The picture has 4 x 64, which is
+# easier to draw.)
 TILES = [(8, 32)] if WIDE else [(4, 24), (3, 32)] if AVX2 else [(4, 16)]
 TILE = TILES[-1]     # (one before it is for a result whose columns it divides)
 STRIP = 64           # rows of A that are worked on together

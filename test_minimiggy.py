@@ -1255,6 +1255,15 @@ def test_an_exam_needs_less_memory_than_training_and_is_not_refused(monkeypatch)
     with pytest.raises(UserError, match=r"about 1\d\.\d GB .* smaller --batch-size than 12"):
         minimiggy.check_memory(gpt2, TrainConfig(batch_size=12), FAST)
 
+@pytest.mark.parametrize("columns", [24, 48, 40, 65])
+def test_the_tiles_for_avx2_multiply_as_numpy_does(columns, monkeypatch):
+    monkeypatch.setattr(minimiggy, "TILES", [(4, 24), (3, 32)])
+    monkeypatch.setattr(minimiggy, "TILE", (3, 32))
+    a, b = (np.random.default_rng(columns).standard_normal(shape, np.float32)
+            for shape in ((30, 19), (19, columns)))
+    got = FAST.run(minimiggy.matmul, [Tensor.empty(30, columns)], [Tensor(a), Tensor(b)])[0].numpy()
+    assert got == pytest.approx(a @ b, abs=1e-4)
+
 def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsys):
     monkeypatch.setattr(minimiggy, "CORES", 2)
     backend = minimiggy.choose_backend(SimpleNamespace(plain=False, devices=64, weights="f32"))
