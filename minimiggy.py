@@ -5460,6 +5460,10 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
     if names := untrained(model):
         say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
+    owned = [f"{kind.__name__}.{name}" for kind in LAYERS for name, thing in vars(kind).items()
+             if isinstance(thing, Tensor)]
+    if owned:  # (`get_state_dict` sees only what the objects have)
+        say(f"note       neither trained nor saved, as a class has it: {', '.join(owned)} (use __init__)")
     # `.realize()` in the middle of a network makes numbers of what was a recipe, and no slope goes through a
     # number. The loss would fall all the same, only less. So a changed model is examined first.
     if not is_as_in_part_one(model):

@@ -1077,6 +1077,15 @@ def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path,
     minimiggy.open_checkpoint(tmp_path / "ckpt_1.safetensors")
     assert "other layers or operations" in capsys.readouterr().err
 
+def test_a_parameter_that_a_class_has_is_named(tmp_path, capsys):
+    module, _ = edited([("class Block:\n", "class Block:\n    gate = Tensor.ones(1)\n"),
+                        ("(x + drop(heard)", "(x + self.gate * drop(heard)")], tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path)]
+    assert module.main(["--train", *SMALL, *files]) == 0
+    said = capsys.readouterr().out
+    assert said.count("Block.gate") == 1 and "neither trained nor saved" in said
+
 def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, capsys):
     (tmp_path / "my.txt").write_text(TEXT[:5000])
     train = ["--train", *SMALL, "--data", str(tmp_path / "my.txt"), "--no-checkpoint",
