@@ -5327,6 +5327,25 @@ def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tup
         say(f"{name} has changed since {opened.path} was saved")
     return text, name
 
+# To learn the vocabulary of a megabyte takes most of a second. The next run mostly wants the same, so it is
+# kept beside the programs (13.3), under a name that says from which text, and by which rules, it was learned.
+def learned_tokenizer(text: str, vocab_size: int) -> BPETokenizer:
+    """`BPETokenizer.train`, or what that gave for the same text the last time."""
+    rules = digest("BPETokenizer", "LONGEST", "SPLIT", "learn_merges", "merge")
+    wanted = f"{rules} {vocab_size} {text}".encode("utf-8", "replace")
+    name = f"tokenizer-{hashlib.sha256(wanted).hexdigest()[:16]}"
+    for folder in own_folders():
+        with suppress(OSError):
+            checksum, _, saved = (folder / name).read_bytes().partition(b"\n")
+            if hashlib.sha256(saved).hexdigest().encode() == checksum:
+                return tokenizer_from_json(saved.decode())
+    show(f"learning a vocabulary from {len(text) / 1e6:.1f} MB ...")
+    tokenizer = BPETokenizer.train(text, vocab_size)
+    with suppress(OSError, UserError), whole(cache_folder() / name) as file:
+        saved = tokenizer_to_json(tokenizer).encode()
+        file.write(hashlib.sha256(saved).hexdigest().encode() + b"\n" + saved)
+    return tokenizer
+
 def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
     """The text to train on, encoded: by the tokenizer of the model that is there, or by the one that
     --tokenizer asks for. A short text changes --effort."""
@@ -5344,9 +5363,8 @@ def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
         # (A piece may begin or end in the middle of a character; "ignore" drops the bytes of such a half.)
         places = range(0, len(train_text), max(1 << 20, len(train_text) // 10))
         pieces = [str(train_text[place:place + (1 << 20)], "utf-8", "ignore") for place in places]
-        show(f"learning a vocabulary from {min(len(train_text), len(pieces) << 20) / 1e6:.1f} MB ...")
         vocab_size = 256 if args.tokenizer == "bytes" else chosen(args, GPTConfig).vocab_size
-        tokenizer = BPETokenizer.train("".join(pieces), vocab_size)
+        tokenizer = learned_tokenizer("".join(pieces), vocab_size)
     show(f"encoding {len(text) / 1e6:.1f} MB ...")
     train_ids = tokenizer.encode_array(train_text)
     val_ids = tokenizer.encode_array(val_text)

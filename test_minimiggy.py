@@ -1422,6 +1422,28 @@ def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs,
     begin_anew()
     triple(3000 + len(damage))
 
+def test_a_vocabulary_is_learned_once_from_a_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = TEXT[:3000]
+    learned = minimiggy.learned_tokenizer(text, 270).merges
+    assert learned == BPETokenizer.train(text, 270).merges
+    monkeypatch.setattr(minimiggy, "learn_merges", lambda words, vocab_size: [(104, 101)])
+    assert minimiggy.learned_tokenizer(text, 270).merges == learned
+    assert minimiggy.learned_tokenizer(text + "!", 270).merges == [(104, 101)]
+    assert minimiggy.learned_tokenizer(text, 271).merges == [(104, 101)]
+    for file in (tmp_path / "minimiggy").iterdir():
+        file.write_bytes(file.read_bytes().replace(b", ", b",1"))  # damaged
+    assert minimiggy.learned_tokenizer(text, 270).merges == [(104, 101)]
+
+@pytest.mark.parametrize("change", [("[:LONGEST]", "[:3]"), ("most < 2", "most < 3"), ("SPLIT = r", "SPLIT = r")])
+def test_what_other_rules_have_learned_is_not_taken(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    minimiggy.learned_tokenizer(TEXT[:3000], 270)
+    changed, _ = edited([change], tmp_path)
+    monkeypatch.setattr(changed, "learn_merges", lambda words, vocab_size: [(104, 101)])
+    made_anew = changed.learned_tokenizer(TEXT[:3000], 270).merges == [(104, 101)]
+    assert made_anew == (change[0] != change[1])
+
 def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert minimiggy.cache_folder() == tmp_path / "home" / "minimiggy"
