@@ -1949,9 +1949,14 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 #
 # Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core. The length of
 # the gradient is another matter: adding up the 100 million squares of GPT-2 one by one in float32 loses
-# digits, as each is tiny next to the sum; so they are summed in float64. Every core has a sum of its own, to
-# which one kernel after the other adds a block's gradients. (All blocks have the same shapes, so they share
-# one program. A single kernel for all gradients would be the longer to compile, the deeper the model is.)
+# digits, as each is tiny next to the sum; so they are summed in float64. Every core has a sum of its own. A
+# kernel takes the gradients of one transformer block, and hands its sums to the next kernel as `before`. (All
+# blocks have the same shapes, so they share one program. A single kernel for all gradients would be the
+# longer to compile, the deeper the model is.)
+#
+# Of a gradient of 100 numbers on two cores, core 0 takes numbers 0 to 63 in four steps of 16, and core 1
+# those from 64 on; its last 28 places count as 0. They are 16 lanes because one sum would have to wait for
+# each addition before the next can begin.
 def square_sums(k, after, before, *gradients):
     """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
     cores = after.rows * after.columns
@@ -1975,16 +1980,19 @@ def unless_tiny(x, least: float):
 
 def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     """A step of AdamW in place, as `Plain.adamw` has it, for some parameters: first all theta, then all m,
-    all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes. The averages of a
-    token that does not come again fade for ever; what no float32 weight would notice becomes 0 at once, since
-    a processor is slow with numbers below 2^-126 (as `exp` says)."""
+    all v and all gradients, and at last scale and rates. With a scale of 0 nothing changes."""
+    # If a token does not come again, the averages m and v of its row in the table get smaller at each step,
+    # and a processor is slow with numbers below 2^-126 (as `exp` says). So tiny ones become 0 at once. No
+    # weight would notice: an m of 1e-18, divided by at least 1e-8, times a step size of 1e-3, moves it by
+    # 1e-13. (And 1e-34 is what a gradient of 1e-16 adds to v.)
     *arrays, scale, rates = arrays
     n = len(decays)
     taken = scale[0] > 0.0
     factor = scale[0]
     rate = rates[0]
     # Where no step is taken, the same numbers are stored again. (Not to store them would be simpler, but a
-    # store that depends on something takes AMD's processors with AVX2 three times as long.)
+    # store that depends on something takes AMD's processors with AVX2 three times as long. And the gradient
+    # is not multiplied by 0 then, but replaced by it: 0 times a NaN is a NaN.)
     keep_1 = taken.where(factor.const_like(beta1), 1.0)
     keep_2 = taken.where(factor.const_like(beta2), 1.0)
     correction_1 = rates[1]
@@ -2015,7 +2023,13 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 # `go_on` is C's abs, which does nothing here, and `rest` is sched_yield, which lets other programs run. To
 # call that takes longer than most waits, so we do so only when a wait is long, as when another thread has
 # lost its core. All this takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since we have no
-# compiler but its own. UOps cannot skip a call; so where there is nothing to do, `go_on` is called.
+# compiler but its own. UOps cannot skip a call; so where there is nothing to do, `go_on` is called. And they
+# know only one kind of call, so every program is handed 61 words: its arguments, its core's number, and then
+# zeros. A C function does not look at what it has not asked for.
+#
+# There are two barriers, which neither the compiler nor the processor moves anything across. One stands
+# between a kernel and its count: whoever sees the count sees the results, too. The other stands between the
+# last count that was seen and the next kernel, which must not begin to read before.
 WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
 PATIENCE = 4000
 
@@ -2052,7 +2066,9 @@ class Crew:
         library = ctypes.CDLL(None)
         go_on, rest = (ctypes.cast(f, ctypes.c_void_p).value for f in (library.abs, library.sched_yield))
         # A kernel that is shared among more cores than there are threads takes several lines of a list; and
-        # all lists must be equally long, since threads wait for each other after every line.
+        # all lists must be equally long, since threads wait for each other after every line. With 4 shares
+        # on 3 threads, thread 0 has shares 0 and 3; threads 1 and 2 have one each, and then a line in which
+        # they only wait.
         lists = [[] for _ in range(threads)]
         for address, arguments, shares in calls:
             lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
@@ -2061,7 +2077,9 @@ class Crew:
                 lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
         self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
         self.length = np.array([len(lists[0])], np.int32)
-        self.done = np.full((cores, 8), 2**64 - 1, np.uint64)                # (one that is not there is done)
+        # The program waits for the counts of all `cores` threads. One that is not there has the largest count
+        # from the start.
+        self.done = np.full((cores, 8), 2**64 - 1, np.uint64)
         tree = replay_program(cores)
         compile_together([tree])
         self.program = Device["CPU"].runtime(to_program(tree, Device["CPU"].renderer).to_elf())
@@ -2099,18 +2117,18 @@ class Replay:
         self.ways[number]()
         self.best[number] = min(self.best[number], time.perf_counter() - began)
         self.turns += 1
-        if self.best[0] > 0.05:  # a long one needs all cores
+        if self.best[0] > 0.05:  # a long one needs all cores, and to try a single one would take seconds
             self.ways = self.ways[:1]
         elif self.turns == TRIALS:
             self.ways = [self.ways[np.argmin(self.best)]]
 
 # === Chapter 20. The fast backend
 #
-# Now the pieces come together. `Fast` has the methods of `Plain`, and each of them calls kernels. Results
-# begin as `Tensor.empty`, memory without numbers, which the kernel fills; `back` says what to do on the way
-# back. Everything stays lazy: tinygrad sees a graph in which some nodes are our programs, schedules it, and
-# differentiates it like any other. So a layer of your own, written in ordinary operations, may stand between
-# two of ours, and its gradient comes out right without another word.
+# `Fast` has the methods of `Plain`, and each of them calls kernels. Results begin as `Tensor.empty`, memory
+# without numbers, which the kernel fills; `back` says what to do on the way back. Everything stays lazy:
+# tinygrad sees a graph in which some nodes are our programs, schedules it, and differentiates it like any
+# other. So a layer of your own, written in ordinary operations, may stand between two of ours, and its
+# gradient comes out right without another word.
 #
 # Here kernels take the place of part I's operations. Whoever changes an operation in part I must not get the
 # kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
@@ -2143,8 +2161,8 @@ def digest(*names: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def known_to_kernels(arguments, device: str) -> bool:
-    """Can kernels read all tensors of floats in these arguments: are they float32, in the memory of `device`?
-    (Ids need not be: `in_memory` makes them so.)"""
+    """True if every tensor of floats in these arguments is float32 and in the memory of `device`. (Ids need
+    not be: `in_memory` makes them so. And the weights of chapter 22 are whole numbers.)"""
     for argument in arguments:
         if isinstance(argument, dict) and not known_to_kernels(argument.values(), device):
             return False
@@ -2153,11 +2171,15 @@ def known_to_kernels(arguments, device: str) -> bool:
             return False
     return True
 
+# There are three ways to change an operation, and each needs a test of its own. If its source in this file is
+# edited, the checksum is another. If a line such as Plain.gelu = f has run before this chapter, the source is
+# as it was, but the function has another name (`is_its_own`). And if such a line runs later, `Plain` has
+# another function than it had here (`now is plain`). In the first two cases `choose` returns the plain
+# operation.
 def instead_of(name: str, known: str):
     """A decorator: the function below is used while the operation `name` of part I has this checksum, for
     arguments that kernels know; or else the operation itself."""
     plain = getattr(Plain, name, None)
-    # (After a line such as Plain.gelu = f, the class's source does not tell what is done; this name does.)
     is_its_own = getattr(plain, "__qualname__", "") == f"Plain.{name}"
 
     def choose(fast):
@@ -2190,8 +2212,9 @@ class Fast(Plain):
         inputs = [tensor for tensor in inputs if tensor is not None]
         n = len(results)
 
-        # `call` is the kernel's node in tinygrad's graph, whose sources are the kernel and its arguments. The
-        # results among these have no numbers until it has run, so we ask for them `after` the call.
+        # `call` is the kernel's node in tinygrad's graph, whose sources are the kernel and its arguments:
+        # first results, then inputs. The results have no numbers until it has run, so we ask for them `after`
+        # the call. tinygrad wants a gradient for each argument; results are only written, and have none.
         def gradient(dy, call):
             computed = [Tensor(result.after(call)) for result in call.src[1:n + 1]]
             slopes = back(Tensor(dy), *computed)
@@ -2217,8 +2240,9 @@ class Fast(Plain):
         def back(dy, *_):
             dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
             return *dx, *self.run(weights_back, [like(weight), like(bias)], [x, dy])
-        # Many rows are for the tiled product. A few are for `matvec`, whose parts `add_parts` adds up. It
-        # gets x and the weight as well, only so that tinygrad sees what the way back leads to.
+        # Many rows are for the tiled product. A few are for `matvec`, whose parts `add_parts` adds up. On the
+        # way back `add_parts` stands for both: it gets x and the weight as if it computed with them, and
+        # hands out their gradients. The parts have none, so nobody asks `matvec` for a way back.
         y = Tensor.empty(*x.shape[:-1], weight.shape[1])
         rows = x.numel() // weight.shape[0]
         if rows > FEW:
@@ -2333,9 +2357,13 @@ class Fast(Plain):
             return [result.copy() for result in replay.recording.results]
         return call
 
+# AdamW's kernel takes some parameters at a time. Those of a transformer block go together, 12 in a GPT-2, so
+# that one program serves for every block. More than 12 do not fit: four arrays for each, with scale and
+# rates, are 50 arguments, and a line of chapter 19 has room for 60.
 def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
-    """The names of parameters, a block's together (one program then serves for every block), at most 12 in
-    one. One with fewer numbers than there are cores is alone (`share` says why)."""
+    """The names of parameters in groups, each of one block or of what is in no block. One with fewer numbers
+    than there are cores is alone (`share` says why)."""
+    # Neighbours of which `block` says the same are a group: ["h", "3"] for all of block 3.
     def block(name: str) -> list[str]:
         if parameters[name].numel() < cores:
             return [name]
@@ -2371,11 +2399,15 @@ def check(operation: str, fits: bool, *tensors: Tensor) -> None:
 def attend_by_threads(k, y, lse, qkv):
     """What `flash` computes: qkv (B, T, 3, H, D) -> y (B, T, H, D) and lse (B, H, T)."""
     B, T, _, H, D = qkv.shape
+    # (A Python name only stands for an expression, which would be computed where it is used, when `top` is
+    # another already. What is to keep a value is an array, if only of length 1.)
     query = k.array(D)
     out = k.array(D)
     top = k.array(1)
-    fade = k.array(1)
+    old_top = k.array(1)
+    score = k.array(1)
     weight = k.array(1)
+    fade = k.array(1)
     total = k.array(1)
     for n in k.threads(B * H * T):
         b = n // (H * T)
@@ -2387,11 +2419,11 @@ def attend_by_threads(k, y, lse, qkv):
             query[d] = qkv[b, i, 0, h, d] * D**-0.5
             out[d] = 0.0
         for j in k.loop(i + 1):
-            weight[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])  # (for now, the score,
-            fade[0] = top[0]                                               # and the old top)
-            top[0] = top[0].maximum(weight[0])
-            fade[0] = exp(fade[0] - top[0])
-            weight[0] = exp(weight[0] - top[0])
+            score[0] = k.sum(D, lambda d: query[d] * qkv[b, j, 1, h, d])
+            old_top[0] = top[0]
+            top[0] = top[0].maximum(score[0])
+            fade[0] = exp(old_top[0] - top[0])
+            weight[0] = exp(score[0] - top[0])
             total[0] = total[0] * fade[0] + weight[0]
             for d in k.loop(D):
                 out[d] = out[d] * fade[0] + weight[0] * qkv[b, j, 2, h, d]
@@ -2404,8 +2436,8 @@ def attend_by_threads(k, y, lse, qkv):
 def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
     """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
     B, T, _, H, D = qkv.shape
-    mine = k.array(3, D)
-    slope = k.array(3, D)
+    mine = k.array(3, D)       # q, k and v of token i
+    slope = k.array(3, D)      # and their gradients
     grad = k.array(D)
     weight = k.array(1)
     dscore = k.array(1)
@@ -2514,13 +2546,17 @@ def attend(k, y, keys, values, qkv, position, start, *, most: int):
         for j in k.loop(last + 1):
             score[j] = k.sum(D, lambda d: qkv[0, t, 0, h, d] * keys[0, h, first + j, d]) * D**-0.5
             top[0] = top[0].maximum(score[j])
-        for j in k.loop(last + 1):
+        for j in k.loop(last + 1):  # (a loop of its own, which becomes vector instructions; a sum does not)
             score[j] = exp(score[j] - top[0])
         for j in k.loop(last + 1):
             total[0] += score[j]
         for j, d in k.loop(last + 1, D):
             y[0, t, h, d] += score[j] / total[0] * values[0, h, first + j, d]
 
+# Let S be 64, and let there be three texts: the third has places 128 to 191, and its token 5 stands at 133.
+# `at` gives the same memory another `start`. The memory begins with zeros, since `flash` reads whole blocks,
+# places that nobody has written to yet among them. Their weight is tiny but not 0 (`exp` ends at 2^-60), and
+# a tiny part of a NaN is a NaN.
 class Cache:
     """The keys and values of one block, (1, H, texts * S, D) each: S places for each of some texts. `start`
     says where the text of each new token begins, (T,), or that of all of them, (1,)."""
@@ -2549,7 +2585,7 @@ class Cache:
             tensor.replace(Tensor(np.zeros(tensor.shape, np.float32)).realize())
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put keys and values (1, H, T, D) to their `position` (T,). Returns all keys and values, (1, H,
+        """Store keys and values (1, H, T, D) at their `position` (T,). Returns all keys and values, (1, H,
         texts * S, D), and which of them each new token may see, (T, texts * S)."""
         _, H, T, D = k.shape
         memory = self.room(H, D, v.shape[-1])
@@ -2557,7 +2593,9 @@ class Cache:
         start = self.start.reshape(-1, 1)
         last = start + position.reshape(T, 1)
         # Kernels write where they like; ordinary operations can't. So each place asks which new token is its
-        # own, and a product with these zeros and ones takes it there.
+        # own, and a product with these zeros and ones takes it there. For one new token at place 2 of 4,
+        # `here` is the column 0, 0, 1, 0: times the new key (1, D), it has that key in row 2 and zeros in the
+        # others, where the old keys are kept.
         here = (last == places).transpose(0, 1)                       # (texts * S, T): token t, place s
         is_new = here.max(1, keepdim=True)                            # (texts * S, 1)
         for old, new in zip(memory, (k, v), strict=True):
@@ -2596,6 +2634,9 @@ def is_as_in_part_one(thing) -> bool:
 
 SIDE_BY_SIDE = FEW  # texts
 
+# `streams` can be called again while earlier texts are not finished: both then use rows 0, 1 and so on. So a
+# Writer notes which text is in a row (`owners`). Where it finds another, it reads its own text into the
+# caches anew: slower, but right.
 @dataclass
 class Text:
     """What a Writer knows of a text that it is at work on."""
@@ -2615,8 +2656,10 @@ class Writer:
         self.texts = texts
         self.half = max(1, T // 2)
         self.S = pieces(T, LANES) * LANES  # (attention works on whole blocks)
+        # Pieces of a prompt: the largest power of two, up to 256, that fits into half a context, a quarter of
+        # it, and a sixteenth. (For T = 64 that is 32 and 8: a piece of 2 is not worth a program.)
         longest = 1 << min(8, self.half.bit_length() - 1)
-        self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]  # of pieces of a prompt
+        self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]
         self.caches = [Cache(self.S, texts) for _ in model.h]
         self.programs = {}
         self.owners = {}  # which text is in the caches, by row
@@ -2628,9 +2671,11 @@ class Writer:
             return
         c = model.config
         try:
-            # The caches' memory must be there before something is recorded. We know its shape for our own
-            # model only; any other is given one token, lazily, which computes nothing. Then the memory is
-            # made anew, or the first recording would put that token into it as well, at each turn.
+            # The caches' memory must be there before something is recorded, and we know its shape for our own
+            # model only. Any other is given one token: each layer then asks its cache for `room`, which tells
+            # the shape. Nothing is computed, but that token's key and value have been noted down as something
+            # to be put into the memory. So the memory is made anew: the note is about the old one, and is
+            # never carried out. Else it would become a part of the first recording, and be done at each turn.
             if self.is_known:
                 for cache in self.caches:
                     cache.room(c.n_head, c.n_embd // c.n_head)
@@ -2680,7 +2725,9 @@ class Writer:
         """Read what has not been read of `ids`, all after the first `done`, at least up to the last but one.
         (A token that goes alone passes the head, too: writing has that program anyway.)"""
         # Take the largest piece that fits what is left. If none does, the smallest steps back over tokens
-        # that have been read; and if there are too few of those, one token goes alone.
+        # that have been read; and if there are too few of those, one token goes alone. With pieces of 256, 64
+        # and 16, for example, 100 tokens are read as 0 to 63, 64 to 79, 80 to 95 and, stepping back, 84 to
+        # 99; and of 5 tokens each goes alone.
         while done < len(ids) - 1:
             left = [n for n in self.sizes if n <= len(ids) - done]
             smallest = [n for n in self.sizes[-1:] if n <= len(ids)]
@@ -2705,6 +2752,7 @@ class Writer:
                 text.seen = text.seen[-self.half:]
                 text.done = 0
             self.read_before_last(text.seen, text.done, text.row)
+        # Side by side, n texts are a row of n tokens, (1, n), and no row may be longer than block_size.
         too_many = self.texts > self.model.config.block_size
         if len(texts) == 1 or too_many or not self.is_known:  # (if not part I's, we take no chances)
             logits = [self.read(text.seen[-1:], [len(text.seen) - 1], [text.row])[0] for text in texts]
@@ -2790,10 +2838,11 @@ GPT.generate = generate
 # of weights has to come from memory, which takes fifteen. To write faster, let fewer bytes come.
 #
 # A float32 has a sign, 8 bits that say where its binary point is, and 23 bits of digits. *bfloat16* is its
-# upper half: the same sign, the same 8 bits, and the first 7 digits. So every size that a float32 can have is
-# still there, but only two or three decimal digits are right. To read one, append 16 zeros. To write one, add
-# 0x7fff, just under half of the last digit that stays (and 1 more if that digit is a 1, so that a tie goes to
-# the even one), and cut off 16 digits.
+# upper half: the same sign, the same 8 bits, and the first 7 binary digits. So every order of magnitude that
+# a float32 can have is still there, but only two or three decimal digits are right. To read one, append 16
+# zeros. To write one, add 0x7fff, just under half of the last digit that stays (and 1 more if that digit is a
+# 1, so that a tie goes to the even one), and cut off 16 digits: the tie 0x40488000 becomes 0x4048, and the
+# tie 0x40498000 becomes 0x404a.
 #
 # >>> pi = np.array([[3.14159265]], np.float32)
 # >>> hex(pi.view(np.uint32)[0, 0]), hex(round_to_bfloat16(pi)[0, 0])
@@ -3525,8 +3574,8 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
 
 def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
     """The same with what has been read from `path`."""
-    # What the file has beyond the model is as wrong as what it lacks: it has more layers, say.
-    # (But whoever only wants to let the model write need not have an optimizer for Adam's averages.)
+    # What the file has beyond the model is as wrong as what it lacks: it has more layers, say. (But whoever
+    # only wants to let the model write need not have an optimizer for Adam's averages.)
     named = state_of(model, optimizer)
     for name in arrays:
         if name not in named and (optimizer or not name.startswith("optimizer.")):
