@@ -225,8 +225,8 @@ class BPETokenizer:
 # >>> round((a * a).sum().item(), 2)
 # 8.96
 #
-# `gradient` is the important one. Each operation knows its slopes: how its result changes with its inputs.
-# Along each path from b back to a, tinygrad multiplies them; then it adds up the paths (*backpropagation*).
+# The slopes of a number are its *gradient*. Each operation knows how its result changes with its inputs.
+# Along each path from b back to a, tinygrad multiplies these; then it adds up the paths (*backpropagation*).
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
@@ -643,13 +643,12 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
     passages = data[starts + np.arange(T + 1)].astype(np.int32)       # (grad_accum, B, T + 1)
     return passages[..., :-1], passages[..., 1:]
 
-# *The gradient* says, for each parameter, how much the loss would rise if the parameter did. So we go the
-# other way. How far? *Adam* (Kingma & Ba 2015, arXiv:1412.6980) keeps two running averages for each
-# parameter: at each step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its
-# square (beta1 = 0.9, beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels
-# out, the common direction remains. The root of `v` is the usual size of this parameter's gradient. The step
-# is proportional to m / sqrt(v): small gradients move a parameter as fast as large ones, but gradients that
-# keep changing their sign move it slowly. (`adamw`, in chapter 6.2, is this.)
+# *The gradient* of the loss says, for each parameter, how the loss would rise with it. We go the other way.
+# How far? *Adam* (Kingma & Ba 2015, arXiv:1412.6980) keeps two running averages for each parameter: at each
+# step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its square (beta1 = 0.9,
+# beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels, the common direction
+# remains. The root of `v` is its usual size. The step is proportional to m / sqrt(v): small gradients move a
+# parameter as fast as large ones, but gradients that keep changing their sign move it slowly.
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
@@ -658,6 +657,21 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
 # what does not keep helping fades. And gradients over `grad_clip` are shortened: no odd batch undoes much.
+#
+# *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
+# end we want to come to rest at a low point, not to jump across it, so they shrink, along half a cosine:
+#
+# >>> plan = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, max_iters=1100)
+# >>> [round(learning_rate(plan, step), 2) for step in (0, 49, 99, 100, 350, 600, 850, 1100)]
+# [0.01, 0.5, 1.0, 1.0, 0.87, 0.55, 0.23, 0.1]
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The step size at step 0, 1, 2, ..."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
+    height = 0.5 * (1 + math.cos(math.pi * progress))                 # from 1 to 0
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
 class AdamW:
     """A model's optimizer. `m` and `v` hold Adam's averages, by the parameters' names. `optimizer(data, i)`
     takes step i and returns its loss, and the gradient's length before clipping, as numbers."""
@@ -705,20 +719,6 @@ class AdamW:
         losses = [self.batch(*batch)[0] for batch in zip(x[:-1], y[:-1], keys[:-1], first[:-1], strict=True)]
         loss, length = self.last_batch(x[-1], y[-1], keys[-1], first[-1], np.array(rates, np.float32))
         return float(np.mean([*losses, loss])), float(length)
-
-# *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
-# end we want to come to rest at a low point, not to jump across it, so they shrink, along half a cosine:
-#
-# >>> plan = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, max_iters=1100)
-# >>> [round(learning_rate(plan, step), 2) for step in (0, 49, 99, 100, 350, 600, 850, 1100)]
-# [0.01, 0.5, 1.0, 1.0, 0.87, 0.55, 0.23, 0.1]
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The step size at step 0, 1, 2, ..."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_iters - config.warmup_steps)
-    height = 0.5 * (1 + math.cos(math.pi * progress))                 # from 1 to 0
-    return config.min_lr + (config.learning_rate - config.min_lr) * height
 
 # === Chapter 9. Training
 #
