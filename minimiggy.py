@@ -873,6 +873,9 @@ except ImportError as error:
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
 
+# A container can be given less time than its machine has. The file then says how much, of how much: "200000
+# 100000" are 0.2 s of every 0.1 s, so two cores. More threads than that would not run side by side: each
+# would wait for the others at every barrier of chapter 19 until its turn comes again.
 def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """The processor cores that this process may use: those it may run on, and no more than a container's
     quota, which stands in a file. Of a Mac's cores only the fast ones: the others would keep them waiting."""
@@ -925,9 +928,12 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 # A compiler that is found need not work: on a Mac, clang is a stub until Xcode's tools are installed; a disk
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
+#
+# What can be made again at any time is kept in the home's cache, or among the temporary files. There
+# everybody may write, and somebody could have put a folder there under our name, with programs in it for us
+# to run; so a folder must be our own.
 def own_folders():
-    """Yield folders for what can be made again at any time: in the home's cache, and among the temporary
-    files, under our own name, where nobody else may write."""
+    """Yield these folders, as far as there are any that can be written."""
     home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     user = os.getuid()
     for folder in (Path(home_cache) / "minimiggy", Path(tempfile.gettempdir()) / f"minimiggy-{user}"):
@@ -1344,6 +1350,7 @@ class Kernel:
         """A loop over this core's part of 0 to n - 1, in one piece; the parts' sizes differ by one at most.
         If n is smaller than the number of cores, only n cores run the kernel; one that shares twice must then
         do so with the same n."""
+        # For n = 10 on three cores, parts begin at 0, 10 // 3 = 3 and 20 // 3 = 6, and have 3, 3 and 4 turns.
         cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
         first = core * n // cores
@@ -1370,6 +1377,7 @@ class Kernel:
         """`total = first; for i < n: total = step(total, i)` for each function in `steps`, in 16 lanes side
         by side, which a vector register holds. (A compiler may not change the order of a sum by itself.)
         Returns the lanes' totals, a list for each step."""
+        # For n = 35, two rounds of 16 come first; then lanes 0 to 2 have one turn more.
         width = min(n, 16)
         lanes = self.array(len(steps), width)
         for lane in self.loop(width):
@@ -1398,10 +1406,13 @@ class Kernel:
         lanes = self.fold(n, -1e30, lambda top, i: top.maximum(term(i)))[0]
         return functools.reduce(UOp.maximum, lanes)
 
+# Where nothing may be left over at the end of a loop, a step is the largest one that divides what there is.
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
     return max(d for d in range(1, most + 1) if n % d == 0)
 
+# A kernel is written down once for each set of shapes. In a step, the four blocks of a model then share one
+# program for each of their operations.
 @functools.cache
 def written_down(kernel, cores: int, *arguments, **options):
     """A kernel's syntax tree for arguments of these shapes. (`opts_to_apply=()`, `tag`: tinygrad must not
@@ -1429,6 +1440,9 @@ def exp(x):
     C library's expf, this becomes vector instructions. It is never less than 2^-60, which beside a 1
     makes no difference: products of smaller results could be below 2^-126, and with such numbers a processor
     takes a hundred times as long."""
+    # For x = -1, t is -1.443, so n = -1 and f = -0.443. The sum gives 2^f = 0.736, and with 2^-1 that is
+    # 0.368. (`cast` cuts off towards zero. The exponent stands 23 bits from the right, and 127 there means
+    # 2^0.)
     t = (x * (1 / math.log(2))).maximum(-60.0)
     n = (t - 0.5).cast(dtypes.int)
     f = t - n.cast(dtypes.float)
@@ -1492,7 +1506,7 @@ def pieces(n: int, size: int) -> int:
 
 def step_back(number, size: int, n: int):
     """Where piece `number` begins: the last one steps back to end at n, and covers some places a second
-    time."""
+    time. (Of two pieces of 64 that cover 100 places, the second begins at 36.)"""
     return number * size if n % size == 0 else (number * size).minimum(n - size)
 
 def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
@@ -1532,6 +1546,8 @@ def product(k: Kernel, M: int, N: int, K: int, a, b):
 def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
     """How many tiles of `size` there are in a part, if n is cut into `parts` parts or more, the same number
     for each core. With `exact`, parts must not overlap: then their tiles divide those of n evenly."""
+    # Three parts on two cores would keep one of them waiting, so it is four: of 768 rows, each has 192, which
+    # are 24 tiles of 8.
     parts = pieces(parts, cores) * cores
     tiles = pieces(pieces(n, parts), size)
     return divisor(n // size, tiles) if exact else tiles
@@ -1650,6 +1666,8 @@ def weights_back(k, dw, *rest):
 # of 1536 x 384, which does not fit, at 54.
 #
 # The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
+# With w of 384 rows on two cores, `matvec` makes two parts. The first is over rows 0 to 191: in its turn i,
+# it takes rows i, 24 + i, 48 + i, ... 168 + i, each times its number of x, and adds them to a row of sums.
 FEW = 8  # rows of x for which this is the quicker way
 
 def parts_of(K: int, cores: int) -> tuple[int, int]:
@@ -1718,9 +1736,19 @@ def dot_rows(k, y, x, table):
 # >>> round(1.1353 * 0.1353 + math.exp(-3) + 1, 3) == round(sum(math.exp(s - 5) for s in (1, 3, 2, 5)), 3)
 # True
 #
-# So memory grows with T and not with its square. All is transposed in here, `query` (D, Q) and `score` (keys,
-# queries): the last index is always the query. So the queries of a block lie across the lanes of the vector
-# registers, and no step of the softmax needs a sum across lanes.
+# So memory grows with T and not with its square. And time is saved as well, since blocks above the diagonal,
+# where a query would see only what comes after it, are never computed. With T = 256 and blocks of 64 these
+# are six of 16:
+#
+#                     keys      0-63   64-127  128-191  192-255
+#     queries   0-63             x
+#              64-127            x       x
+#             128-191            x       x        x
+#             192-255            x       x        x        x
+#
+# All is transposed in here, `query` (D, Q) and `score` (keys, queries): the last index is always the query.
+# So the queries of a block lie across the lanes of the vector registers, and no step of the softmax needs a
+# sum across lanes.
 LANES = TILE[1]  # queries in a block
 
 def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
@@ -1834,6 +1862,9 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
                 dqkv[b, i0 + i, 0, h, d] = dquery[d, i] * D**-0.5
 
 # === Chapter 17. The other operations
+#
+# These go through memory once, so what counts is that nothing is fetched twice, and that the inner loop
+# becomes vector instructions.
 #
 # `gelu` is computed as u * s with s = sigmoid(z), z = 2 sqrt(2/pi) (u + 0.044715 u^3), which is part I's
 # formula with tanh written as a sigmoid. As s' = s (1 - s) z', the slope of u * s is s + u s (1 - s) z'.
@@ -3032,6 +3063,10 @@ def show(line: str) -> None:
     if sys.stdout.isatty():
         say(line[:shutil.get_terminal_size().columns - 1], end="")
 
+# A terminal takes ESC (27) and what follows as an order: "ESC [ 2 J" empties the screen. In the pattern
+# below, 0 to 8, 11 to 31 and 127 to 159 are all control characters but the tab (9) and the end of a line
+# (10). The last range is no character at all: Python uses it for bytes in a file's name that it cannot
+# decode, and then cannot print.
 def printable(text: str) -> str:
     """`text` with U+FFFD in place of each control character, except for tabs and ends of lines."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
@@ -3164,7 +3199,8 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
 
 # tiktoken is quick, but fails on a million blanks, and its lists take ten times an array's memory. So a long
 # text is encoded in pieces. A piece may end only where the pattern of chapter 3 is sure to cut, whatever
-# follows: after a word's last letter, or before white space. The rest waits for the next piece. (A piece of
+# follows: after a word's last letter, or before white space. The rest waits for the next piece. Of "The dog
+# bark", for example, "The dog" is encoded, and " bark" waits: it might go on with "ing". (A piece of
 # nothing but white space is encoded as it is: there may be no other place for megabytes.)
 SURE_CUT = r"(?<=\p{L})(?=\P{L})|(?<=\S)(?=\s)|(?<=\A\s+)\Z"
 
@@ -3321,7 +3357,8 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
     OSError if that fails; what `path` was before is then intact. However large they are together, they are
     copied one at a time."""
     # The header comes first and contains the SHA-256, so all numbers are fetched twice: once for the SHA-256,
-    # once to be written.
+    # once to be written. Each tensor begins where the one before it ends: wte's 1024 x 128 numbers of 4 bytes
+    # are bytes 0 to 524,287, so the next tensor begins at 524,288.
     header = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -3341,7 +3378,9 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
 # who means harm and knows how to compute a SHA-256. So nothing in the header is believed before it is
 # checked: every tensor must begin where the one before it ended, must be as long as its shape says, and the
 # last one must end where the file does. Then no number can be read from a wrong place, and no memory is taken
-# for what is not there.
+# for what is not there. A file of 1 KB, for example, whose header speaks of a tensor of 2^40 numbers, is
+# refused at that line, since it ends long before byte 2^42; and two tensors that share bytes are refused,
+# since the second does not begin where the first one ends.
 #
 # `np.memmap`, which makes an array of a file without reading it, would be quicker. But if somebody cuts the
 # file meanwhile, the next look at it ends the program on the spot, without a word. So everything is read, one
@@ -3453,6 +3492,9 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
 FORMAT = "minimiggy 3"
 Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
+# Not all that an optimizer has must be kept. The model and the config are saved by themselves. `sums` begin
+# anew at each step, since a checkpoint is always made between two steps. The rest are other names for the
+# model's parameters, and two recordings, which are made anew.
 def lasting(optimizer: AdamW) -> dict:
     """What an optimizer keeps from one step to the next, by attribute: m, v, and what yours may have. All of
     it is in memory then."""
@@ -4148,6 +4190,12 @@ def alone(out_dir: Path):
             with suppress(OSError):  # there is something in it
                 out_dir.rmdir()
 
+# What of an older run is in the folder? There are four cases:
+#
+#     --train                            all of it moves to run-1 (or run-2, ...): a new run begins
+#     --resume                           nothing moves: the run goes on from its newest checkpoint
+#     --resume --checkpoint ckpt_600     the run's own ckpt_800 moves, as it is going to be written anew
+#     ... of a run in another folder     what other runs have here moves; that run's log comes along
 def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | None = None) -> None:
     """Move what must not mix with this run into a new folder in `out_dir`: run-1, run-2, ... At step 0 that
     is everything. A run that goes on from the checkpoint `source` moves other runs' checkpoints, and its own
@@ -4370,6 +4418,8 @@ def read_json(path: Path) -> dict:
 def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
     a model with its 50257 tokens."""
+    # Both kinds of file list all tokens with their numbers. In one of our kind the first 256 are the bytes,
+    # and the others were learned. Whether that is so, the comparison at the end tells.
     newer = folder / "tokenizer.json"
     older = folder / "vocab.json"
     if not newer.exists() and not older.exists():
@@ -4508,9 +4558,10 @@ def chart(rows: list[tuple[float, float]]) -> str:
     steps, values = np.array(rows).T
     low = values.min()
     high = values.max()
-    # The height of the curve at each of the 112 columns of dots, on straight lines between the points. A
-    # column has the dots from where the one before it ended to where it ends itself, so that the curve is not
-    # broken.
+    # The height of the curve at each of the 112 columns of dots, on straight lines between the points. A loss
+    # that fell from 6.9 to 2.7, for example, and stands at 4.8 now, is half-way: at row 16 of 0 to 31,
+    # counted from the top. A column has the dots from where the one before it ended to where it ends itself,
+    # so that the curve is not broken where it is steep.
     places = np.linspace(steps[0], steps[-1], 112)
     depths = np.interp(places, steps, (high - values) / (high - low or 1) * 31)  # 0 is the top row of dots
     depths = np.rint([depths[0], *depths]).astype(int)
@@ -4947,6 +4998,8 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
             memory = Tensor.from_blob(array.ctypes.data, array.shape, dtype=dtypes.float64, device="CPU")
             tensor.replace(memory)
         losses = model.ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
+        # One number after the other is moved, with all others as they were. If the loss is 1.9460 with a
+        # weight of 0.30001, and 1.9458 with 0.29999, its slope is 0.0002 / 0.00002 = 10.
         for name in slopes:
             array = arrays[name]
             for place in np.ndindex(array.shape):
@@ -5255,6 +5308,8 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
 ACTIONS = ("train", "resume", "sample", "eval_only", "export", "look", "plot", "gradcheck", "bench",
            "version")
 
+# To find that out, we list for each action which flags it looks at. A flag that was given and is not in the
+# list is refused. So a new flag has to be put into one of the sets below.
 def flags_of(action: str) -> set[str]:
     """The names of the flags that an action looks at."""
     model, plan, writing = ({field.name for field in dataclasses.fields(kind)}
@@ -5428,6 +5483,9 @@ def readings(config: TrainConfig, T: int, n_tokens: int) -> float:
     """How often a run reads its text of so many tokens, in passages of T."""
     return config.max_iters * tokens_a_step(config, T) / n_tokens
 
+# The play, for example, has 44,900 tokens to learn from. The 3600 steps of "quick" are 2.8 million tokens, or
+# 62 readings. So it gets 1521 steps, which are 26, and with them a dropout of 0.15 and a weight decay of 26 /
+# 60 = 0.43.
 def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainConfig, n_tokens: int) -> None:
     """Give a recipe the steps, the dropout and the weight decay for a text of `n_tokens`, unless flags
     have."""
@@ -5561,6 +5619,10 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None
             say(f"\nthe best on the validation text was {best.name}: that is what --sample takes")
         say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{flags}')
 
+# The order of what follows is chosen so that nothing is lost by a mistake. First all that can be refused is
+# refused: a checkpoint that does not open, a text that is too short, a disk without room. Then the four lines
+# are printed. Then the first step is taken, which may fail as well, for want of memory, say. Only when it has
+# gone well is an older run moved out of the way, and only then is anything written.
 def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
