@@ -181,6 +181,8 @@ def test_part_one_is_short_and_half_of_it_is_prose():
     assert len(re.findall("^# Part II", SOURCE, re.MULTILINE)) == 2  # the lines by which one can cut
     prose, code = lines_of_prose(PART_ONE)
     assert len(PART_ONE.splitlines()) <= 800 and len(prose) >= 0.45 * (len(prose) + len(code))
+    prose, code = lines_of_prose(SOURCE)
+    assert len(prose) >= 0.33 * (len(prose) + len(code))  # of the whole file
 
 def test_functions_lines_and_statements_are_of_a_readable_length():
     end_of_part_one = len(PART_ONE.splitlines())
