@@ -1427,24 +1427,36 @@ def test_a_damaged_or_foreign_file_of_programs_is_done_without(damage, programs,
 def test_a_vocabulary_is_learned_once_from_a_text(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = TEXT[:3000]
-    learned = minimiggy.learned_tokenizer(text, 270).merges
-    assert learned == BPETokenizer.train(text, 270).merges
-    monkeypatch.setattr(minimiggy, "learn_merges", lambda words, vocab_size: [(104, 101)])
-    assert minimiggy.learned_tokenizer(text, 270).merges == learned
-    assert minimiggy.learned_tokenizer(text + "!", 270).merges == [(104, 101)]
-    assert minimiggy.learned_tokenizer(text, 271).merges == [(104, 101)]
+    read = []
+    from_json = minimiggy.tokenizer_from_json
+    monkeypatch.setattr(minimiggy, "tokenizer_from_json", lambda text: read.append(text) or from_json(text))
+
+    def learned(text, vocab_size):
+        """The merges, which must be the right ones, and whether they were kept."""
+        before = len(read)
+        merges = minimiggy.learned_tokenizer(text, vocab_size).merges
+        assert merges == BPETokenizer.train(text, vocab_size).merges
+        return len(read) > before
+    kept = [learned(text, 270), learned(text, 270), learned(text + "!", 270), learned(text, 271)]
+    assert kept == [False, True, False, False]
     for file in (tmp_path / "minimiggy").iterdir():
         file.write_bytes(file.read_bytes().replace(b", ", b",1"))  # damaged
-    assert minimiggy.learned_tokenizer(text, 270).merges == [(104, 101)]
+    assert [learned(text, 270), learned(text, 270)] == [False, True]
+    monkeypatch.setattr(minimiggy, "learn_merges", lambda words, vocab_size: [(104, 101)])
+    assert not learned(text, 270)  # somebody's own
+    monkeypatch.setattr(minimiggy, "own_folders", lambda: iter(()))
+    assert not learned(text, 280)  # nothing can be kept
 
-@pytest.mark.parametrize("change", [("[:LONGEST]", "[:3]"), ("most < 2", "most < 3"), ("SPLIT = r", "SPLIT = r")])
+@pytest.mark.parametrize("change", [("[:LONGEST]", "[:3]"), ("most < 2", "most < 3"),
+                                    ("SPLIT = r", "SPLIT = r")])
 def test_what_other_rules_have_learned_is_not_taken(change, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     minimiggy.learned_tokenizer(TEXT[:3000], 270)
     changed, _ = edited([change], tmp_path)
-    monkeypatch.setattr(changed, "learn_merges", lambda words, vocab_size: [(104, 101)])
-    made_anew = changed.learned_tokenizer(TEXT[:3000], 270).merges == [(104, 101)]
-    assert made_anew == (change[0] != change[1])
+    read = []
+    monkeypatch.setattr(changed, "tokenizer_from_json", lambda saved: read.append(saved))
+    changed.learned_tokenizer(TEXT[:3000], 270)
+    assert bool(read) == (change[0] == change[1])
 
 def test_the_cache_is_in_a_folder_that_is_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
