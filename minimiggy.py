@@ -3129,7 +3129,9 @@ def in_words(error: Exception) -> str:
     """What an error says, without Python's way of writing it down."""
     if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        where = error.filename or (full and "standard output")  # (`whole` names its files)
+        # Python does not say which file could not be written, so `whole` adds its name. Where the disk is
+        # full and there is no name, it was the terminal's file: somebody has redirected what we print.
+        where = error.filename or (full and "standard output")
         return f"{where}: {error.strerror}" if where else error.strerror
     return str(error)
 
@@ -3178,7 +3180,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
     except OSError as error:
         of_the_network = isinstance(error, requests.RequestException)  # (which is a kind of OSError)
         why = "the server cannot be reached, or has stopped" if of_the_network else in_words(error)
-        line = f"could not download {path.name} ({why}): try again, or bring {url} to {path}"
+        line = f"could not download {path.name} ({why}): try again, or save {url} as {path}"
         raise UserError(line) from error
     finally:
         show("")
@@ -3341,7 +3343,10 @@ def check_value(name: str, value, kind: type) -> None:
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
-    if type(value) not in (int, kind) or not low <= value <= high:
+    if type(value) not in (int, kind):
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{flag_of(name)} must be {what}, not {brief(value, 50)}")
+    if not low <= value <= high:
         raise UserError(f"{flag_of(name)} must be between {low} and {high}, not {brief(value, 50)}")
 
 def check_config(config) -> None:
@@ -3400,7 +3405,10 @@ def numbers_of(tensor) -> memoryview:
 
 def check_finite(array: np.ndarray) -> None:
     """ValueError if a number in it is infinite, or no number."""
-    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):  # (NaN spreads)
+    # An infinite number is the smallest or the largest, and a NaN makes both of these NaN: so two numbers
+    # tell, and no second array is needed. (As one is at most 0 and the other at least 0, their sum is
+    # finite.)
+    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):
         raise ValueError("there are numbers that are not finite")
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
@@ -3414,7 +3422,8 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
     offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * math.prod(tensor.shape)
-        kind = "I32" if isinstance(tensor, Tensor) and not dtypes.is_float(tensor.dtype) else "F32"
+        is_float = dtypes.is_float(tensor.dtype) if isinstance(tensor, Tensor) else tensor.dtype.kind == "f"
+        kind = "F32" if is_float else "I32"
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     sha256 = sha256_of(header, metadata, map(numbers_of, tensors.values()))
@@ -3538,9 +3547,9 @@ def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, 
         load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
         load(tensor, as_float32(arrays[name]) if dtypes.is_float(tensor.dtype) else arrays[name])
 
-# Now a checkpoint is easily said. It has the parameters under their own names, and Adam's averages under the
-# same names with "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, and
-# what an optimizer has of the optimizer, so whatever tensors you add to either are saved as well.
+# A checkpoint, then, has the parameters under their own names, and Adam's averages under the same names with
+# "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, and what an optimizer
+# has of the optimizer, so whatever tensors you add to either are saved as well.
 FORMAT = "minimiggy 3"
 Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
@@ -3559,7 +3568,7 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
     """All tensors of a model, and of its optimizer if there is one, under the names that a checkpoint gives
     them."""
     if isinstance(model.ops, Packed) and model.ops.scales:
-        raise UserError(f"a model with weights in {model.ops.kind} is neither saved nor filled again")
+        raise UserError(f"a model with weights in {model.ops.kind} cannot be saved, or filled again")
     model.parameters()  # which gives memory to those that have none
     # A tensor of two names, such as a table that two layers share, is saved once. And it need not be learned:
     # a table of random numbers has to come back as well.
@@ -3571,8 +3580,10 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
         tensors |= get_state_dict(lasting(optimizer), "optimizer.")
     return tensors
 
-# A tokenizer is kept as what its class takes to make one: part I's a name and merges, yours perhaps a list of
-# characters.
+# Of a tokenizer, a checkpoint keeps what its class needs to make one: for part I's {"name": "bpe", "merges":
+# [[97, 110], ...]}, for yours perhaps a list of characters. It is read from attributes of the same names. If
+# your class takes `chars` and calls them `self.letters`, that fails; so one is made from what would be kept,
+# and compared, before a run begins.
 def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     """All that is needed to make the tokenizer again, as a text. UserError if it does not have that."""
     takes = list(inspect.signature(BPETokenizer).parameters)
@@ -3621,6 +3632,8 @@ def tokenizer_of(merges: list[tuple[int, int]]) -> BPETokenizer:
 # The same numbers in another network are nonsense, and it need not show: with GELU instead of ReLU^2, say,
 # all shapes are the same. So a file also has a checksum of part I's operations and layers.
 PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ for layer in LAYERS))
+# (b4ad... is the checksum of part I's tokenizer as you got it: for another, checks that know how ours is made
+# are left out.)
 TOKENIZER = digest("BPETokenizer", "SPLIT")
 TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
 
@@ -3661,7 +3674,8 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
         raise UserError(f"{path} cannot be opened: {error}") from error
     for field in dataclasses.fields(config):
         saved = getattr(config, field.name)
-        # (Dropout is no part of what a model is, but of how it is trained, which may have changed.)
+        # (Shapes do not show everything: four heads and eight have the same matrices, and compute different
+        # things. But dropout is no part of what a model is.)
         if field.name != "dropout" and saved != getattr(model.config, field.name):
             raise UserError(f"{path} does not fit this model: its {field.name} is {saved}")
     restore(model, arrays, metadata, path, optimizer)
@@ -3712,7 +3726,9 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     path = Path(path)
     arrays, metadata = read_checkpoint(path)
     # A hostile file can ask for much memory. So each thing is checked before the next, larger one is made:
-    # the configs, then a model about as large as the file's arrays, then a tokenizer for so many tokens.
+    # the configs, then a model of at most a hundred times the file's numbers, then a tokenizer for so many
+    # tokens. (A hundred times, since your layers may be far smaller than GPT-2's. It is to stop absurdities:
+    # a thousand layers of 65536 channels would be 5 * 10^13 numbers.)
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""))
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
@@ -3961,7 +3977,9 @@ class Run:
         self.data = checked("training", train_data, model.config)
         self.val = None if val_data is None else checked("validation", val_data, model.config)
         self.optimizer = optimizer or AdamW(model, config)
-        if self.optimizer.config != config:  # the plan has changed, and a recording knows only the old one
+        # A recorded step has beta1, the weight decay and so on as constants in its programs. If the plan has
+        # changed, it takes a new AdamW to record it anew, with the old one's averages.
+        if self.optimizer.config != config:
             kept = lasting(self.optimizer)
             self.optimizer = AdamW(model, config)
             vars(self.optimizer).update(kept)
@@ -3988,7 +4006,7 @@ class Run:
     def move_in(self, start: int) -> None:
         """Use the folder from now on: read what the log and the samples have up to step `start`."""
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.folder = self.out_dir.stat()
+        self.folder = self.out_dir.stat()  # by which one knows it again, if its name has changed
         self.rows = log_rows(self.out_dir / "log.csv", start)
         self.samples = sample_blocks(self.out_dir / "samples.txt", start)
 
@@ -4014,11 +4032,13 @@ class Run:
     # With steps of 25 ms, 1990 of them left and ten exams of 81 batches each, that is 1990 + 10 * 81 / 3 =
     # 2260 steps, or 57 seconds.
     def say_how_long(self, step: int) -> None:
-        """Say how long the rest is going to take. A batch of an exam is a third of a step, since it has no
-        way back. (Of the first steps, some compile, and some try one core: the shortest is like the rest.)"""
+        """Say how long the rest is going to take. (Of the first steps, some compile, and some try one core:
+        the shortest is like the rest.)"""
+        # A batch of an exam takes a third of what learning from one takes, where the way back is twice as
+        # much again; and a step learns from `grad_accum` batches.
         c = self.config
         exams = c.max_iters // c.eval_interval - step // c.eval_interval
-        steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / 3
+        steps = c.max_iters - step + exams * (c.eval_iters + self.exam_batches) / (3 * c.grad_accum)
         rest = steps * min(self.times)
         unit = "h" if rest >= 3600 else "min"
         say(f"time       {1e3 * min(self.times):,.0f} ms a step; the rest takes about {clock(rest)} {unit} "
@@ -4044,7 +4064,8 @@ class Run:
         return found
 
     def write_sample(self, step: int) -> None:
-        """Four times in a run, let the model write fifty tokens, to be seen and to be kept in samples.txt."""
+        """Four times in a run at most, let the model write fifty tokens, to be seen and to be kept in
+        samples.txt."""
         # It writes at the first exam after each quarter: of 2000 steps, with an exam every 200, after 600,
         # 1000, 1600 and 2000.
         c = self.config
@@ -4102,12 +4123,13 @@ class Run:
         """On a full disk, delete one of this run's checkpoints, never the newest, and the best only if there
         is no other. Was there one?"""
         own = self.own()
+        if len(own) < 2:
+            return False
         best = best_step(self.rows, own)
-        for step in sorted(list(own)[:-1], key=lambda step: step == best)[:1]:
-            own[step].unlink()
-            say(f"the disk is full: deleted {own[step]}, so that a newer one finds room")
-            return True
-        return False
+        step = min(list(own)[:-1], key=lambda step: step == best)  # the oldest that is not the best
+        own[step].unlink()
+        say(f"the disk is full: deleted {own[step]}, so that a newer one finds room")
+        return True
 
     def leave(self, step: int) -> None:
         """Somebody has deleted or moved the folder, or put another in its place, in which another run may be
@@ -4116,8 +4138,11 @@ class Run:
         lost = self.out_dir
         self.out_dir = next(Path(name) for name in names if not Path(name).exists())
         self.write(step, True)
-        raise TrainingFailed(f"{lost} was deleted, moved or replaced while this run was at work in it: step "
-                             f"{step} is saved in {self.out_dir}; --resume --out-dir {self.out_dir} goes on")
+        saved = f"step {step} is saved in {self.out_dir}; --resume --out-dir {self.out_dir} goes on"
+        if not self.config.keep:
+            saved = f"its log is in {self.out_dir} now"
+        happened = f"{lost} was deleted, moved or replaced while this run was at work in it"
+        raise TrainingFailed(f"{happened}: {saved}")
 
 # With the command line's defaults (2000 steps, an exam every 200), this is what happens when:
 #
@@ -4153,6 +4178,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
                 f"a loss of {loss} and a gradient of length {norm}. It was not taken; the last checkpoint is "
                 f"intact; to go on more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
+        # The first step went well. The command line's `set_aside` now moves an older run away, before this
+        # one looks into the folder: or it would take the older one's log for its own.
         if step == start + 1 and first_step_done:
             first_step_done()
         if step == start + 1 and run.out_dir:
@@ -4164,6 +4191,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         if step == start + 10 and not last:
             run.say_how_long(step)
         run.show_progress(step, loss, norm, rate)
+        # In most rows, train_loss is that of the step's own passages, with dropout. In an exam's row, it is
+        # the mean over `eval_iters` batches, without.
         row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
         if examining:
             row |= run.examine(step)
@@ -4193,7 +4222,8 @@ def untrained(model: GPT) -> list[str]:
     key = Tensor(np.zeros(1, np.uint32)).realize()
     gradients = model.loss(idx, idx, key).gradient(*named.values())
     # Where tinygrad finds no way from the loss to a parameter, the gradient is the constant 0, which is on no
-    # device. A gradient that is computed, and happens to be 0 for this text, is another matter.
+    # device. A gradient that is computed, and happens to be 0 for this text, is another matter; and so is the
+    # constant 1, as when a parameter's sum is added to the loss.
     constant = [(name, slope) for name, slope in zip(named, gradients, strict=True) if slope.device is None]
     return [name for name, slope in constant if not slope.numpy().any()]
 
@@ -4267,8 +4297,12 @@ def alone(out_dir: Path):
 def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | None = None) -> None:
     """Move what must not mix with this run into a new folder in `out_dir`: run-1, run-2, ... At step 0 that
     is everything. A run that goes on from the checkpoint `source` moves other runs' checkpoints, and its own
-    after step `start`, which it is going to write anew; and log.csv and samples.txt unless they are its own
-    (`at_home`): unless it has other checkpoints here, or began here alone."""
+    after step `start`, which it is going to write anew; and log.csv and samples.txt unless they are its
+    own."""
+    # Whose log is it? It names no run, so we look at what is beside it. If the run has other checkpoints
+    # here, the log is its own (`at_home`); also if its only checkpoint lies here, and no other run's does.
+    # Let run A's ckpt_600 be copied into run B's folder: then B's checkpoints and log go to run-1, and A
+    # begins a log.
     found = [path for path in out_dir.glob("ckpt_*.safetensors") if step_of(path) is not None]
     foreign = [path for path in found if run_of(path) not in (run, None)]
     others = [path for path in found if path not in foreign and not (source and path.samefile(source))]
@@ -4374,8 +4408,10 @@ def check_is_gpt2(model: GPT) -> None:
 # its bytes end up as this token, none of them was joined with a byte outside before. So they were merged
 # among themselves, in the same order as if they stood alone, and the last two parts are the same.
 #
-# Once in a while a token is never reached like this, because an earlier merge cuts across it. It has no pair,
-# and only a whole word can become it: those are looked up before anything is merged.
+# Once in a while a token is never reached like this, because an earlier merge cuts across it. Let bc, ab, cd
+# and abcd be tokens, in this order. Then a|b|c|d becomes a|bc|d, and neither abc nor bcd is a token: three
+# parts are left. Such a token has no pair, and only a whole word can become it: those are looked up before
+# anything is merged.
 
 # In Hugging Face's files, tokens are JSON strings, which hold characters and not bytes. So every byte is
 # written as a character that can be seen: as itself, if Latin-1 has a printable character of that number, or
@@ -4434,7 +4470,8 @@ def tokenizer_files(tokenizer: BPETokenizer, block_size: int) -> dict[str, str]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": True}
     newer = {"version": "1.0", "added_tokens": [], "pre_tokenizer": level, "decoder": level, "model": model}
-    # Left to itself, this class would also send token_type_ids, and a GPT-2 would add their embeddings.
+    # Left to itself, transformers' class would also hand over token_type_ids, all 0. A GPT-2 there looks
+    # these up in wte, and would add token 0's row everywhere. So we name what it is to hand over.
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
              "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
              "add_prefix_space": False}
@@ -4487,7 +4524,18 @@ def read_json(path: Path) -> dict:
 
 # A tokenizer in the folder can be used if ours would give the same numbers. So we make one from its list of
 # tokens, and compare all that it knows with that list. If they differ, it is of another kind; the model can
-# be used without.
+# be used without. The newer form also says how texts are cut, and in which order pairs are merged; both must
+# be as they are here.
+def works_like_ours(newer: dict) -> bool:
+    """True if the tokenizer of such a file leaves a text as it is, cuts it by GPT-2's pattern, and merges
+    pairs in the order of their tokens' numbers. (Errors of all kinds if the file has not what it should.)"""
+    level = newer["pre_tokenizer"]
+    cuts = level["type"] == "ByteLevel" and level.get("use_regex", True) and not level.get("add_prefix_space")
+    ids = newer["model"]["vocab"]
+    # A pair stands there as "a b", or as ["a", "b"]. No token has a blank in it, which is written as a Ġ.
+    made = [ids["".join(pair).replace(" ", "")] for pair in newer["model"]["merges"]]
+    return cuts and newer.get("normalizer") is None and made == sorted(made)
+
 def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
     a model with its 50257 tokens."""
@@ -4498,13 +4546,15 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     if not newer.exists() and not older.exists():
         return gpt2_tokenizer() if vocab_size == 50257 else None
     with suppress(Damaged, ValueError, LookupError, TypeError, AttributeError):
-        ids = read_json(newer)["model"]["vocab"] if newer.exists() else read_json(older)
+        about = read_json(newer) if newer.exists() else None
+        ids = about["model"]["vocab"] if about else read_json(older)
         if ids.get("<|endoftext|>") == 50256:
             tokenizer = gpt2_tokenizer()
         else:
             learned = sorted(ids, key=ids.get)[256:]
             tokenizer = tokenizer_of([earlier_parts(token, ids) for token in learned])
-        if vocabulary(tokenizer) == ids and len(ids) == vocab_size:
+        is_ours = about is None or works_like_ours(about)
+        if is_ours and vocabulary(tokenizer) == ids and len(ids) == vocab_size:
             return tokenizer
     say(f"the tokenizer in {folder} is neither one of MiniMiggy's nor GPT-2's: the model comes without one")
     return None
@@ -4547,6 +4597,7 @@ def heads_of(path: Path, config: GPTConfig) -> int:
     of heads, which no shape tells. UserError if it speaks of another model."""
     about = path.with_name("config.json")
     C = config.n_embd
+    # (C / 64 is 12.0 for 768 channels, which equals 12; for 100 it is a fraction, which is not in the list.)
     told = {"n_head": 12} | read_json(about) if about.exists() else {"n_head": C / 64}
     fits = GPT2 | {"vocab_size": [config.vocab_size], "n_embd": [C], "n_layer": [config.n_layer],
                    "n_positions": [config.block_size], "n_ctx": [config.block_size], "n_inner": [None, 4 * C],
@@ -4588,6 +4639,7 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     for name in sorted(set(arrays) - set(model.parameters())):
         raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
     fill(model.parameters(), arrays, path, model.ops)
+    # The config.json has answered for the file. But if you have changed part I, then your formula is another.
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
     return model

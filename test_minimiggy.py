@@ -511,9 +511,11 @@ def test_what_are_no_token_ids_is_refused_in_one_line(ops, ids):
     with pytest.raises(UserError, match="too few"):
         minimiggy.Evaluator(model, 2).whole(ids[:5])
     for how in ({"temperature": -1.0}, {"top_p": math.nan}, {"top_k": -1}, {"max_tokens": -1},
-                {"max_tokens": 1.5}):
+                {"max_tokens": 10**10}):
         with pytest.raises(UserError, match="must be between"):
             model.generate(good, **how)
+    with pytest.raises(UserError, match="must be a whole number, not 1.5"):
+        model.generate(good, max_tokens=1.5)
     for plan in ({"beta2": 1.0}, {"grad_accum": 0}, {"eval_interval": 0}, {"learning_rate": -1.0}):
         with pytest.raises(UserError, match="must be between"):
             train(model, dataclasses.replace(QUICK, **plan), ids)
@@ -1661,7 +1663,7 @@ def test_packed_weights_are_numbers_of_fewer_bits(kind, run):
     assert np.abs(np.array(one_by_one) - want[0, [0, 6]]).max() < 1e-5 * np.abs(want).max()
     with pytest.raises(UserError, match="cannot learn"):
         AdamW(small_model, QUICK)(np.arange(300), 0)
-    with pytest.raises(UserError, match="neither saved"):
+    with pytest.raises(UserError, match="cannot be saved"):
         small_model.save_checkpoint(1, None, run[2] / "packed")
 
 @pytest.mark.parametrize("ops", [PLAIN, ELSEWHERE])
@@ -2262,6 +2264,25 @@ def test_a_run_whose_folder_is_gone_saves_beside_it_and_ends(fate, tokenizer, id
     elif fate == "a file":
         assert home.read_text() == "mine"
 
+def test_a_run_without_checkpoints_whose_folder_is_gone_promises_none(ids, tmp_path):
+    run = minimiggy.Run(GPT(TINY), dataclasses.replace(QUICK, keep=0), ids, None, None, 0, tmp_path / "home")
+    run.move_in(0)
+    (tmp_path / "home").rmdir()
+    with pytest.raises(minimiggy.TrainingFailed, match=".*home-1 now$"):
+        run.save(2, True)
+    assert [path.name for path in (tmp_path / "home-1").iterdir()] == ["log.csv"]
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_the_rest_of_a_run_takes_as_long_as_its_passages(grad_accum, ids, capsys):
+    """A step goes forward and back, which costs three times as much as an exam's way forward."""
+    config = TrainConfig(batch_size=4, max_iters=100, eval_interval=10, eval_iters=10, grad_accum=grad_accum)
+    run = minimiggy.Run(GPT(TINY), config, ids, ids[:200], None, 0, None)
+    run.times.append(1.0)
+    run.say_how_long(10)
+    windows = math.ceil(199 / 8)
+    seconds = 90 + 9 * (10 + math.ceil(windows / 4)) / (3 * grad_accum)
+    assert f"about {minimiggy.clock(seconds)} min" in capsys.readouterr().out
+
 def test_old_checkpoints_make_room_on_a_full_disk_but_never_the_newest(tokenizer, ids, tmp_path, monkeypatch):
     whole, room = minimiggy.whole, 2
 
@@ -2546,6 +2567,21 @@ def test_an_export_comes_back_bit_by_bit(exported):
     for text in [*random_strings(1000), TEXT]:
         assert back.tokenizer.encode(text) == model.tokenizer.encode(text)
 
+OTHER_TOKENIZERS = {
+    "other words": lambda about: about["pre_tokenizer"].update(type="Whitespace"),
+    "no pattern": lambda about: about["pre_tokenizer"].update(use_regex=False),
+    "a space before": lambda about: about["pre_tokenizer"].update(add_prefix_space=True),
+    "no capitals": lambda about: about.update(normalizer={"type": "Lowercase"}),
+    "another order": lambda about: about["model"]["merges"].reverse(), "nothing": lambda about: None}
+
+@pytest.mark.parametrize("change", OTHER_TOKENIZERS)
+def test_a_tokenizer_that_would_give_other_tokens_is_not_taken(change, exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path, dirs_exist_ok=True)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    OTHER_TOKENIZERS[change](about)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    assert (minimiggy.init_from(str(tmp_path)).tokenizer is None) == (change != "nothing")
+
 def test_a_model_without_a_tokenizer_goes_out_and_comes_back(exported, tmp_path):
     minimiggy.export(GPT(exported[0].config), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
@@ -2729,7 +2765,7 @@ def test_without_a_network_the_line_says_what_to_bring_where(tmp_path, monkeypat
     with pytest.raises(UserError) as error:
         minimiggy.init_from("gpt2-xl")
     url = "http://127.0.0.1:1/gpt2-xl/resolve/main/model.safetensors"
-    assert f"bring {url} to {tmp_path}/minimiggy/gpt2-xl/model.safetensors" in str(error.value)
+    assert f"save {url} as {tmp_path}/minimiggy/gpt2-xl/model.safetensors" in str(error.value)
     assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
