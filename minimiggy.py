@@ -3044,9 +3044,11 @@ class Packed(Fast):
 import argparse
 import codecs
 import errno
+import fcntl
 import gc
 import inspect
 import json
+import resource
 import timeit
 import traceback
 import warnings
@@ -3217,7 +3219,7 @@ def fetch_rest(url: str, unfinished: Path) -> None:
 def check_file(path: str | Path) -> int:
     """The size of a file in bytes; UserError, which says what it is instead, if it is not an ordinary one: a
     pipe, say, may never end."""
-    if not os.path.exists(path):  # (nor if no file can have such a name)
+    if not os.path.exists(path):  # (as is also said of a name that no file can have)
         raise UserError(f"no such file: {brief(path, 100)}")
     if not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
@@ -3339,7 +3341,7 @@ def flag_of(name: str) -> str:
 
 def check_value(name: str, value, kind: type) -> None:
     """UserError if the field `name`, whose values are of a `kind`, cannot be `value`. (A whole number will do
-    for a fraction; True is none, though Python takes it for a 1; a NaN is in no range.)"""
+    for a fraction; True is no number, though Python takes it for a 1; a NaN is in no range.)"""
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
@@ -3444,7 +3446,7 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
 #
 # `np.memmap`, which makes an array of a file without reading it, would be quicker. But if somebody cuts the
 # file meanwhile, the next look at it ends the program on the spot, without a word. So everything is read, one
-# tensor after the other, and what is used is what the SHA-256 was computed of.
+# tensor after the other, and the numbers that are used are those that the SHA-256 was computed from.
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2",
           "I8": "i1", "U8": "u1", "BOOL": "?"}  # their names in a file, and numpy's
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
@@ -4261,7 +4263,6 @@ def finishing_the_step():
 def alone(out_dir: Path):
     """In the `with` block, nobody else trains in this folder; UserError if somebody does. What a program that
     was killed has left half written is removed, and so is the folder if it was made for nothing."""
-    import fcntl  # here, since Windows has none
     is_new = not out_dir.exists()
     if not out_dir.is_dir() and (out_dir.exists() or out_dir.is_symlink()):
         raise UserError(f"{out_dir} is not a folder: choose another --out-dir")
@@ -5236,7 +5237,6 @@ def blas_gflops() -> float:
 # full, since from there on it goes on like that for ever.
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
-    import resource
     model = GPT(config, backend)
     n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
     if isinstance(backend, Packed):
