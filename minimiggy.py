@@ -804,11 +804,11 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # Chapter 12. Where the time goes
 #
 # Part I as it stands takes about fifteen times as long for a training step as this part does, on the same
-# machine, for the same numbers. Its excess of arithmetic is the smaller reason. A core of a processor can do
-# some 100 billion multiplications and additions a second, but only with numbers that are in its *registers*,
-# which hold a few hundred. To fetch one from the cache takes several times as long as using it, and from
-# memory a hundred times. So the question is less how many operations there are than how often each number is
-# fetched.
+# machine, for the same numbers. That it computes some things more than once is the smaller reason. A core of
+# a processor can do some 100 billion multiplications and additions a second, but only with numbers that are
+# in its *registers*, which hold a few hundred. To fetch one from the cache takes several times as long as
+# using it, and from memory a hundred times. So the question is less how many operations there are than how
+# often each number is fetched.
 #
 # Three things go wrong when tinygrad compiles part I by its own rules. In a *product* of two N x N matrices
 # each number is used N times, and its loops fetch it nearly every time. By *fusion*, operations that ought to
@@ -936,7 +936,7 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 
 # 13.2 A compiler that works, a device that is there
 #
-# A compiler that is found need not work: on a Mac, clang is a stub until Xcode's tools are installed; a disk
+# A compiler that is found may not work: on a Mac, clang is a stub until Xcode's tools are installed; a disk
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
 #
@@ -955,13 +955,15 @@ def own_folders():
                     yield folder
 
 def cache_folder() -> Path:
-    """The first of them."""
-    for folder in own_folders():
-        return folder
-    raise UserError("neither the home nor the folder for temporary files can be written: set XDG_CACHE_HOME")
+    """The first of these folders; UserError if there is none."""
+    folder = next(own_folders(), None)
+    if folder is None:
+        nowhere = "neither the home nor the folder for temporary files can be written"
+        raise UserError(f"{nowhere}: set XDG_CACHE_HOME")
+    return folder
 
 def complaint_of(compiler: str) -> str:
-    """"" if `compiler` is a clang that works, or what is wrong with it."""
+    """What is wrong with `compiler`; an empty text if it is a clang that works."""
     arch = "x86_64" if X86 else platform.machine()
     target = f"--target={arch}-none-unknown-elf"  # (as tinygrad asks for: a bare program, without a system)
     command = [compiler, "-c", "-x", "c", "-ffreestanding", target, "-", "-o", "-"]
@@ -1032,7 +1034,7 @@ def open_device() -> None:
 # with its checksum, 32 bytes, and its length, 8 bytes; then comes a pickle. Where that is wrong, or the file
 # cannot be read or written, we do without: a cache must never be the reason why something fails. Nor slow:
 # only the newest megabytes of it are used, or whoever has tried many models would wait for all of theirs.
-# (What is compiled again is new again.)
+# (What was too old to be used is compiled again, and so is among the newest.)
 NEWEST = 4 << 20  # bytes: some 700 programs, in a tenth of a second
 
 def programs_file() -> Path:
@@ -1062,6 +1064,7 @@ def load_programs() -> set:
 def essence(program):
     """A compiled program without its syntax tree and instructions: to run it, the code and the arguments
     are enough."""
+    # A program's sources are its tree, the list of its instructions, and then its C and its machine code.
     sink, linear, *code = program.src
     arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
     return program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
@@ -1104,7 +1107,8 @@ def helper(name: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", HELPER_CODE], start_new_session=True, **pipes)
 
 # For each process there is a thread here that hands it programs and waits for them. It moves bytes and knows
-# nothing of what they mean: tinygrad's trees are made by one thread only.
+# nothing of what they mean: tinygrad's trees are made by one thread only. (That is why a program is pickled
+# twice: the outer pickle only says where the bytes end.) A thread and its process have the same name.
 @functools.cache
 def helpers() -> ThreadPoolExecutor:
     """These threads, one for each process."""
@@ -1126,7 +1130,7 @@ def ordered(tree, renderer) -> Future:
 
 def compile_together(trees: list) -> None:
     """See that these programs, given as tinygrad's syntax trees, are compiled. The helpers take what was
-    ordered first; we take the largest for which they have had no time yet."""
+    ordered first; we take the largest for which they have had no time yet: `cancel` says whether we may."""
     renderer = Device["CPU"].renderer
     todo = {tree: to_program_key(tree, renderer) for tree in trees}
     new = [tree for tree, key in todo.items() if key not in to_program_cache]
@@ -1143,7 +1147,7 @@ def compile_together(trees: list) -> None:
                 to_program_cache[todo[tree]] = pickle.loads(order.result())
 
 def forget_orders() -> None:
-    """Let the helpers finish what they are at, and nothing else: somebody wants to end."""
+    """Let the helpers finish what they are doing, and nothing else: somebody wants to end."""
     helpers().shutdown(wait=False, cancel_futures=True)
     helpers.cache_clear()
     ordered.cache_clear()
@@ -1159,10 +1163,11 @@ def give_memory(things: dict) -> None:
     for tensor in get_state_dict(things).values():
         tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous()).realize()
 
-# Ordinary operations, such as the addition in x + f(x), become programs of tinygrad's own. It divides one
-# among several cores if each gets 131,072 numbers or more. Chapter 19 calls programs so cheaply that 16,384
-# in all are enough, and each core then finds its part in its own cache. (A default training step takes 4 %
-# less time.) Only programs without a sum are divided.
+# Ordinary operations, such as the addition in x + f(x), become programs of tinygrad's own. tinygrad divides
+# one among several cores if each gets 131,072 numbers or more, since its calls are dear. Chapter 19 calls
+# programs so cheaply that 16,384 in all are enough; and each core finds its part in its own cache if it has
+# computed it in the program before. (A default training step takes 4 % less time.) What is divided is the
+# outermost loop, in programs without a sum.
 ENOUGH = 1 << 14  # numbers
 
 def divided(call, cores: int):
@@ -1196,6 +1201,10 @@ def divided(call, cores: int):
 #     square_sums_2 (six times), r_2                                the gradient's length
 #     adamw_1024_128, adamw_128 (five times)                        the step
 #
+# Chapter 19 runs the programs without Python, so it needs to know where they are in memory, and where their
+# arguments are. When the function has realized its results, its programs are in TinyJit's list, but not yet
+# compiled. That is the moment to divide them, and to have them compiled side by side.
+#
 # TinyJit runs a function once before it records, as a precaution; we record at the first call (`cnt` counts
 # its calls). `inputs` are tensors over memory of numpy's: writing to that memory is all it takes to hand over
 # new numbers.
@@ -1219,7 +1228,9 @@ class Recording:
         self.jit = TinyJit(traced)
         self.jit.cnt = 1
         load_programs()
-        # What an optimizer has only noted down would be recorded with its step, and done again at each turn.
+        # If an optimizer's m were a recipe still, such as Tensor.zeros(3), carrying it out would be recorded
+        # as a part of the step, and m would be zero again at each turn. So whatever the object has is
+        # computed first.
         if hasattr(function, "__func__"):  # (its step is a method)
             give_memory(vars(function.__self__) | {"model": None})
         # Should the function use tinygrad's own random numbers, their counter must exist, or it would begin
@@ -1282,6 +1293,10 @@ class Recording:
 #
 # Two environment variables let you look behind the curtain, here and everywhere in tinygrad: with DEBUG=2 it
 # prints each program that it runs, and how long that took; with DEBUG=4 also its C.
+#
+# Of UOps' own words we need five. `memory.index(i)` is a place in memory, `.load()` the number there,
+# `.store(x)` a statement that writes it. `x.after(y)` is x, but not before y is done. `x.end(loop)` is the
+# loop with x inside.
 #
 # `k.share(n)` is a loop whose turns are shared out among the cores. (It gives the C function one argument
 # more, `core_id`; whoever runs the kernel calls it once for each core, with 0, 1, 2, ...) Kernels can be
@@ -1357,11 +1372,14 @@ class Kernel:
             # tinygrad orders statements by their loops alone, so the last store could slip into the loop that
             # begins now. A loop of one turn around it keeps it out.
             self.last = (self.last[0].end(UOp.range(1, next(self.ids))), *self.open)
+        # What stands before `yield` opens the loop, and what stands after it closes it: Python's `for` goes
+        # on there when it asks for a second turn, which does not come.
         outer = self.open
         counter = None
         loop = UOp.range(end, next(self.ids))
         if not isinstance(end, int) and end.ranges:
-            # A range's end cannot depend on an outer loop, so we write do { ... } while (++counter < end).
+            # A range's end cannot depend on an outer loop, so we write do { ... } while (++counter < end),
+            # with the counter in memory. `replace` has the loop begin after its counter was set to 0.
             counter = self.array(1, dtype=dtypes.int)
             loop = UOp.loop(next(self.ids))
             counter[0] = 0
@@ -1373,6 +1391,8 @@ class Kernel:
         if counter is not None:
             counter[0] += 1
             again = (counter[0] < end,)
+        # A loop that has ended is a statement, in which nobody sees what was inside. So the loops that are
+        # still open are named beside it; or the next statement could land outside of them.
         self.open = outer
         self.last = (self.last[0].end(loop, *again), *outer)
 
@@ -1389,8 +1409,10 @@ class Kernel:
             yield first + i
 
     def threads(self, n: int):
-        """A loop around all of a kernel whose turns run side by side on a GPU, each in a thread; up to 64
-        threads that are neighbours go in step. Where there are no such threads, it is an ordinary loop."""
+        """A loop around all of a kernel whose turns run side by side on a GPU, each in a thread (for chapter
+        20). Where there are no such threads, it is an ordinary loop."""
+        # A GPU runs threads in groups, here of up to 64, which do the same instruction at the same time.
+        # Nothing comes before this loop, and nothing is open around it.
         if not Device[Device.DEFAULT].renderer.has_local:
             yield from self.loop(n)
             return
