@@ -4818,8 +4818,8 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     answered, (T, 3, H, D) and (T, H, D)."""
     model.parameters()
     ops = Watching(model.ops)
-    # What stands in the memo of a deep copy is not copied. There, we say what to take in its place: for a
-    # tensor the tensor itself, and for the backend the one that watches it.
+    # `deepcopy` looks for each object in its memo first, by its id, and if it is there, takes what stands
+    # beside it. So the twin has layers of its own, but the model's tensors, and the backend that watches.
     memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
     memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
     twin = copy.deepcopy(model, memo)
@@ -4940,6 +4940,8 @@ PASSAGE = 288  # tokens of the validation text that the page shows
 def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
     """Where the windows of T tokens begin, (n,), that cover the passage at the beginning of `text`, or what
     there is of it."""
+    # How many windows follow the first: with T = 64, (288 - 64) / 32 = 7, or as many as the text has. (The
+    # -1: a window needs the token after it, as its last answer.)
     half = max(1, T // 2)
     more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
     return half * np.arange(max(0, more) + 1)
@@ -5149,8 +5151,9 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
         twin = GPT(model.config, PLAIN, seed=None)
         fixed = state_of(model, None)
         for name, tensor in state_of(twin, None).items():
-            # The twin's tensors look into numpy's memory: the next loss is computed from what we write there.
-            # (Those that are not learned get the model's numbers, too.)
+            # The twin's tensors look into numpy's memory, and a recording reads it anew each time: so the
+            # next loss is computed from what we write there. (Those that are not learned get the model's
+            # numbers, too.)
             if not dtypes.is_float(tensor.dtype):
                 load_array(tensor, fixed[name].numpy())
                 continue
@@ -5212,7 +5215,9 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
         table.append((name, parameters[name].shape, size, error))
     if worst < 1e-4:  # (a NaN is not)
         return table, worst, RIGHT
-    # Slopes in float64 hardly depend on h. Those of a model that rounds, say by .float(), are chance.
+    # Slopes in float64 hardly depend on h. But if a model rounds to float32, say by .float(), its losses have
+    # steps of 1e-7; divided by 2h, that is 0.006 of noise, and with another h it is another noise. Then it is
+    # not the gradients that are at fault, but what we measure them by.
     others = exact_slopes(model, batches, 3e-5)
     if max(np.abs(others[name] - slope).max() for name, slope in slopes.items()) > 1e-5 * largest:
         return table, worst, ("this says nothing, since the finite differences change with h. "
@@ -5356,8 +5361,8 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 #
 # A short text gets fewer steps, for 26 readings are enough: on our play of 138 KB, "coffee" with 40 was at
 # 2.07 when it began to get worse; with 25 it ended at 2.03. And below half a megabyte every effort is
-# "quick": with its small model, the play comes to 1.99; and 420 KB of Chinese manual pages, where "coffee"
-# was at 2.54 when it began to get worse, and with only 10 readings at 2.46, come to 2.41.
+# "quick": with its small model, the play comes to 1.99. On 420 KB of Chinese manual pages, "coffee" got no
+# better than 2.54, and with 10 readings 2.46; "quick" comes to 2.41.
 #
 # More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
 # an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
@@ -5504,7 +5509,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
     what = next(name for name in ACTIONS if getattr(args, name) not in (None, False))
     for name, value in vars(args).items():
-        # (Not `in (None, False, ...)`: a 0 equals False. The last three are defaults.)
+        # (To Python, 0 == False, so `in (None, False)` would take --seed 0 for no flag. The last three are
+        # what --stop, --weights and --out-dir have if nobody has given them.)
         is_given = value is not None and value is not False and value not in ("", "f32", "checkpoints")
         if is_given and name not in flags_of(what):
             raise UserError(f"{flag_of(name)} has no meaning for {flag_of(what)}: leave it out")
@@ -5750,6 +5756,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         forgetting = f"dropout {model.config.dropout:g}, weight decay {config.weight_decay:g}"
         why = ", as always for a text as short as this" if corpus.n_bytes < SHORT_TEXT else ""
         say(f"effort     {effort}{why}: {times}, {forgetting}")
+    # How far a recipe comes was measured with just its numbers, so we promise nothing if a flag or a short
+    # text has changed one. (`<=` asks whether all of them are among those that hold now.)
     if effort and RECIPES[effort].items() <= (vars(model.config) | vars(config)).items():
         say(f"           on tiny Shakespeare, this comes to about {REACHES[effort]:.2f} bits/byte")
     if WHY_PLAIN:
@@ -6021,8 +6029,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except (Exception, KeyboardInterrupt) as error:
         if __name__ == "__main__" and isinstance(error, OSError) and error.filename is None:
-            # Perhaps stdout is closed. What is still to be written goes nowhere, or Python would try once
-            # more at its end, and complain.
+            # An error in opening a file names it; one in writing to a stream, such as a closed stdout, does
+            # not. What is still to be written goes nowhere, or Python would try once more at its end, and
+            # complain.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as in `... | head`: who listened has heard enough
