@@ -1570,7 +1570,11 @@ def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
     sums = k.array(rows, columns)
     for j, r in k.loop(columns, rows):
         sums[r, j] = 0.0
-    if columns == 24:  # 4 x 24 are 12 vectors of sums; with 3 of B, one register is left for A: row by row
+    # (Python's `range` writes a statement several times; `k.loop` makes a loop in C.) With AVX2's 16
+    # registers, 4 x 24 are 12 vectors of sums, and with 3 of B one register is left, for a number of A: so
+    # it goes row by row. Column by column, clang keeps four numbers of A at a time, for which there is no
+    # room.
+    if columns == 24:
         for kk in k.loop(K):
             for r in range(rows):
                 for j in k.loop(columns):
@@ -1596,10 +1600,11 @@ def product(k: Kernel, M: int, N: int, K: int, a, b):
             yield i0 + r, j0 + j, value
 
 def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
-    """How many tiles of `size` there are in a part, if n is cut into `parts` parts or more, the same number
-    for each core. With `exact`, parts must not overlap: then their tiles divide those of n evenly."""
-    # Three parts on two cores would keep one of them waiting, so it is four: of 768 rows, each has 192, which
-    # are 24 tiles of 8.
+    """How many tiles of `size` there are in a part (a strip of rows, or a group of panels), if n is cut into
+    about `parts` parts. With `exact`, parts do not overlap."""
+    # Three parts on two cores would keep one of them waiting, so it is four. Of 200 rows, each then has 50,
+    # which are 7 tiles of 8: parts begin at 0, 56, 112 and, stepping back, 144. If they must not overlap, it
+    # is 5 tiles, as 5 divides the 25 that there are: five parts of 40.
     parts = pieces(parts, cores) * cores
     tiles = pieces(pieces(n, parts), size)
     return divisor(n // size, tiles) if exact else tiles
@@ -1615,7 +1620,10 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     rows = pieces(M, pieces(M, height))
     columns = min(width, N)
     deepest = 256 if a_transposed else 512
-    if M % rows or N % columns:  # tiles will overlap, and a block that adds to the one before would add twice
+    # Tiles that overlap write the same result twice, which does no harm. But with several blocks, each of two
+    # such tiles would add the second block's share to C, and it would be in there twice. So all of K is one
+    # block then; and where that would be too deep, tiles are taken that divide M and N.
+    if M % rows or N % columns:
         deepest = 4096
         if K > deepest:
             rows = divisor(M, rows)
@@ -1627,6 +1635,9 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     panels = in_a_part(N, columns, pieces(N * depth, PACKED), 1 if by_rows else cores, exact=blocks > 1)
     return rows, columns, depth, tiles, panels
 
+# Every core runs all of `matmul`, with panels of its own. If the result is tall, each packs all of B, and
+# multiplies its own strips; if it is wide, each packs its own groups, and goes over all of A. So none waits
+# for another.
 def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, column_sums=None):
     """C (M, N) = A @ B, where A is (M, K) and B is (K, N), or lies transposed in memory; plus a bias (N,).
     `column_sums` is where the sums of B's columns go, if they are wanted."""
@@ -1863,7 +1874,9 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
 
 # The way back. For one query, y = sum of p_j v_j. So the loss rises with v_j by p_j dy, and with p_j by g_j =
 # dy . v_j. And p = softmax(s): if s_i rises a little, weight i gains p_i times as much; and every weight, i
-# too, gives up p_i times its own share, so that all still add up to 1. So the loss rises with s_i by
+# too, gives up p_i times its own share, so that all still add up to 1. (With p = 0.5, 0.3, 0.2, let s_1 rise
+# by 0.01: weight 1 gains 0.005, and then all give up half a percent, 0.0025, 0.0015 and 0.001.) So the loss
+# rises with s_i by
 #
 #     ds_i = p_i g_i - p_i * (sum over j of p_j g_j) = p_i * (g_i - dy . y)
 #
@@ -1925,7 +1938,9 @@ def gelu(k, out, u, dout=None):
     c = 2 * math.sqrt(2 / math.pi)
     for i in k.share(u.rows * u.columns):
         z = u[i] * (u[i] * u[i] * 0.044715 + 1.0) * c
-        e = exp(-(z < 0).where(-z, z))  # (never of a positive number)
+        # With e = exp(-|z|), which is never too large, the sigmoid is 1 / (1 + e) for z >= 0, or else e / (1
+        # + e).
+        e = exp(-(z < 0).where(-z, z))
         s = (z < 0).where(e, 1.0) / (e + 1.0)
         slope = s + u[i] * s * (1.0 - s) * (u[i] * u[i] * (3 * 0.044715) + 1.0) * c
         out[i] = u[i] * s if dout is None else dout[i] * slope
