@@ -225,8 +225,8 @@ class BPETokenizer:
 # >>> round((a * a).sum().item(), 2)
 # 8.96
 #
-# The slopes of a number are its *gradient*. Each operation knows how its result changes with its inputs.
-# Along each path from b back to a, tinygrad multiplies these; then it adds up the paths (*backpropagation*).
+# A number's slopes are its *gradient*. Each operation knows its own: how its result changes with its inputs.
+# From b back to a, tinygrad multiplies them along each path, and adds up the paths (*backpropagation*).
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
@@ -647,19 +647,19 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # How far? *Adam* (Kingma & Ba 2015, arXiv:1412.6980) keeps two running averages for each parameter: at each
 # step, m becomes 0.9 m + 0.1 times the gradient, and v becomes 0.99 v + 0.01 times its square (beta1 = 0.9,
 # beta2 = 0.99). `m` is the average gradient: chance in the choice of passages cancels, the common direction
-# remains. The root of `v` is its usual size. The step is proportional to m / sqrt(v): small gradients move a
-# parameter as fast as large ones, but gradients that keep changing their sign move it slowly.
+# remains. The root of `v` is the gradient's usual size. The step is proportional to m / sqrt(v): small
+# gradients move a parameter as fast as large ones, but those that keep changing sign move it slowly.
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
 # 1, as it should be. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1: twice too far. So
-# Adam divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
+# `adamw` (6.2) divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
 # what does not keep helping fades. And gradients over `grad_clip` are shortened: no odd batch undoes much.
 #
 # *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
-# end we want to come to rest at a low point, not to jump across it, so they shrink, along half a cosine:
+# end we want to come to rest at a low point, not to jump across it, so steps shrink along half a cosine:
 #
 # >>> plan = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=100, max_iters=1100)
 # >>> [round(learning_rate(plan, step), 2) for step in (0, 49, 99, 100, 350, 600, 850, 1100)]
@@ -816,15 +816,15 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # programs only one *core* works.
 #
 # With the programs of this part, a default training step (12 passages of 64 tokens, 0.93 million parameters)
-# takes 23 milliseconds on two cores of an AMD EPYC. They go to
+# takes 29 milliseconds on two cores of an AMD EPYC. Its programs share their time like this:
 #
-#     products of matrices               18.2      chapter 15
-#     attention, forward and back         2.4      chapter 16
-#     gelu, forward and back              0.8      chapter 17
-#     layer norm, forward and back        0.5      chapter 17
-#     AdamW                               0.35     chapter 18
-#     additions and dropout               0.35     part I's operations, as tinygrad compiles them
-#     Python, between the steps           0.8
+#     products of matrices                80 %     chapter 15
+#     attention, forward and back         10 %     chapter 16
+#     gelu, forward and back               3 %     chapter 17
+#     layer norm, forward and back         2 %     chapter 17
+#     embedding and cross-entropy          1 %     chapter 17
+#     AdamW and the gradient's length      2 %     chapter 18
+#     additions and sums                   2 %     part I's operations, as tinygrad compiles them
 #
 # In this part we write the loops ourselves, for the operations of part I and their gradients, in a language
 # that tinygrad compiles. Nothing of part I changes. Whatever we have no program for goes the old way, and the
@@ -940,9 +940,9 @@ WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another proc
 # can forbid that anything on it is run; a package can be half installed. So we believe it when it has
 # compiled something.
 #
-# What can be made again at any time is kept in the home's cache, or among the temporary files. There
-# everybody may write, and somebody could have put a folder there under our name, with programs in it for us
-# to run; so a folder must be our own.
+# What can be made again at any time is kept in the home's cache, or among the temporary files. Everybody
+# may write among the latter, and somebody could have put a folder there under our name, with programs in it
+# for us to run; so a folder must be our own.
 def own_folders():
     """Yield these folders, as far as there are any that can be written."""
     home_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -1938,8 +1938,7 @@ def gelu(k, out, u, dout=None):
     c = 2 * math.sqrt(2 / math.pi)
     for i in k.share(u.rows * u.columns):
         z = u[i] * (u[i] * u[i] * 0.044715 + 1.0) * c
-        # With e = exp(-|z|), which is never too large, the sigmoid is 1 / (1 + e) for z >= 0, or else e / (1
-        # + e).
+        # With e = exp(-|z|), at most 1, the sigmoid is 1 / (1 + e) if z >= 0, else e / (1 + e).
         e = exp(-(z < 0).where(-z, z))
         s = (z < 0).where(e, 1.0) / (e + 1.0)
         slope = s + u[i] * s * (1.0 - s) * (u[i] * u[i] * (3 * 0.044715) + 1.0) * c
@@ -2134,7 +2133,7 @@ PATIENCE = 4000
 @functools.cache
 def replay_program(threads: int):
     """The loop above. Its own arguments are the list, its length, the place of `mine`, and all of `done`.
-    (`x.after(y)` is x, but not before y is done, and `x.end(loop, c)` is x and then `while (c)`.)"""
+    (`x.end(loop, c)` is x and then `while (c)`.)"""
     # (`volatile` memory is fetched anew each time, since another thread may have changed it.)
     lines = UOp.param(0, dtypes.uint64, (1 << 20,), volatile=True)
     length = UOp.param(1, dtypes.int, (1,))
@@ -2468,7 +2467,7 @@ class Fast(Plain):
         return call
 
 # AdamW's kernel takes some parameters at a time. Those of a transformer block go together, 12 in a GPT-2, so
-# that one program serves for every block. More than 12 do not fit: four arrays for each, with scale and
+# that one program serves for every block. Much more would not fit: four arrays for each, with scale and
 # rates, are 50 arguments, and a line of chapter 19 has room for 60.
 def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
     """The names of parameters in groups, each of one block or of what is in no block. One with fewer numbers
@@ -3169,7 +3168,7 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         # Python does not say which file could not be written, so `whole` adds its name. Where the disk is
-        # full and there is no name, it was the terminal's file: somebody has redirected what we print.
+        # full and there is no name, it was standard output, which somebody has sent to a file.
         where = error.filename or (full and "standard output")
         return f"{where}: {error.strerror}" if where else error.strerror
     return str(error)
