@@ -311,11 +311,11 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance (their
 # mean square) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
-# gradients grow or shrink by a factor at each layer, in ten layers by its tenth power. (1e-5 prevents 0 / 0.
+# gradients grow or shrink by a factor at each operation, in ten by its tenth power. (1e-5 prevents 0 / 0.
 # Newer models use *RMSNorm*: in `layer_norm`, x / sqrt((mean of x^2) + 1e-5) * weight; the bias goes unused.)
 #
-# `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: two linear layers in a row are again one
-# linear layer, unless something that is not linear stands between them. It is nearly 0 for very negative
+# `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: `linear` after `linear` is again one
+# `linear`, unless something that is not linear stands between them. It is nearly 0 for very negative
 # numbers and nearly x for large ones: -3 becomes -0.004, 0 stays 0, and 3 becomes 2.996.
 #
 # `attention` is how tokens learn about each other. `linear` gives each token three vectors: a *query* (what
@@ -365,9 +365,9 @@ class Plain:
         return (0.5 * x * switch).contiguous()
 
     def attention(self, qkv: Tensor, position: Tensor, cache=None) -> Tensor:
-        """Causal self-attention: qkv (B, T, 3, H, D), a query, key and value for each token and head -> the
-        answers (B, T, H, D). `cache` is for writing (part II): it remembers keys and values of earlier
-        tokens, and needs to know the `position` (T,) of the new ones."""
+        """Causal self-attention: tokens of one text hear each other, and none that comes later. qkv
+        (B, T, 3, H, D), a query, key and value for each token and head -> the answers (B, T, H, D). `cache`
+        is for writing (part II): it keeps keys and values of tokens before these, at `position` (T,)."""
         B, T, _, H, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # three of (B, H, T, D)
         if cache is None:
@@ -506,7 +506,7 @@ def stir(h: Tensor) -> Tensor:
 # slope of a norm at each layer, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
 # Two layers in each block, both named `c_proj`, add to the stream: 2 n_layer times in all. If each addition
-# has variance s^2, the sum has 2 n_layer s^2. So their first weights are divided by the root of 2 n_layer.
+# has variance s^2, the sum has 2 n_layer s^2. So they begin with weights divided by the root of 2 n_layer.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
     def __init__(self, config: GPTConfig, ops: Plain, rng):
@@ -906,17 +906,16 @@ def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 def describe_processor() -> str:
     """What the processor can do: a program for one may be nonsense to another. Linux tells it in a file;
     elsewhere, and in a container without that file, the compiler knows."""
-    try:
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        native = "-march=native" if X86 else "-mcpu=native"
-        ask = [os.environ.get("CC") or "clang", native, "-dM", "-E", "-x", "c", "/dev/null"]
-        with suppress(OSError, subprocess.SubprocessError):
-            text = subprocess.run(ask, capture_output=True, text=True, timeout=9).stdout.lower()
-            return platform.processor() + text  # (with a line such as #define __avx512f__ 1)
-        return platform.processor()
-    lines = re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)
-    return "\n".join(sorted(set(lines)))
+        lines = re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE)
+        return "\n".join(sorted(set(lines)))
+    native = "-march=native" if X86 else "-mcpu=native"
+    ask = [os.environ.get("CC") or "clang", native, "-dM", "-E", "-x", "c", "/dev/null"]
+    told = platform.processor()
+    with suppress(OSError, subprocess.SubprocessError):
+        told += subprocess.run(ask, capture_output=True, text=True, timeout=9).stdout.lower()
+    return told  # (with a line such as #define __avx512f__ 1)
 
 CORES = count_cores()
 AVX2 = X86 and "avx2" in describe_processor()
@@ -956,11 +955,9 @@ def own_folders():
 
 def cache_folder() -> Path:
     """The first of these folders; UserError if there is none."""
-    folder = next(own_folders(), None)
-    if folder is None:
-        nowhere = "neither the home nor the folder for temporary files can be written"
-        raise UserError(f"{nowhere}: set XDG_CACHE_HOME")
-    return folder
+    for folder in own_folders():
+        return folder
+    raise UserError("neither the home nor the folder for temporary files can be written: set XDG_CACHE_HOME")
 
 def complaint_of(compiler: str) -> str:
     """What is wrong with `compiler`; an empty text if it is a clang that works."""
@@ -1053,8 +1050,7 @@ def load_programs() -> set:
             end = place + 40 + int.from_bytes(data[place + 32:place + 40], "little")
             if hashlib.sha256(data[place + 40:end]).digest() != data[place:place + 32] or end > 1 << 25:
                 programs_file().unlink()  # damaged, or too large: begin anew
-                loaded.clear()
-                break
+                return set()
             if len(data) - end < NEWEST:
                 loaded |= pickle.loads(data[place + 40:end])
             place = end
@@ -1142,9 +1138,8 @@ def compile_together(trees: list) -> None:
         if orders[tree].cancel():
             to_program(tree, renderer)
     for tree, order in orders.items():
-        with suppress(Exception):  # (a helper that has died: tinygrad will compile it)
-            if not order.cancelled():
-                to_program_cache[todo[tree]] = pickle.loads(order.result())
+        with suppress(Exception):  # (it is cancelled; or a helper has died: tinygrad will compile it)
+            to_program_cache[todo[tree]] = pickle.loads(order.result())
 
 def forget_orders() -> None:
     """Let the helpers finish what they are doing, and nothing else: somebody wants to end."""
@@ -1219,11 +1214,9 @@ class Recording:
         def traced():
             results = function(*inputs)
             Tensor.realize(*results)  # (notes down the last programs)
-            linears = self.jit._linears  # what has been noted down: lists of calls of programs
-            for i, linear in enumerate(linears):
-                linears[i] = linear.replace(src=tuple(divided(call, cores) for call in linear.src))
-            trees = [call.src[0] for linear in linears for call in linear.src if call.src[0].op is Ops.SINK]
-            compile_together(trees)
+            calls = [divided(call, cores) for linear in self.jit._linears for call in linear.src]
+            self.jit._linears = [UOp(Ops.LINEAR, src=tuple(calls))]  # what has been noted down, in one list
+            compile_together([call.src[0] for call in calls if call.src[0].op is Ops.SINK])
             return results
         self.jit = TinyJit(traced)
         self.jit.cnt = 1
@@ -1253,16 +1246,14 @@ class Recording:
         an array of numpy's, or a program with very many arguments."""
         found = []
         for call in self.jit.captured.linear.src:
-            if call.src[0].op is not Ops.PROGRAM:
+            program = call.src[0]
+            info = program.arg
+            if program.op is not Ops.PROGRAM or len(info.globals) > WIDTH - 4:  # (so many fit into a line)
                 return None
-            program = get_runtime("CPU", call.src[0])
-            info = call.src[0].arg
             arguments = get_call_arg_uops(call)
-            if len(info.globals) > WIDTH - 4:  # (more than a line of chapter 19 has room for)
-                return None
             buffers = [arguments[i].buffer.ensure_allocated() for i in info.globals]
             addresses = [buffer.get_buf("CPU").va_addr for buffer in buffers]
-            found.append((program.addr, addresses, info.global_size[0]))
+            found.append((get_runtime("CPU", program).addr, addresses, info.global_size[0]))
         return found
 
 # === Chapter 14. A kernel, beside the C that it becomes
@@ -1733,16 +1724,11 @@ def weights_back(k, dw, *rest):
 # it takes rows i, 24 + i, 48 + i, ... 168 + i, each times its number of x, and adds them to a row of sums.
 FEW = 8  # rows of x for which this is the quicker way
 
-def parts_of(K: int, cores: int) -> tuple[int, int]:
-    """For w of K rows: how many are read side by side, and in how many parts they are shared out."""
-    streams = divisor(K, 8)
-    return streams, divisor(K // streams, cores)
-
 def matvec(k, parts, x, w):
     """parts (P, R, N): x (R, K) @ w (K, N), where each part has seen a P-th of the rows of w."""
     K, N = w.shape
     P, R, _ = parts.shape
-    streams, _ = parts_of(K, k.cores)
+    streams = divisor(K // P, 8)  # rows that are read side by side
     width = divisor(N, 4096 // R)  # columns whose sums stay in the first level
     steps = K // streams // P
     for part in k.share(P):
@@ -2166,14 +2152,14 @@ class Crew:
         # all lists must be equally long, since threads wait for each other after every line. With 4 shares
         # on 3 threads, thread 0 has shares 0 and 3; threads 1 and 2 have one each, and then a line in which
         # they only wait.
-        lists = [[] for _ in range(threads)]
+        lines = []
         for address, arguments, shares in calls:
-            lines = [[address, *arguments, core] for core in range(shares)]  # core_id comes last
-            lines += [[go_on]] * (-shares % threads)                         # who has no share waits
-            for i, line in enumerate(lines):
-                lists[i % threads].append(line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest])
-        self.lists = np.array(lists, np.uint64)                              # (threads, length, WIDTH)
-        self.length = np.array([len(lists[0])], np.int32)
+            lines += [[address, *arguments, core] for core in range(shares)]  # core_id comes last
+            lines += [[go_on]] * (-shares % threads)                          # who has no share waits
+        lines = [line + [0] * (WIDTH - 2 - len(line)) + [go_on, rest] for line in lines]
+        lists = [lines[i::threads] for i in range(threads)]
+        self.lists = np.array(lists, np.uint64)                               # (threads, length, WIDTH)
+        self.length = np.array([self.lists.shape[1]], np.int32)
         # The program waits for the counts of all `cores` threads. One that is not there has the largest count
         # from the start.
         self.done = np.full((cores, 8), 2**64 - 1, np.uint64)
@@ -2272,13 +2258,8 @@ def digest(*names: str) -> str:
 def known_to_kernels(arguments, device: str) -> bool:
     """True if every tensor of floats in these arguments is float32 and in the memory of `device`. (Ids need
     not be: `in_memory` makes them so. And the weights of chapter 22 are whole numbers.)"""
-    for argument in arguments:
-        if isinstance(argument, dict) and not known_to_kernels(argument.values(), device):
-            return False
-        has_floats = isinstance(argument, Tensor) and dtypes.is_float(argument.dtype)
-        if has_floats and (argument.dtype != dtypes.float32 or argument.device != device):
-            return False
-    return True
+    floats = [x for x in get_state_dict(arguments).values() if dtypes.is_float(x.dtype)]
+    return all(x.dtype == dtypes.float32 and x.device == device for x in floats)
 
 # There are three ways to change an operation, and each needs a test of its own. If its source in this file is
 # edited, the checksum is another. If a line such as Plain.gelu = f has run before this chapter, the source is
@@ -2356,7 +2337,7 @@ class Fast(Plain):
         rows = x.numel() // weight.shape[0]
         if rows > FEW:
             return self.run(matmul, [y], [x, weight, bias], back)[0]
-        _, n = parts_of(weight.shape[0], self.cores)
+        n = divisor(weight.shape[0], self.cores)
         parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
 
         def back_past_parts(dy, _):
@@ -2663,9 +2644,8 @@ def attend(k, y, keys, values, qkv, position, start, *, most: int):
             y[0, t, h, d] += score[j] / total[0] * values[0, h, first + j, d]
 
 # Let S be 64, and let there be three texts: the third has places 128 to 191, and its token 5 stands at 133.
-# `at` gives the same memory another `start`. The memory begins with zeros, since `flash` reads whole blocks,
-# places that nobody has written to yet among them. Their weight is tiny but not 0 (`exp` ends at 2^-60), and
-# a tiny part of a NaN is a NaN.
+# The memory begins with zeros, since `flash` reads whole blocks, places that nobody has written to yet among
+# them. Their weight is tiny but not 0 (`exp` ends at 2^-60), and a tiny part of a NaN is a NaN.
 class Cache:
     """The keys and values of one block, (1, H, texts * S, D) each: S places for each of some texts. `start`
     says where the text of each new token begins, (T,), or that of all of them, (1,)."""
@@ -2675,23 +2655,12 @@ class Cache:
         self.memory = None
         self.start = Tensor.zeros(1, dtype=dtypes.int32)
 
-    def at(self, start: Tensor) -> Cache:
-        """The same memory, for tokens of other texts."""
-        other = copy.copy(self)
-        other.start = start
-        return other
-
     def room(self, H: int, D: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
         if self.memory is None:
-            self.memory = [Tensor.empty(1, H, self.texts * self.S, n) for n in (D, width or D)]
-            self.renew()
+            shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
+            self.memory = [Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes]
         return self.memory
-
-    def renew(self) -> None:
-        """New memory of the same shapes, all zeros."""
-        for tensor in self.memory or ():
-            tensor.replace(Tensor(np.zeros(tensor.shape, np.float32)).realize())
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store keys and values (1, H, T, D) at their `position` (T,). Returns all keys and values, (1, H,
@@ -2728,8 +2697,8 @@ THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Else
 def is_as_in_part_one(thing) -> bool:
     """Is this a model (or part of one) that is made of part I's layers, unchanged, and of nothing else?"""
     kind = type(thing)
-    if kind is list:
-        return all(is_as_in_part_one(part) for part in thing)
+    if kind in (list, dict):  # (such as `source`, a dict of texts)
+        return all(map(is_as_in_part_one, thing if kind is list else thing.values()))
     for name, content in THEIR_CONTENTS.get(kind, {}).items():
         if vars(kind).get(name) is not content:  # somebody has put something else there
             return False
@@ -2737,9 +2706,7 @@ def is_as_in_part_one(thing) -> bool:
         return False
     if kind in LAYERS:
         return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
-    if kind is dict:  # `source`, a dict of texts
-        return all(isinstance(part, str) for part in thing.values())
-    return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, int, type(None))
+    return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, str, int, type(None))
 
 SIDE_BY_SIDE = FEW  # texts
 
@@ -2775,26 +2742,13 @@ class Writer:
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         self.tensors = list(model.parameters().values())
+        # The caches' memory must be there before something is recorded, and we know its shape for our own
+        # model only. (With any other, `agrees` sees to that.)
         if write is not WRITE_AS_WE_KNOW_IT:
             self.forget("`write` has been changed, and part II cannot do the same with a cache")
-            return
-        c = model.config
-        try:
-            # The caches' memory must be there before something is recorded, and we know its shape for our own
-            # model only. Any other is given one token: each layer then asks its cache for `room`, which tells
-            # the shape. Nothing is computed, but that token's key and value have been noted down as something
-            # to be put into the memory. So the memory is made anew: the note is about the old one, and is
-            # never carried out. Else it would become a part of the first recording, and be done at each turn.
-            if self.is_known:
-                for cache in self.caches:
-                    cache.room(c.n_head, c.n_embd // c.n_head)
-            else:
-                first = Tensor([0], dtype=dtypes.int32)
-                model.hidden(first.reshape(1, 1), None, first, self.caches)
-                for cache in self.caches:
-                    cache.renew()
-        except Exception:  # (of any kind, from a layer that takes no cache, say, or no single token)
-            self.forget()
+        elif self.is_known:
+            for cache in self.caches:
+                cache.room(model.config.n_head, model.config.n_embd // model.config.n_head)
 
     def forget(self, why="with a cache of keys and values this model would write something else") -> None:
         """Do without the caches from now on."""
@@ -2806,27 +2760,34 @@ class Writer:
         self.owners = {}
         n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
+        first = Tensor([0], dtype=dtypes.int32)
         try:
+            # (A first token, not recorded: each layer asks its cache for `room`, which makes the memory.)
+            self.step(first.reshape(1, 1), first, Tensor.zeros(1, dtype=dtypes.int32))
             want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]            # (n, V)
             got = [self.logits(ids[:place + 1], place) for place in range(n)]
             got[-1] = self.logits(ids, 0)                                # (once more, in pieces)
-        except Exception:
+        except Exception:  # (of any kind, from a layer that takes no cache, say, or no single token)
             return False
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
+
+    def step(self, idx: Tensor, position: Tensor, start: Tensor, head: bool = True) -> tuple[Tensor]:
+        """What `read` records: pass ids (1, T), which stand at `position` (T,), through the model, with
+        caches in which their texts begin at `start`."""
+        for cache in self.caches:
+            cache.start = start
+        x = self.model.hidden(idx, None, position, self.caches)
+        return ((self.model.head(x) if head else x).realize(),)
 
     def read(self, ids: list[int], places: list[int], rows: list[int], head=True) -> np.ndarray:
         """Pass n tokens, which stand at `places`, through the model. `rows` has the row of each one's text,
         or a single row if all are of one text. Returns for each the logits, (n, V), or without the head the
         stream before it, (n, C)."""
-        def run(idx, position, start):
-            caches = [cache.at(start) for cache in self.caches]
-            x = self.model.hidden(idx, None, position, caches)
-            return ((self.model.head(x) if head else x).realize(),)
         # Only what has one shape can be recorded, so each number of tokens has a recording of its own. Places
         # and rows come in as tensors: one recording serves all of them.
         kind = len(ids), len(rows), head
         if kind not in self.programs:
-            self.programs[kind] = self.model.ops.record(run)
+            self.programs[kind] = self.model.ops.record(lambda *inputs: self.step(*inputs, head))
         idx, position, row = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
         return self.programs[kind](idx, position, row * self.S)[0][0]
 
@@ -2902,12 +2863,9 @@ class Writer:
         for ids in map(np.asarray, prompts):
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
-        tensors = list(self.model.parameters().values())  # (also carries out assignments that wait)
+        tensors = self.model.parameters().values()  # (also carries out assignments that wait)
         if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
-            self.tensors = tensors  # somebody has put others there: record anew
-            self.is_known = is_as_in_part_one(self.model)
-            self.programs = {}
-            self.owners = {}
+            self.__init__(self.model, self.texts)  # somebody has put others there: begin anew
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
         if not self.remembers:
@@ -3017,7 +2975,7 @@ def with_unpacked(k, *arrays, inner, place: int, **options):
     inner(k, *arrays, **options)
 
 # A backend for this is `Fast`, with a `run` that, where it meets a packed matrix, hands over its scales as
-# well. A matrix is packed as it is loaded (`fill` in chapter 26 asks for it), so that it never stands in
+# well. A matrix is packed as it is loaded (`restore` in chapter 26 asks for it), so that it never stands in
 # memory as float32. The layers are part I's, and the tensor that one of them calls its `weight` then has
 # whole numbers, which mean something only together with the scales that the backend has for it. So this is
 # for part I's layers as they are, to write and to examine; whoever wants more is refused.
@@ -3050,12 +3008,6 @@ class Packed(Fast):
         inputs = [*inputs, self.scales[id(inputs[i])]]
         options |= {"inner": kernel, "place": len(results) + i}
         return super().run(with_unpacked, results, inputs, self.cannot_learn, **options)
-
-    def pack(self, model: GPT) -> None:
-        """The same for all matrices of a model that has its numbers already."""
-        for tensor in model.parameters().values():
-            if tensor.ndim == 2:
-                self.load(tensor, tensor.numpy())
 
     def cannot_learn(self, *_):
         """In place of the way back."""
@@ -3166,11 +3118,8 @@ def brief(text, most: int = 300) -> str:
 def in_words(error: Exception) -> str:
     """What an error says, without Python's way of writing it down."""
     if isinstance(error, OSError) and error.strerror:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Python does not say which file could not be written, so `whole` adds its name. Where the disk is
-        # full and there is no name, it was standard output, which somebody has sent to a file.
-        where = error.filename or (full and "standard output")
-        return f"{where}: {error.strerror}" if where else error.strerror
+        # (Python does not say which file could not be written, so `whole` adds its name.)
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 # === Chapter 24. A text from elsewhere
@@ -3263,22 +3212,19 @@ def check_file(path: str | Path) -> int:
     return os.path.getsize(path)
 
 def read_text(path: Path, replace: bool = False) -> bytearray:
-    """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. UserError if it
-    cannot be read, or has bytes that are not UTF-8 (it says where); with `replace`, these become U+FFFD."""
+    """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. UserError if it has
+    bytes that are not UTF-8 (it says where); with `replace`, these become U+FFFD."""
     text = bytearray()
     errors = "replace" if replace else "strict"
-    try:
-        with open(path, encoding="utf-8-sig", errors=errors) as file:
-            try:
-                while piece := file.read(1 << 20):
-                    text += piece.encode()
-                    show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
-            except UnicodeDecodeError as error:
-                offset = file.buffer.tell() - len(error.object) + error.start
-                where = f"byte {error.object[error.start]:#04x} at offset {offset}"
-                raise UserError(f"{path} is not UTF-8: {where} (--replace-bad-bytes reads on)") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    with open(path, encoding="utf-8-sig", errors=errors) as file:
+        try:
+            while piece := file.read(1 << 20):
+                text += piece.encode()
+                show(f"reading {path.name}: {len(text) / 1e6:.0f} MB")
+        except UnicodeDecodeError as error:
+            offset = file.buffer.tell() - len(error.object) + error.start
+            where = f"byte {error.object[error.start]:#04x} at offset {offset}"
+            raise UserError(f"{path} is not UTF-8: {where} (--replace-bad-bytes reads on)") from error
     return text
 
 # tiktoken is quick, but fails on a million blanks, and its lists take ten times an array's memory. So a long
@@ -3381,11 +3327,9 @@ def check_value(name: str, value, kind: type) -> None:
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
-    if type(value) not in (int, kind):
+    if type(value) not in (int, kind) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{flag_of(name)} must be {what}, not {brief(value, 50)}")
-    if not low <= value <= high:
-        raise UserError(f"{flag_of(name)} must be between {low} and {high}, not {brief(value, 50)}")
+        raise UserError(f"{flag_of(name)} must be {what} between {low} and {high}, not {brief(value, 50)}")
 
 def check_config(config) -> None:
     """UserError for the first field of a config whose value it cannot have."""
@@ -3435,19 +3379,11 @@ def numbers_of(tensor) -> memoryview:
     array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
     kind = np.float32 if array.dtype.kind == "f" else np.int32
     numbers = np.ascontiguousarray(array, kind).reshape(-1)
-    if kind == np.float32:
-        check_finite(numbers)
-    elif (numbers != array.reshape(-1)).any():
+    if not np.isfinite(numbers).all():
+        raise ValueError("there are numbers that are not finite")
+    if kind == np.int32 and (numbers != array.reshape(-1)).any():
         raise ValueError("there are whole numbers of more than 32 bits")
     return numbers.data
-
-def check_finite(array: np.ndarray) -> None:
-    """ValueError if a number in it is infinite, or no number."""
-    # An infinite number is the smallest or the largest, and a NaN makes both of these NaN: so two numbers
-    # tell, and no second array is needed. (As one is at most 0 and the other at least 0, their sum is
-    # finite.)
-    if not np.isfinite(array.min(initial=0) + array.max(initial=0)):
-        raise ValueError("there are numbers that are not finite")
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32 (whole numbers as int32), together with some texts.
@@ -3558,32 +3494,8 @@ def as_float32(array: np.ndarray) -> np.ndarray:
     """Numbers of any precision as float32. Those of bfloat16 are the upper halves of a float32's 32 bits."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and `fill` looks for that
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and `restore` looks for that
         return array.astype(np.float32, copy=False)
-
-def fill(tensors: dict[str, Tensor], arrays: dict[str, np.ndarray], path: Path, ops: Plain) -> None:
-    """Give each tensor the numbers of the array of the same name. UserError, and nothing has changed, unless
-    there is one for each, of its shape, and with finite numbers. `path` is where they come from, for that
-    line."""
-    for name, tensor in tensors.items():
-        array = arrays.get(name)
-        if array is None:
-            raise UserError(f"{path} does not fit this model: {name} is missing")
-        kind = "float" if dtypes.is_float(tensor.dtype) else "int"
-        is_float = array.dtype.kind == "f" or array.dtype == np.uint16
-        if array.shape != tensor.shape or is_float != (kind == "float"):
-            found = f"{array.dtype} {array.shape}"
-            raise UserError(f"{path} does not fit this model: {name} is {found}, not {kind} {tensor.shape}")
-        numbers = as_float32(array)
-        try:
-            check_finite(numbers)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: in {name}, {error}") from None
-        if name.startswith("optimizer.v.") and numbers.min(initial=0) < 0:
-            raise UserError(f"{path} is damaged: {name} has averages of squares below zero")
-    for name, tensor in tensors.items():
-        load = ops.load if isinstance(ops, Packed) and tensor.ndim == 2 else load_array
-        load(tensor, as_float32(arrays[name]) if dtypes.is_float(tensor.dtype) else arrays[name])
 
 # A checkpoint, then, has the parameters under their own names, and Adam's averages under the same names with
 # "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, and what an optimizer
@@ -3623,13 +3535,9 @@ def state_of(model: GPT, optimizer: AdamW | None) -> dict[str, Tensor]:
 # your class takes `chars` and calls them `self.letters`, that fails; so one is made from what would be kept,
 # and compared, before a run begins.
 def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
-    """All that is needed to make the tokenizer again, as a text. UserError if it does not have that."""
-    takes = list(inspect.signature(BPETokenizer).parameters)
-    try:
-        return json.dumps({name: getattr(tokenizer, name) for name in takes})
-    except (AttributeError, TypeError):
-        raise UserError("a checkpoint could not bring the tokenizer back: its class takes "
-                        f"{' and '.join(takes)}, so it needs attributes of these names") from None
+    """All that is needed to make the tokenizer again, as a text."""
+    takes = inspect.signature(BPETokenizer).parameters
+    return json.dumps({name: getattr(tokenizer, name) for name in takes})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
     """The opposite; Damaged if the text is not of that kind."""
@@ -3645,12 +3553,13 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
 
 def check_comes_back(tokenizer: BPETokenizer) -> None:
     """UserError if a checkpoint would give back another tokenizer than this one, or none."""
-    with suppress(Damaged):
+    with suppress(Damaged, AttributeError, TypeError):
         again = tokenizer_from_json(tokenizer_to_json(tokenizer))
         if tokens_of(again) == tokens_of(tokenizer):
             return
-    raise UserError("a checkpoint could not bring the tokenizer back: a BPETokenizer that is given this "
-                    "one's attributes, by their names, has other tokens")
+    takes = " and ".join(inspect.signature(BPETokenizer).parameters)
+    raise UserError(f"a checkpoint could not bring the tokenizer back: its class takes {takes}. So it needs "
+                    "attributes of these names, and what is made of them has other tokens, or can't be made")
 
 # A list of merges can be a trap. Let each token be two of the one before it: forty of them, less than a line
 # in a file, make a token of 10^12 bytes. Numbers below zero lead there as well, since Python counts them from
@@ -3700,39 +3609,52 @@ def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     number = re.fullmatch("[0-9]{1,9}", metadata.get("iter_num", ""))
     if metadata.get("format") != FORMAT or "sha256" not in metadata or not number:
         raise UserError(f"{path} is not a checkpoint of this version of MiniMiggy")
+    for key, now, what in (("made_by", PART_ONE, "layers or operations"),
+                           ("tokenizer_made_by", TOKENIZER, "rules for tokens")):
+        if metadata.get(key, now) != now:
+            print(f"minimiggy: {printable(str(path))} was saved while part I had other {what}: its model may "
+                  "compute something else now", file=sys.stderr)
     return arrays, metadata
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
     UserError, and nothing has changed, if the file is damaged or does not fit."""
     arrays, metadata = read_checkpoint(Path(path))
-    try:
-        config = config_from(GPTConfig, metadata.get("gpt_config", ""))
-    except Damaged as error:
-        raise UserError(f"{path} cannot be opened: {error}") from error
-    for field in dataclasses.fields(config):
-        saved = getattr(config, field.name)
+    config = config_from(GPTConfig, metadata.get("gpt_config", ""), path)
+    for name, saved in vars(config).items():
         # (Shapes do not show everything: four heads and eight have the same matrices, and compute different
         # things. But dropout is no part of what a model is.)
-        if field.name != "dropout" and saved != getattr(model.config, field.name):
-            raise UserError(f"{path} does not fit this model: its {field.name} is {saved}")
-    restore(model, arrays, metadata, path, optimizer)
+        if name != "dropout" and saved != getattr(model.config, name):
+            raise UserError(f"{path} does not fit this model: its {name} is {saved}")
+    restore(model, arrays, path, optimizer)
     return int(metadata["iter_num"])
 
-def restore(model: GPT, arrays: dict, metadata: dict, path: str | Path, optimizer=None) -> None:
-    """The same with what has been read from `path`."""
+def restore(model: GPT, arrays: dict[str, np.ndarray], path: str | Path, optimizer=None) -> None:
+    """Give a model, and an optimizer if there is one, the numbers of the arrays of the same names. UserError,
+    and nothing has changed, unless there is one for each tensor and no other, of its shape, and with finite
+    numbers. `path` is where they come from, for that line."""
     # What the file has beyond the model is as wrong as what it lacks: it has more layers, say. (But whoever
     # only wants to let the model write need not have an optimizer for Adam's averages.)
     named = state_of(model, optimizer)
     for name in arrays:
         if name not in named and (optimizer or not name.startswith("optimizer.")):
             raise UserError(f"{path} does not fit this model, which has no {brief(name, 60)}")
-    fill(named, arrays, path, model.ops)
-    for key, now, what in (("made_by", PART_ONE, "layers or operations"),
-                           ("tokenizer_made_by", TOKENIZER, "rules for tokens")):
-        if metadata.get(key, now) != now:
-            print(f"minimiggy: {printable(str(path))} was saved while part I had other {what}: its model may "
-                  "compute something else now", file=sys.stderr)
+    for name, tensor in named.items():
+        array = arrays.get(name)
+        unfit = f"{path} does not fit this model: {name} is"
+        if array is None:
+            raise UserError(f"{unfit} missing")
+        is_float = array.dtype.kind == "f" or array.dtype == np.uint16
+        if array.shape != tensor.shape or is_float != dtypes.is_float(tensor.dtype):
+            raise UserError(f"{unfit} {array.dtype} {array.shape}, not {tensor.dtype.name} {tensor.shape}")
+        numbers = as_float32(array)
+        if not np.isfinite(numbers).all():
+            raise UserError(f"{path} is damaged: {name} has numbers that are not finite")
+        if name.startswith("optimizer.v.") and numbers.min(initial=0) < 0:
+            raise UserError(f"{path} is damaged: {name} has averages of squares below zero")
+    for name, tensor in named.items():
+        load = model.ops.load if isinstance(model.ops, Packed) and tensor.ndim == 2 else load_array
+        load(tensor, as_float32(arrays[name]) if dtypes.is_float(tensor.dtype) else arrays[name])
 
 # Both are methods of a model, but part I, which has the class, knows nothing of files.
 GPT.save_checkpoint = save_checkpoint
@@ -3748,15 +3670,16 @@ def size_of(config: GPTConfig) -> int:
     C = config.n_embd
     return config.n_layer * 12 * C**2 + (config.vocab_size + config.block_size) * C
 
-def config_from(kind: type, text: str):
-    """A config from its JSON; Damaged if a field is unknown or has a value that it cannot have."""
+def config_from(kind: type, text: str, path: str | Path):
+    """A config from its JSON in the file `path`; UserError if a field is unknown or has a value that it
+    cannot have."""
     try:
         config = kind(**json.loads(text))
         check_config(config)
         return config
     except (UserError, ValueError, TypeError, RecursionError) as error:
         words = f": {error}" if isinstance(error, UserError) else ""  # (others speak of Python)
-        raise Damaged(f"its {kind.__name__} is impossible{words}") from error
+        raise UserError(f"{path} cannot be opened: its {kind.__name__} is impossible{words}") from error
 
 def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoint:
     """The model of a checkpoint, with its tokenizer and its numbers; the config that it was trained with; its
@@ -3768,12 +3691,12 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     # tokens. (A hundred times, since your layers may be far smaller than GPT-2's. It is to stop absurdities:
     # a thousand layers of 65536 channels would be 5 * 10^13 numbers.)
     try:
-        config = config_from(GPTConfig, metadata.get("gpt_config", ""))
-        train_config = config_from(TrainConfig, metadata.get("train_config", "{}"))
+        config = config_from(GPTConfig, metadata.get("gpt_config", ""), path)
+        train_config = config_from(TrainConfig, metadata.get("train_config", "{}"), path)
         if size_of(config) > 100 * sum(array.size for array in arrays.values()):
             raise Damaged("it has far fewer numbers than the model that it speaks of")
         model = GPT(config, backend, seed=None)
-        restore(model, arrays, metadata, path)
+        restore(model, arrays, path)
         text = metadata.get("tokenizer")
         most = 100 + 20 * config.vocab_size  # (18 for a merge such as "[399998, 399999], ")
         if text and len(text) > most and TOKENIZER_IS_OURS:
@@ -3796,13 +3719,11 @@ def step_of(path: Path) -> int | None:
     match = re.fullmatch("ckpt_([0-9]{1,9})", path.stem)
     return int(match[1]) if match and path.suffix == ".safetensors" else None
 
-def checkpoints(out_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by their steps, the newest last; UserError, with what to type, if it has
-    none."""
-    found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors") if path.is_file()}
+def checkpoints(out_dir: Path, run: str | None = None) -> dict[int, Path]:
+    """The checkpoints of a folder, or those of one `run` in it, by their steps, the newest last."""
+    found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors")
+             if path.is_file() and (run is None or run_of(path) == run)}
     found.pop(None, None)
-    if not found:
-        raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
     return dict(sorted(found.items()))
 
 def best_step(rows: list[str], steps) -> int | None:
@@ -3816,13 +3737,17 @@ def best_step(rows: list[str], steps) -> int | None:
     return min(losses, key=losses.get, default=None)
 
 def newest_first(out_dir: Path) -> list[Path]:
-    """The checkpoints of a folder in the order in which `--resume` wants them; UserError if it has none."""
-    return list(reversed(checkpoints(out_dir).values()))
+    """The checkpoints of a folder in the order in which `--resume` wants them; UserError, with what to type,
+    if it has none."""
+    found = checkpoints(out_dir)
+    if not found:
+        raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
+    return list(reversed(found.values()))
 
 def best_first(out_dir: Path) -> list[Path]:
     """The same with the best one, if there was an exam, before all others: the order for writing."""
     found = checkpoints(out_dir)
-    best = best_step(log_rows(out_dir / "log.csv", max(found)), found)
+    best = best_step(log_rows(out_dir / "log.csv", max(found, default=0)), found)
     return sorted(newest_first(out_dir), key=lambda path: step_of(path) != best)  # (leaves equals in order)
 
 # If the first is damaged, the next one will do. But whoever is not told would think that the disk is well,
@@ -3848,21 +3773,13 @@ def open_first(paths: list[Path], backend: Plain | None = None) -> Checkpoint:
 def name_of_run(model: GPT, config: TrainConfig, data: np.ndarray) -> str:
     """A name for the run that begins with this model, this plan and these token ids."""
     plan = [dataclasses.asdict(model.config), dataclasses.asdict(config), PART_ONE]
-    digest = hashlib.sha256(json.dumps(plan).encode())
-    for part in (data, *map(numbers_of, model.parameters().values())):
-        digest.update(part)
-    return digest.hexdigest()[:16]
+    return sha256_of(plan, {}, (data, *map(numbers_of, model.parameters().values())))[:16]
 
 def run_of(path: Path) -> str | None:
     """The name of the run that a checkpoint comes from; None if it has none or cannot be read."""
     with suppress(OSError, UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         with open(path, "rb") as file:
             return read_header(file)[1].get("run")
-
-def own_checkpoints(out_dir: Path, run: str) -> dict[int, Path]:
-    """The checkpoints of a folder that a run has saved."""
-    found = {step_of(path): path for path in out_dir.glob("ckpt_*.safetensors") if run_of(path) == run}
-    return dict(sorted((step, path) for step, path in found.items() if step is not None))
 
 # Old ones are deleted after the new one has been written (on a full disk before it, but never the newest). So
 # there is always one that is whole.
@@ -3914,7 +3831,8 @@ class Evaluator:
         """A quick look: the mean over so many batches of windows, spread evenly over `data`."""
         # Two batches of two windows of 8 in 1000 tokens begin at 0, 330, 660 and 991: the last one's last
         # prediction is token 999.
-        data = checked("examined", data, self.config)
+        if len(data) - 1 <= batches * self.batch_size * self.T:  # there are no more than that
+            return self.whole(data)
         starts = np.linspace(0, len(data) - self.T - 1, batches * self.batch_size).astype(np.int64)
         return float(self.at(data, starts).mean(dtype=np.float64))
 
@@ -3956,17 +3874,13 @@ class TrainingFailed(Exception):
 def log_rows(log: Path, start: int) -> list[str]:
     """The rows of log.csv up to step `start`: a run that goes on from there writes those after it again.
     Lines that are no rows are dropped."""
-    if start == 0 or not log.is_file():
-        return []
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return [line for line in lines if ROW.fullmatch(line) and int(line.split(",")[0]) <= start]
 
 def sample_blocks(file: Path, start: int) -> list[str]:
     """The texts in samples.txt that were written up to step `start`, each under a line that says at which
     step."""
-    if start == 0 or not file.is_file():
-        return []
-    text = file.read_text(errors="replace")
+    text = file.read_text(errors="replace") if file.is_file() else ""
     blocks = re.finditer(r"step (\d{1,9})\n(    \|.*\n)+", text, re.ASCII)
     return [block.group() for block in blocks if int(block[1]) <= start]
 
@@ -4023,10 +3937,9 @@ class Run:
             vars(self.optimizer).update(kept)
         self.evaluator = Evaluator(model, config.batch_size)
         self.writer = None
-        # Batches of validation text: how many there are, and how many of them an exam on the way reads.
+        # How many batches of validation text an exam on the way reads.
         windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
-        self.val_batches = math.ceil(windows / config.batch_size)
-        self.exam_batches = min(self.val_batches, 4 * config.eval_iters)
+        self.exam_batches = min(math.ceil(windows / config.batch_size), 4 * config.eval_iters)
         if start == 0 or "run" not in (model.source or {}):
             model.source = (model.source or {}) | {"run": name_of_run(model, config, self.data)}
         self.out_dir = None if out_dir is None else Path(out_dir)
@@ -4048,13 +3961,9 @@ class Run:
         self.rows = log_rows(self.out_dir / "log.csv", start)
         self.samples = sample_blocks(self.out_dir / "samples.txt", start)
 
-    def seconds(self, steps: float) -> float:
-        """How long so many steps take."""
-        return steps * float(np.median(self.times))
-
     def speed(self) -> float:
         """Tokens a second."""
-        return tokens_a_step(self.config, self.model.config.block_size) / self.seconds(1)
+        return tokens_a_step(self.config, self.model.config.block_size) / float(np.median(self.times))
 
     def show_progress(self, step: int, loss: float, norm: float, rate: float) -> None:
         """The line that is overwritten, ten times a second at most."""
@@ -4062,7 +3971,7 @@ class Run:
         if now - self.last_shown < 0.1:
             return
         self.last_shown = now
-        left = self.seconds(self.config.max_iters - step)
+        left = (self.config.max_iters - step) * float(np.median(self.times))
         bits = f" = {loss * self.bits:.2f} bits/byte" if self.bits else ""
         show(f"step {step}/{self.config.max_iters}  loss {loss:.3f}{bits}  lr {rate:.1e}  grad {norm:.2f}  "
              f"{self.speed():,.0f} tokens/s  {clock(left)} to go")
@@ -4090,10 +3999,7 @@ class Run:
         found = {"train_loss": self.evaluator.mean(self.data, c.eval_iters)}
         line = f"step {step:5}  train {found['train_loss']:.3f}"
         if self.val is not None:
-            if self.exam_batches == self.val_batches:
-                found["val_loss"] = self.evaluator.whole(self.val)
-            else:
-                found["val_loss"] = self.evaluator.mean(self.val, self.exam_batches)
+            found["val_loss"] = self.evaluator.mean(self.val, 4 * c.eval_iters)
             line += f"  val {found['val_loss']:.3f}"
         if self.val_bits:
             found["val_bpb"] = found["val_loss"] * self.val_bits
@@ -4151,16 +4057,12 @@ class Run:
                 file.write("".join(self.samples).encode())
         if checkpoint and self.config.keep:
             self.model.save_checkpoint(step, self.optimizer, self.out_dir)
-            prune(self.own(), self.config.keep, self.rows)
-
-    def own(self) -> dict[int, Path]:
-        """This run's checkpoints."""
-        return own_checkpoints(self.out_dir, self.model.source["run"])
+            prune(checkpoints(self.out_dir, self.model.source["run"]), self.config.keep, self.rows)
 
     def make_room(self) -> bool:
         """On a full disk, delete one of this run's checkpoints, never the newest, and the best only if there
         is no other. Was there one?"""
-        own = self.own()
+        own = checkpoints(self.out_dir, self.model.source["run"])
         if len(own) < 2:
             return False
         best = best_step(self.rows, own)
@@ -4253,8 +4155,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
 # that is easily forgotten, and nobody would notice: the loss falls all the same. So it is said.
 def untrained(model: GPT) -> list[str]:
     """The names of a model's parameters that have no part in its loss."""
-    if is_as_in_part_one(model):
-        return []
     named = model.parameters()
     idx = Tensor(np.zeros((1, model.config.block_size), np.int32)).realize()
     key = Tensor(np.zeros(1, np.uint32)).realize()
@@ -4671,11 +4571,8 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
         raise UserError(f"--block-size {block_size}, but {path} has only {T} positions")
     config.block_size = block_size or T
     arrays["wpe.weight"] = wpe[:config.block_size]
-    # Every array must have its place in the model, and every parameter an array: `fill` sees to the second.
     model = GPT(config, backend, tokenizer=read_tokenizer(path.parent, V), seed=None)
-    for name in sorted(set(arrays) - set(model.parameters())):
-        raise UserError(f"{path} has {brief(name, 60)}, which this GPT does not have")
-    fill(model.parameters(), arrays, path, model.ops)
+    restore(model, arrays, path)
     # The config.json has answered for the file. But if you have changed part I, then your formula is another.
     if not is_as_in_part_one(model):
         check_is_gpt2(model)
@@ -4799,30 +4696,13 @@ def plot(folders: list[str | Path], path: Path):
 # does the same and takes notes. And a model runs its blocks one after the other, so in the copy each block is
 # put into a function that notes what comes out. The copy has the model's own tensors and computes with its
 # own methods, whatever a reader has made of them; nothing here repeats how a GPT computes.
-class Watching:
-    """A backend that computes as `ops` does, and notes in `asked` what each attention gets and answers."""
-    def __init__(self, ops: Plain):
-        self.ops = ops
-        self.asked = []
-
-    def __getattr__(self, name: str):
-        # Python calls this for a name that it does not find here, and so for all other operations.
-        return getattr(self.ops, name)
-
-    def attention(self, qkv: Tensor, *others, **named):
-        y = self.ops.attention(qkv, *others, **named)
-        self.asked.append((qkv, y))
-        return y
-
-def noting(block, streams: list):
-    """A function that does what `block` does, and adds its result to `streams`; the first block's adds the
-    stream that comes in, too: what the model knows before any block has been asked."""
-    def watched(x, *others, **named):
-        if not streams:
-            streams.append(x)
-        streams.append(block(x, *others, **named))
-        return streams[-1]
-    return watched
+def noting(function, notes: list):
+    """A function that does what `function` does, and adds to `notes` its first argument and its result."""
+    def noted(*arguments, **named):
+        result = function(*arguments, **named)
+        notes.append(([*arguments, *named.values()][0], result))
+        return result
+    return noted
 
 Watched = namedtuple("Watched", "logits streams asked")
 
@@ -4831,31 +4711,31 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     row the stream before, between and after the blocks, (T, C) each, and what each attention got and
     answered, (T, 3, H, D) and (T, H, D)."""
     model.parameters()
-    ops = Watching(model.ops)
+    asked = []
+    passed = []
+    ops = copy.copy(model.ops)
+    ops.attention = noting(model.ops.attention, asked)
     # `deepcopy` looks for each object in its memo first, by its id, and if it is there, takes what stands
     # beside it. So the twin has layers of its own, but the model's tensors, and the backend that watches.
     memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
     memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
     twin = copy.deepcopy(model, memo)
-    blocks = twin.h
-    streams = []
+    twin.h = [noting(block, passed) for block in twin.h]
 
     def forward(idx: Tensor) -> tuple[Tensor, ...]:
-        # This may run more than once before it is recorded, so the notes of an earlier run are thrown away.
-        streams.clear()
-        ops.asked.clear()
-        twin.h = [noting(block, streams) for block in blocks]
+        logits = twin(idx)
+        # The first block's argument is what the model knows before any block has been asked.
+        streams = [passed[0][0], *(stream for _, stream in passed)]
         # Some of what has been noted is a mere view, or would vanish in a fused program: it gets memory of
         # its own, all in one go, so that nothing is computed twice.
-        results = [twin(idx), *streams, *itertools.chain(*ops.asked)]
-        results = [result.contiguous() for result in results]
+        results = [result.contiguous() for result in (logits, *streams, *itertools.chain(*asked))]
         Tensor.realize(*results)
         return tuple(results)
     logits, *rest = model.ops.record(forward)(idx)
     # Only the first row is a prompt that somebody asks about; of the others, the logits are enough.
     rest = [array[0] for array in rest]
-    pairs = rest[len(streams):]
-    return Watched(logits, rest[:len(streams)], list(zip(pairs[::2], pairs[1::2], strict=True)))
+    pairs = rest[len(passed) + 1:]
+    return Watched(logits, rest[:len(passed) + 1], list(zip(pairs[::2], pairs[1::2], strict=True)))
 
 # *Whom does it look at?* Flash attention never has its weights in memory. But we can ask for them: an answer
 # is the average of the values, with these weights. Let token 5's value be 1 in channel 5 and 0 elsewhere;
@@ -4954,29 +4834,23 @@ PASSAGE = 288  # tokens of the validation text that the page shows
 def passage_windows(text: np.ndarray, T: int) -> np.ndarray:
     """Where the windows of T tokens begin, (n,), that cover the passage at the beginning of `text`, or what
     there is of it."""
-    # How many windows follow the first: with T = 64, (288 - 64) / 32 = 7, or as many as the text has. (The
-    # -1: a window needs the token after it, as its last answer.)
+    # With T = 64: at 0, 32, ... 224, whose last answer is token 288. (A window needs the token after it.)
     half = max(1, T // 2)
-    more = min(math.ceil((PASSAGE - T) / half), (len(text) - 1 - T) // half)
-    return half * np.arange(max(0, more) + 1)
+    return np.arange(0, min(len(text), PASSAGE + half) - T, half)
 
-def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: list[str]) -> dict:
+def surprises(text: np.ndarray, logits: np.ndarray, names: list[str]) -> dict:
     """A passage for the page, from the logits (n, T, V) of its windows: its `tokens` (but for the first,
     which nothing comes before), the `bits` that each took, and the `guesses`, what was likeliest."""
-    if not len(starts):
+    if not len(logits):
         raise ValueError("the validation text is not at hand (--data FILE brings it), or is too short")
-    T = logits.shape[1]
-    bits = []
-    guesses = []
     # The first window counts whole, any other from its middle on: what comes before has been counted.
-    for start, rows in zip(starts, logits, strict=True):
-        first = T - max(1, T // 2) if bits else 0
-        p = as_shares(rows[first:])
-        came = text[start + first + 1:start + T + 1]
-        bits += np.log2(1 / np.maximum(p[np.arange(len(came)), came], 1e-300)).round(2).tolist()
-        guesses += [names[token] for token in p.argmax(-1)]
-    tokens = [names[token] for token in text[1:len(bits) + 1]]
-    return {"tokens": tokens[:PASSAGE], "bits": bits[:PASSAGE], "guesses": guesses[:PASSAGE]}
+    T = logits.shape[1]
+    rows = np.concatenate([logits[0], *logits[1:, T - max(1, T // 2):]])[:PASSAGE]     # (N, V)
+    came = text[1:len(rows) + 1]
+    p = as_shares(rows)
+    bits = np.log2(1 / np.maximum(p[np.arange(len(rows)), came], 1e-300)).round(2)
+    return {"tokens": [names[token] for token in came], "bits": bits.tolist(),
+            "guesses": [names[token] for token in p.argmax(-1)]}
 
 # *What does it know about tokens?* Those whose rows point the same way are alike to the model, so likeness is
 # measured by the cosine of the angle between two rows. And the map is a shadow: of all directions in the
@@ -4986,22 +4860,18 @@ def surprises(text: np.ndarray, starts: np.ndarray, logits: np.ndarray, names: l
 def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
     """What the page says about a model's embedding table: `near`, for up to 1000 tokens the eight that are
     most alike, [token, cosine]; and a map, `atlas`, of up to 100, [token, x, y] in percent."""
-    table = model.wte.weight.numpy()[:len(commonest)]                 # (V, C), for the tokens that there are
+    table = model.wte.weight.numpy()[commonest[:5000]]                # (n, C), the commonest first
     units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
-    # All rows have length 1 now, so the product of two is the cosine of their angle. Fifty tokens at a time
-    # are compared with all others: at once, a thousand would take 200 MB for GPT-2's vocabulary.
+    # All rows have length 1 now, so the product of two is the cosine of their angle.
+    cosines = units[:1000] @ units.T                                  # (1000, n)
+    np.fill_diagonal(cosines, -2)                                     # (itself comes last)
+    best = np.argpartition(-cosines, range(8))[:, :8]
     near = {}
-    for start in range(0, min(1000, len(commonest)), 50):
-        tokens = commonest[start:start + 50]
-        cosines = units[tokens] @ units.T                             # (50, V)
-        cosines[np.arange(len(tokens)), tokens] = -2                  # (itself comes last)
-        best = np.argpartition(-cosines, range(8))[:, :8]
-        for token, row, others in zip(tokens, cosines, best, strict=True):
-            near[names[token]] = [[names[other], round(float(row[other]), 2)] for other in others]
+    for token, row, others in zip(commonest, cosines, best, strict=False):
+        near[names[token]] = [[names[commonest[i]], round(float(row[i]), 2)] for i in others]
     # The map: seen from the middle of the commonest, the two directions in which they are spread most; and
     # the shadow that falls on these, stretched to a square of 100 by 100.
-    rows = units[commonest[:100]]
-    rows = rows - rows.mean(0)
+    rows = units[:100] - units[:100].mean(0)
     directions = np.linalg.svd(rows, full_matrices=False)[2][:2]      # (2, C)
     shadow = rows @ directions.T                                      # (100, 2)
     shadow = (shadow - shadow.min(0)) / np.maximum(np.ptp(shadow, axis=0), 1e-9) * 100
@@ -5090,29 +4960,26 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
     shown = prompt[-max(1, min(T, 64, int(math.sqrt(2 * 150_000 / (c.n_layer * c.n_head))))):]
     n = len(shown)
     text = np.zeros(0, np.int32) if text is None else text
-    starts = passage_windows(text, T) if len(text) > T else []
+    starts = passage_windows(text, T)
     # One pass is enough for everything, and its programs are compiled once, for one shape: the first row is
     # the prompt, with zeros behind it, which it cannot see; the others are the windows of the passage.
     idx = np.zeros((1 + len(starts), T), np.int32)
     idx[0, :n] = shown
-    for row, start in enumerate(starts, 1):
-        idx[row] = text[start:start + T]
+    idx[1:] = text[starts[:, None] + np.arange(T)]
     seen = watch(model, idx)
     if not np.isfinite(seen.logits).all():
         raise UserError("this model's logits are not finite: there is nothing to look at")
     names = [in_letters(model.tokenizer, token) for token in range(c.vocab_size)]
     # Which tokens are common? A learned vocabulary, after the 256 bytes, has its commonest pieces first, and
     # that decides between those which the text has equally often, or not at all.
-    V = model.tokenizer.vocab_size
-    counts = np.bincount(text, minlength=V)
-    order = np.roll(np.arange(V), -256)
-    commonest = order[np.argsort(-counts[order], kind="stable")].tolist()
+    counts = np.bincount(text, minlength=model.tokenizer.vocab_size)
+    commonest = sorted(range(len(counts)), key=lambda token: (-counts[token], token < 256))
     sections = {
         "tokens": {"merges": merges_of(model.tokenizer, shown, names), "ids": shown},
         "expects": {"places": [expectation(row, names) for row in seen.logits[0, :n]]},
         "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
         "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown, names),
-        "surprises": or_else("text", surprises, text, starts, seen.logits[1:], names),
+        "surprises": or_else("text", surprises, text, seen.logits[1:], names),
         "knows": or_else("embedding table", knowledge, model, commonest, names),
         "learned": or_else("log", story, folder)}
     p = as_shares(seen.logits[0, n - 1])
@@ -5278,10 +5145,13 @@ def blas_gflops() -> float:
 # full, since from there on it goes on like that for ever.
 def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plain | None = None) -> None:
     """Time training steps ("step") or writing ("sample") on random data. The last line printed is JSON."""
+    if what == "step":
+        check_memory(config, train_config, backend)
     model = GPT(config, backend)
-    n_parameters = sum(math.prod(tensor.shape) for tensor in model.parameters().values())
+    parameters = model.parameters()
+    n_parameters = sum(math.prod(tensor.shape) for tensor in parameters.values())
     if isinstance(backend, Packed):
-        backend.pack(model)
+        restore(model, {name: tensor.numpy() for name, tensor in parameters.items()}, "noise")
     if what == "step":
         data = np.random.default_rng(0).integers(0, config.vocab_size, 200_000)
         optimizer = AdamW(model, train_config)
@@ -5432,9 +5302,7 @@ def make_parser() -> Parser:
     group.add_argument("--weights", choices=["f32", "bf16", "int8"], default="f32",
                        help="bits of a weight, to write or examine with: 32, 16 or 8 (default: %(default)s)")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    comments = {}
-    with suppress(OSError, NameError):  # there need not be a file
-        comments = dict(re.findall("(?m)^    ([a-z0-9_]+): .*# (.*)", Path(__file__).read_text("utf-8")))
+    comments = dict(re.findall("(?m)^    ([a-z0-9_]+): .*# (.*)", Path(__file__).read_text("utf-8")))
     for title, kind in (("the model", GPTConfig), ("training", TrainConfig), ("sampling", SampleConfig)):
         group = parser.add_argument_group(title)
         add_knobs(group, kind, comments)
@@ -5459,19 +5327,21 @@ def add_actions(parser: Parser) -> None:
 
 def add_files(parser: Parser) -> None:
     """The flags that say which text, which weights, and where to keep what is made."""
-    flag = parser.add_argument_group("text and files").add_argument
+    group = parser.add_argument_group("text and files")
+    flag = group.add_argument
+    one_of = group.add_mutually_exclusive_group().add_argument
     flag("--data", metavar="NAME|FILE", help="shakespeare (the default), play, or a UTF-8 text file")
     flag("--replace-bad-bytes", action="store_true", help="read bytes that are not UTF-8 as U+FFFD")
     flag("--tokenizer", choices=["bpe", "bytes", "gpt2"],
          help="learn a vocabulary from the text (the default), use plain bytes, or GPT-2's 50257 tokens")
     flag("--out-dir", metavar="DIR", default="checkpoints",
          help="where checkpoints, log.csv and samples.txt are (default: %(default)s)")
-    flag("--checkpoint", metavar="FILE", help="use this one, not the best (or newest) in --out-dir")
-    flag("--init-from", metavar="GPT2", help="begin with, or use, the weights of a GPT-2: a .safetensors "
-         f"file, a folder that has one, or {', '.join(HUB_MODELS)}, which are downloaded")
+    one_of("--checkpoint", metavar="FILE", help="use this one, not the best (or newest) in --out-dir")
+    one_of("--init-from", metavar="GPT2", help="begin with, or use, the weights of a GPT-2: a .safetensors "
+           f"file, a folder that has one, or {', '.join(HUB_MODELS)}, which are downloaded")
     flag("--out", metavar="FILE", help="where --look writes its page (default: look.html)")
-    flag("--effort", choices=list(RECIPES), help="train for about 1.5, 10 or 19 minutes on two "
-         "cores, with a model of the size that is best for that (other flags still count)")
+    one_of("--effort", choices=list(RECIPES), help="train for about 1.5, 10 or 19 minutes on two "
+           "cores, with a model of the size that is best for that (other flags still count)")
     flag("--no-checkpoint", action="store_const", const=0, dest="keep", help="the same as --keep 0")
 
 def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
@@ -5491,50 +5361,43 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
 # Ranges and contradictions are checked first: whoever has typed one wrong number need not wait for a
 # download to hear of it. A flag that would have no effect, as in `--resume --effort coffee`, is refused as
 # well: better now than noticed after an hour.
-ACTIONS = ("train", "resume", "sample", "eval_only", "export", "look", "plot", "gradcheck", "bench",
-           "version")
-
 # To find that out, we list for each action which flags it looks at. A flag that was given and is not in the
 # list is refused. So a new flag has to be put into one of the sets below.
-def flags_of(action: str) -> set[str]:
-    """The names of the flags that an action looks at."""
+def flags_of_actions() -> dict[str, set[str]]:
+    """For each action, the names of the flags that it looks at, besides those that all do."""
     model, plan, writing = ({field.name for field in dataclasses.fields(kind)}
                             for kind in (GPTConfig, TrainConfig, SampleConfig))
     model |= {"tokenizer", "out_dir"}
     text = {"data", "replace_bad_bytes"}
     one = {"checkpoint", "init_from"}
-    theirs = {
+    return {
         "train": model | plan | text | {"init_from", "effort"},
         "resume": model | plan | text | {"checkpoint"},
         "sample": model | writing | one | {"replace_bad_bytes", "seed", "stop", "weights"},
         "eval_only": model | text | one | {"batch_size", "weights"}, "export": model | one,
         "look": model | text | one | {"out"}, "bench": model | plan | {"effort", "weights"},
         "gradcheck": {"seed"}, "plot": set(), "version": set()}
-    return theirs[action] | {action, "plain", "devices", "debug"}
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError if a flag's value is out of its range, or flags contradict each other."""
+    if args.out and args.look is None:
+        raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
+    theirs = flags_of_actions()
+    what = next(name for name in theirs if getattr(args, name) not in (None, False))
+    looked_at = theirs[what] | {what, "plain", "devices", "debug"}
     for name, value in vars(args).items():
         if value == "" and name not in ("sample", "look", "stop"):
             raise UserError(f"{flag_of(name)} is empty")
         if value is not None:
             check_value(name, value, type(value))
-    if args.out and args.look is None:
-        raise UserError("--out is where --look writes its page; the folder of a run is --out-dir")
-    what = next(name for name in ACTIONS if getattr(args, name) not in (None, False))
-    for name, value in vars(args).items():
         # (To Python, 0 == False, so `in (None, False)` would take --seed 0 for no flag. The last three are
         # what --stop, --weights and --out-dir have if nobody has given them.)
         is_given = value is not None and value is not False and value not in ("", "f32", "checkpoints")
-        if is_given and name not in flags_of(what):
+        if is_given and name not in looked_at:
             raise UserError(f"{flag_of(name)} has no meaning for {flag_of(what)}: leave it out")
     page = Path(args.out or "look.html")
     if args.look is not None and page.exists() and not is_a_page(page):
         raise UserError(f"{page} is a folder, or another file than a page of --look's: give another --out")
-    if args.checkpoint and args.init_from:
-        raise UserError("--checkpoint and --init-from are two models: leave one of them out")
-    if args.effort and args.init_from:
-        raise UserError("--effort is for a new model: it does not go with --init-from")
     if args.weights != "f32" and args.bench == "step":
         raise UserError(f"--weights {args.weights} is for writing: --bench sample")
     if args.vocab_size and args.tokenizer in ("bytes", "gpt2"):
@@ -5703,24 +5566,22 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
 def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None) -> tuple[AdamW, Corpus]:
     """For --train and --resume: an optimizer, with its model and its config, and the text. What flags say of
     training replaces what a checkpoint says."""
+    corpus = read_corpus(args, opened)  # (this may change --effort, and so what is chosen)
     config = chosen(args, TrainConfig, opened.config if args.resume else None)
-    corpus = read_corpus(args, opened)
-    if args.effort:  # (a short text may have changed that)
-        config = chosen(args, TrainConfig)
     gpt_config = opened.model.config if opened else chosen(args, GPTConfig)
     if not opened:
         gpt_config.vocab_size = corpus.tokenizer.vocab_size
+    checked("training", corpus.train, gpt_config)
+    checked("validation", corpus.val, gpt_config)
     if args.effort:
         fit_recipe(args, gpt_config, config, len(corpus.train))
     check_memory(gpt_config, config, backend)
-    if opened:
-        model = opened.model
-    else:
-        model = GPT(gpt_config, backend, tokenizer=corpus.tokenizer, seed=config.seed)
+    model = opened.model if opened else GPT(gpt_config, backend, seed=config.seed)
+    model.tokenizer = corpus.tokenizer
     model.source = (model.source or {}) | {"data": corpus.name, "data_sha256": corpus.sha256}
     optimizer = AdamW(model, config)
     if args.resume:
-        restore(model, opened.arrays, {}, opened.path, optimizer)
+        restore(model, opened.arrays, opened.path, optimizer)
     return optimizer, corpus
 
 def check_room(model: GPT, out_dir: Path) -> None:
@@ -5781,8 +5642,6 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
             "but part II's programs are for the CPU only")
     if CHANGED and fast:
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    if names := untrained(model):
-        say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
     owned = [f"{kind.__name__}.{name}" for kind in LAYERS for name, thing in vars(kind).items()
              if isinstance(thing, Tensor)]
     if owned:  # (`get_state_dict` sees only what the objects have)
@@ -5790,6 +5649,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     # `.realize()` in the middle of a network makes numbers of what was a recipe, and no slope goes through a
     # number. The loss would fall all the same, only less. So a changed model is examined first.
     if not is_as_in_part_one(model):
+        if names := untrained(model):
+            say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
         with suppress(Exception):  # (it may not be possible to make one that is so small)
             if compare_gradients(config.seed, model.ops)[-1] == WRONG:
                 say("note       the changed model's gradients are not the slopes of its loss, as --gradcheck "
@@ -5832,8 +5693,6 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     optimizer, corpus = prepare(args, backend, opened)
     model = optimizer.model
     config = optimizer.config
-    checked("training", corpus.train, model.config)
-    checked("validation", corpus.val, model.config)
     if config.keep and not args.resume:  # (a run that goes on can make room)
         check_room(model, out_dir)
     # What is there is moved only when the new run has begun: the first step could still fail.
@@ -5868,22 +5727,19 @@ def run_eval(args: argparse.Namespace, opened: Checkpoint) -> None:
 
 def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None:
     """Print the prompt and, as they come, the `tokens` that follow it, as far as the text `stop`."""
-    # A character may be spread over several tokens: the decoder keeps its bytes until the last one has come.
+    # A character may be spread over several tokens: `iterdecode` keeps its bytes until the last one has come.
     # And what may become `stop` waits until that is decided: for "JULIET", as many characters as "JULIE" has.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    pieces = (tokenizer.decode_bytes(token) for token in tokens)
     waiting = ""
     print(printable(prompt), end="", flush=True)
-    for token in tokens:
-        waiting += decoder.decode(tokenizer.decode_bytes(token))
+    for text in codecs.iterdecode(pieces, "utf-8", errors="replace"):
+        waiting += text
         if stop and stop in waiting:
             waiting = waiting[:waiting.index(stop)]
             break
         ready = max(0, len(waiting) + 1 - len(stop))
         print(printable(waiting[:ready]), end="", flush=True)
         waiting = waiting[ready:]
-    else:
-        # This `else` is the loop's: no `break` has ended it. A character may be left that was never finished.
-        waiting += decoder.decode(b"", final=True)
     print(printable(waiting))
 
 LONGEST_PROMPT = 4 << 20  # bytes
@@ -5986,11 +5842,7 @@ def run(args: argparse.Namespace) -> int:
     if args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
     if args.bench:
-        config = chosen(args, GPTConfig)
-        train_config = chosen(args, TrainConfig)
-        if args.bench == "step":
-            check_memory(config, train_config, backend)
-        bench(args.bench, config, train_config, backend)
+        bench(args.bench, chosen(args, GPTConfig), chosen(args, TrainConfig), backend)
         return 0
     opened = open_model(args, backend)
     if args.sample is not None:

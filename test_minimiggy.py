@@ -512,12 +512,12 @@ def test_what_are_no_token_ids_is_refused_in_one_line(ops, ids):
         minimiggy.Evaluator(model, 2).whole(ids[:5])
     for how in ({"temperature": -1.0}, {"top_p": math.nan}, {"top_k": -1}, {"max_tokens": -1},
                 {"max_tokens": 10**10}):
-        with pytest.raises(UserError, match="must be between"):
+        with pytest.raises(UserError, match="number between"):
             model.generate(good, **how)
-    with pytest.raises(UserError, match="must be a whole number, not 1.5"):
+    with pytest.raises(UserError, match="whole number between .* not 1.5"):
         model.generate(good, max_tokens=1.5)
     for plan in ({"beta2": 1.0}, {"grad_accum": 0}, {"eval_interval": 0}, {"learning_rate": -1.0}):
-        with pytest.raises(UserError, match="must be between"):
+        with pytest.raises(UserError, match="number between"):
             train(model, dataclasses.replace(QUICK, **plan), ids)
 
 def test_names_and_shapes_are_hugging_face_gpt2s():
@@ -1285,6 +1285,7 @@ def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsy
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
     for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
         flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
+        flags += ["--n-embd", "8", "--block-size", "4"]
         assert main(flags) == 0 and f"({n} cores)" in capsys.readouterr().out
     models = [weights(minimiggy.open_checkpoint(tmp_path / name / "ckpt_4.safetensors")[0]) for name in "abc"]
     assert same(models[0], models[2])
@@ -1305,16 +1306,14 @@ except RuntimeError:   # (without clang, tinygrad finds nothing to compute on)
     pass
 from minimiggy import *
 model = GPT(GPTConfig(block_size=4, vocab_size=9, n_layer=1, n_head=1, n_embd=4))
-plan = TrainConfig(max_iters=2, batch_size=1)
-losses = [loss for _, loss, _ in training(model, plan, np.arange(50) % 9)]
-print(type(model.ops).__name__, tinygrad.Device.DEFAULT, len(losses))"""
+print(type(model.ops).__name__, tinygrad.Device.DEFAULT, model(Tensor([[1, 2]])).shape)"""
 
 @pytest.mark.parametrize("first_cell", ["", "tinygrad.Tensor([1.0]).tolist()"])
 @pytest.mark.parametrize("path", [os.environ["PATH"], "/usr/bin:/bin"][:2 if CLANG else 1])
 def test_it_does_not_matter_which_was_imported_first(first_cell, path):
     hidden = {"OCL_ICD_VENDORS": "/dev/null"}  # (OpenCL, where there is one)
     done = in_a_process(NOTEBOOK, first_cell, PATH=path, DEV=None, CC=None, **hidden)
-    assert done.stdout == "Fast CPU 2\n", done.stderr
+    assert done.stdout == "Fast CPU (1, 2, 9)\n", done.stderr
 
 def test_a_device_that_a_notebook_has_chosen_stays():
     code = "import os, tinygrad; os.environ['DEV'] = 'PYTHON'; import minimiggy; print(minimiggy.BACKENDS)"
@@ -1652,9 +1651,7 @@ def test_packed_weights_are_numbers_of_fewer_bits(kind, run):
     packed = {name: dequantised(array, kind) if array.ndim == 2 else array for name, array in p.items()}
     ops = minimiggy.Packed(2, kind)
     small_model = GPT(TINY, ops)
-    for name, tensor in small_model.parameters().items():
-        load_array(tensor, p[name])
-    ops.pack(small_model)
+    minimiggy.restore(small_model, weights(model), "noise")
     ids = some_ids(300, 4, 8)
     want = numpy_logits(packed, ids, 2, 2)
     error = np.abs(logits(small_model, ids) - want).max()
@@ -1900,16 +1897,10 @@ def kill_and_resume(kills, folder):
     return same == runs
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
-    processes = []
-    for name in "ab":  # two at a time, four kills each
-        (tmp_path / name).mkdir()
-        command = [sys.executable, str(HERE / "test_minimiggy.py"), "4", str(tmp_path / name)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                          text=True))
-    for process in processes:
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
-        assert "killed 4 times in all, 2 inside a save" in said
+    command = [sys.executable, str(HERE / "test_minimiggy.py"), "4", str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "killed 4 times in all, 2 inside a save" in done.stdout
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, monkeypatch):
     events = []
@@ -1931,7 +1922,7 @@ def test_signals_finish_the_step_and_save_and_two_stop_at_once(number, times, wh
     command = [sys.executable, str(FILE), *training_play(tmp_path, "--max-iters", "1000000"),
                "--eval-interval", "500000", "--save-every", "100"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+                               start_new_session=True, env=os.environ | {"NOOPT": "1"})
     while not list(tmp_path.glob("ckpt_*.safetensors")) and process.poll() is None:
         time.sleep(0.02)
     for _ in range(times):
@@ -2013,7 +2004,7 @@ def test_weights_that_are_not_finite_are_refused(number, tmp_path, monkeypatch):
     model = GPT(TINY)
     load_array(model.ln_f.bias, np.full(16, number, np.float32))
     with monkeypatch.context() as patch:
-        patch.setattr(minimiggy, "check_finite", lambda array: None)  # (we do not write such files)
+        patch.setattr(np, "isfinite", np.ones_like)  # (we do not write such files)
         path = model.save_checkpoint(1, None, tmp_path)
     with pytest.raises(UserError, match="not finite"):
         GPT(TINY).load_checkpoint(path)
@@ -3040,7 +3031,7 @@ def test_each_token_of_a_passage_is_counted_once_and_in_its_place(T):
     text = np.arange(20)
     starts = minimiggy.passage_windows(text, T)
     answers = np.eye(20)[starts[:, None] + np.arange(T)]  # what is likeliest says where it was said
-    found = minimiggy.surprises(text, starts, answers, list(range(20)))
+    found = minimiggy.surprises(text, answers, list(range(20)))
     n = len(found["guesses"])
     assert found["guesses"] == list(range(n)) and found["tokens"] == list(range(1, n + 1)) and n >= 16
 
