@@ -81,6 +81,21 @@ def run(tokenizer, ids, tmp_path_factory):
 # twentieth of the time.
 gc.set_threshold(50_000, 20, 20)
 
+@pytest.fixture(scope="session")
+def loaded():
+    """How many bytes of compiled programs this process has read."""
+    return {"size": 0}
+
+@pytest.fixture(autouse=True)
+def programs_of_all_workers(loaded):
+    """Read what other workers have compiled and kept since: it need not be compiled again."""
+    file = minimiggy.programs_file()
+    size = file.stat().st_size if file.exists() else 0
+    if size > loaded["size"] + 200_000:
+        minimiggy.load_programs.cache_clear()
+        minimiggy.load_programs()
+        loaded["size"] = size
+
 def weights(model):
     """A model's parameters as arrays, by name."""
     return {name: tensor.numpy() for name, tensor in model.parameters().items()}
@@ -1825,6 +1840,9 @@ def test_a_run_says_what_to_expect_and_resume_keeps_the_recipe(tmp_path, capsys)
     for flags in (["--resume"], ["--sample", "x"], ["--train", "--init-from", "x"]):
         assert main([*flags, "--effort", "quick", "--out-dir", str(tmp_path)]) == 2
         assert "--effort" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("x")
+    assert main(["--train", "--effort", "quick", "--data", str(tmp_path / "short.txt")]) == 2
+    assert "the training text has 0 tokens" in capsys.readouterr().err
 
 # --------------------------------------------------------------------------------------- nothing is ever lost
 
