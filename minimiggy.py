@@ -5207,6 +5207,7 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, l
     if not isinstance(backend, Fast):
         kept = config.n_layer if learns else 1
         a_token += kept * (168 * C + 24 * config.n_head * config.block_size)
+    # (A token of a batch is a place in the text, 8 bytes, and an id, 4 bytes, in some copies of both.)
     passages = 32 * tokens_a_step(train_config, config.block_size)
     for_batches = a_token * train_config.batch_size * config.block_size + passages
     for_parameters = 4 * (4 if learns else 1) * size_of(config)
