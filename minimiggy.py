@@ -2226,7 +2226,7 @@ class Replay:
 #     adamw            adamw, a block's parameters at a time
 #
 # Here kernels take the place of part I's operations. Whoever changes an operation in part I must not get the
-# kernel of the old one. So each stands in for exactly one text: `instead_of` compares a checksum of what the
+# kernel of the old one. So each stands in for exactly one text: `is_known` compares a checksum of what the
 # operation does, its source without comments. If that has changed, the kernel steps back, and what you wrote
 # is computed. It also steps back if somebody puts another function into Plain while the program runs.
 def sources() -> dict:
@@ -2263,22 +2263,30 @@ def known_to_kernels(arguments, device: str) -> bool:
 
 # There are three ways to change an operation, and each needs a test of its own. If its source in this file is
 # edited, the checksum is another. If a line such as Plain.gelu = f has run before this chapter, the source is
-# as it was, but the function has another name (`is_its_own`). And if such a line runs later, `Plain` has
-# another function than it had here (`now is plain`). In the first two cases `choose` returns the plain
-# operation.
-def instead_of(name: str, known: str):
-    """A decorator: the function below is used while the operation `name` of part I has this checksum, for
-    arguments that kernels know; or else the operation itself."""
-    plain = getattr(Plain, name, None)
-    is_its_own = getattr(plain, "__qualname__", "") == f"Plain.{name}"
+# as it was, but the function has another name. And if such a line runs later, `Plain` has another function
+# than it had here (`now is plain`).
+OPERATIONS = {"embed": "4ce31ccacb8f", "linear": "c86bd6f2d0ae", "layer_norm": "4107472af387",
+              "gelu": "cb21fcecc912", "attention": "f9faae301230", "unembed": "9de2977d1982",
+              "cross_entropy": "f57abc3edf8c", "norm": "4ef1be523e83", "adamw": "e475df0de9ec"}
 
-    def choose(fast):
-        def call(self, *arguments, **named):
-            now = getattr(Plain, name)
-            is_fast = now is plain and known_to_kernels([*arguments, *named.values()], self.device)
-            return (fast if is_fast else now)(self, *arguments, **named)
-        return call if is_its_own and digest(f"Plain.{name}") == known else plain
-    return choose
+def is_known(name: str) -> bool:
+    """Is this operation of part I the one that our kernels stand in for?"""
+    full_name = getattr(getattr(Plain, name, None), "__qualname__", "")
+    return full_name == f"Plain.{name}" and digest(full_name) == OPERATIONS[name]
+
+CHANGED = [name for name in OPERATIONS if hasattr(Plain, name) and not is_known(name)]
+
+def instead_of_plain(fast):
+    """A decorator: the function below is used while part I's operation of the same name is the known one, for
+    arguments that kernels know; or else the operation itself."""
+    name = fast.__name__
+    plain = getattr(Plain, name, None) if name not in CHANGED else None
+
+    def call(self, *arguments, **named):
+        now = getattr(Plain, name)
+        is_fast = now is plain and known_to_kernels([*arguments, *named.values()], self.device)
+        return (fast if is_fast else now)(self, *arguments, **named)
+    return call
 
 def like(tensor: Tensor | None) -> Tensor | None:
     """Memory for a result of this shape."""
@@ -2313,7 +2321,7 @@ class Fast(Plain):
         program = functools.partial(program_of, kernel, self.cores, **options)
         return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back and gradient)[:n]
 
-    @instead_of("embed", "4ce31ccacb8f")
+    @instead_of_plain
     def embed(self, idx, table):
         idx = in_memory(idx, table.shape[0])
 
@@ -2322,7 +2330,7 @@ class Fast(Plain):
         x = Tensor.empty(*idx.shape, table.shape[1])
         return self.run(embed, [x], [table, idx], back)[0]
 
-    @instead_of("linear", "c86bd6f2d0ae")
+    @instead_of_plain
     def linear(self, x, weight, bias=None):
         check("linear", x.shape[-1] == weight.shape[0], x, weight)
         check("linear", bias is None or bias.shape == weight.shape[1:], weight, bias)
@@ -2345,7 +2353,7 @@ class Fast(Plain):
             return None, *dbias, dx, dweight
         return self.run(add_parts, [y], [parts, bias, x, weight], back_past_parts)[0]
 
-    @instead_of("layer_norm", "4107472af387")
+    @instead_of_plain
     def layer_norm(self, x, weight, bias=None):
         check("layer_norm", x.shape[-1:] == weight.shape, x, weight)
         check("layer_norm", bias is None or bias.shape == weight.shape, weight, bias)
@@ -2356,13 +2364,13 @@ class Fast(Plain):
         stats = Tensor.empty(*x.shape[:-1], 2)
         return self.run(layer_norm, [like(x), stats], [x, weight, bias], back)[0]
 
-    @instead_of("gelu", "cb21fcecc912")
+    @instead_of_plain
     def gelu(self, x):
         def back(dy, _):
             return self.run(gelu, [like(x)], [x, dy])
         return self.run(gelu, [like(x)], [x], back)[0]
 
-    @instead_of("attention", "f9faae301230")
+    @instead_of_plain
     def attention(self, qkv, position, cache=None):
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
@@ -2382,7 +2390,7 @@ class Fast(Plain):
             return self.run(flash_back, [like(qkv)], [dy, y, lse, qkv])
         return self.run(flash, [y, lse], [qkv], back)[0]
 
-    @instead_of("unembed", "9de2977d1982")
+    @instead_of_plain
     def unembed(self, x, table):
         check("unembed", x.shape[-1] == table.shape[1], x, table)
 
@@ -2395,7 +2403,7 @@ class Fast(Plain):
             return self.run(dot_rows, [y], [x, table], back)[0]
         return self.run(matmul, [y], [x, table], back, b_transposed=True)[0]
 
-    @instead_of("cross_entropy", "f57abc3edf8c")
+    @instead_of_plain
     def cross_entropy(self, logits, targets):
         check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
         targets = in_memory(targets, logits.shape[-1])
@@ -2405,7 +2413,7 @@ class Fast(Plain):
         results = [like(targets), like(targets)]
         return self.run(cross_entropy, results, [logits, targets], back)[0]
 
-    @instead_of("norm", "4ef1be523e83")
+    @instead_of_plain
     def norm(self, gradients):
         total = Tensor.zeros(self.cores, dtype=dtypes.double).contiguous()
         for names in groups(gradients, self.cores):
@@ -2413,7 +2421,7 @@ class Fast(Plain):
             total = self.run(square_sums, [after], [total, *(gradients[name] for name in names)])[0]
         return total.sum().sqrt().cast(dtypes.float32)
 
-    @instead_of("adamw", "e475df0de9ec")
+    @instead_of_plain
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
         check_config(config)  # (of part III; with a beta of 1, the kernel would have nothing to store)
         # The kernel's results are no new memory, but theta, m and v themselves, which it changes in place.
@@ -2567,7 +2575,7 @@ class Elsewhere(Plain):
 
     run = Fast.run
 
-    @instead_of("attention", "f9faae301230")
+    @instead_of_plain
     def attention(self, qkv, position, cache=None):
         B, T, _, H, D = qkv.shape
         if cache is not None:  # (writing, T is small)
@@ -2578,14 +2586,6 @@ class Elsewhere(Plain):
             return self.run(attend_by_threads_back, [like(qkv)], [dy, dot, lse, qkv])
         results = [Tensor.empty(B, T, H, D), Tensor.empty(B, H, T)]
         return self.run(attend_by_threads, results, [qkv], back)[0]
-
-OPERATIONS = ("embed", "linear", "layer_norm", "gelu", "attention", "unembed", "cross_entropy",
-              "norm", "adamw")
-CHANGED = [name for name in OPERATIONS  # those that `instead_of` has not recognised
-           if hasattr(Plain, name) and getattr(Fast, name) is getattr(Plain, name)]
-for kind, name in itertools.product((Fast, Elsewhere), CHANGED):
-    if name in vars(kind):
-        delattr(kind, name)  # (so that one that is put into Plain later is inherited, too)
 
 if KNOWN:
     if DEV.device == "CPU" and DEV.renderer in ("", "CLANG"):
