@@ -2262,9 +2262,9 @@ def known_to_kernels(arguments, device: str) -> bool:
     return all(x.dtype == dtypes.float32 and x.device == device for x in floats)
 
 # There are three ways to change an operation, and each needs a test of its own. If its source in this file is
-# edited, the checksum is another. If a line such as Plain.gelu = f has run before this chapter, the source is
-# as it was, but the function has another name. And if such a line runs later, `Plain` has another function
-# than it had here (`now is plain`).
+# edited, the checksum is another. If a line such as setattr(Plain, "gelu", f) has run before this chapter,
+# the source is as it was, but the function has another name. And if such a line runs later, `Plain` has
+# another function than it had here (`now is plain`).
 OPERATIONS = {"embed": "4ce31ccacb8f", "linear": "c86bd6f2d0ae", "layer_norm": "4107472af387",
               "gelu": "cb21fcecc912", "attention": "f9faae301230", "unembed": "9de2977d1982",
               "cross_entropy": "f57abc3edf8c", "norm": "4ef1be523e83", "adamw": "e475df0de9ec"}

@@ -1020,8 +1020,9 @@ def test_operations_take_arguments_by_name():
     both = [ops.linear(x=x, weight=Tensor.ones(3, 4), bias=None).numpy() for ops in (FAST, PLAIN)]
     assert (both[0] == both[1]).all()
 
-def test_an_operation_that_part_one_puts_into_its_class_counts_as_well(tmp_path):
-    line = "Plain.gelu = lambda self, x: x.relu()\n"
+@pytest.mark.parametrize("line", ["Plain.gelu = lambda self, x: x.relu()\n",
+                                  'setattr(Plain, "gelu", lambda self, x: x.relu())\n'])
+def test_an_operation_that_part_one_puts_into_its_class_counts_as_well(line, tmp_path):
     module, _ = edited([("PLAIN = Plain()\n", line + "PLAIN = Plain()\n")], tmp_path)
     fast, plain = (logits(shake(small(module, ops)), PASSAGE[0]) for ops in module.BACKENDS[::-1])
     assert np.abs(fast - plain).max() < 1e-5
