@@ -3153,8 +3153,10 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
         if sha256 is None:
             # A server such as Hugging Face's hub tells it, in quotes, in the header of its answer. (It does
             # so where it points to the place where the file is stored, so we do not follow it there.)
-            headers = requests.head(url, allow_redirects=False, timeout=TIMEOUT).headers
-            sha256 = headers.get("x-linked-etag", headers.get("etag", "")).strip('"')
+            answer = requests.head(url, allow_redirects=False, timeout=TIMEOUT)
+            if not answer.ok:
+                raise OSError(f"the server answers {answer.status_code}")
+            sha256 = answer.headers.get("x-linked-etag", answer.headers.get("etag", "")).strip('"')
         if len(sha256) != 64:
             raise OSError("the server announces no SHA-256")
         fetch_rest(url, unfinished)

@@ -2696,7 +2696,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         sha256 = hashlib.sha256(self.server.body).hexdigest()
-        self.send_response(302)
+        self.send_response(self.server.status)
         self.send_header("Location", "/store")
         self.send_header("X-Linked-Etag", f'"{self.server.lie or sha256}"')
         self.end_headers()
@@ -2720,6 +2720,7 @@ def hub(exported, tmp_path, monkeypatch):
     server.asked = []
     server.cut = False
     server.lie = None
+    server.status = 302
     server.ranges = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(minimiggy, "HUB", f"http://127.0.0.1:{server.server_port}")
@@ -2773,6 +2774,12 @@ def test_a_wrong_checksum_or_none_leaves_nothing(announced, asked, hub):
     with pytest.raises(UserError, match="SHA-256"):
         minimiggy.init_from("gpt2")
     assert files(hub) == {} and hub.asked == asked
+
+def test_a_server_that_refuses_is_named_by_its_answer(hub):
+    hub.status = 403
+    with pytest.raises(UserError, match="the server answers 403"):
+        minimiggy.init_from("gpt2")
+    assert files(hub) == {} and hub.asked == []
 
 def test_without_a_network_the_line_says_what_to_bring_where(tmp_path, monkeypatch):
     monkeypatch.setattr(minimiggy, "HUB", "http://127.0.0.1:1")
