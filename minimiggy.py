@@ -1248,7 +1248,7 @@ class Recording:
         for call in self.jit.captured.linear.src:
             program = call.src[0]
             info = program.arg
-            if program.op is not Ops.PROGRAM or len(info.globals) > WIDTH - 4:  # (so many fit into a line)
+            if program.op is not Ops.PROGRAM or len(info.globals) > WIDTH - 4:  # (a line has no more room)
                 return None
             arguments = get_call_arg_uops(call)
             buffers = [arguments[i].buffer.ensure_allocated() for i in info.globals]
@@ -2787,7 +2787,7 @@ class Writer:
         # and rows come in as tensors: one recording serves all of them.
         kind = len(ids), len(rows), head
         if kind not in self.programs:
-            self.programs[kind] = self.model.ops.record(lambda *inputs: self.step(*inputs, head))
+            self.programs[kind] = self.model.ops.record(lambda *inputs: self.step(*inputs, head=head))
         idx, position, row = (np.array(numbers, np.int32) for numbers in ([ids], places, rows))
         return self.programs[kind](idx, position, row * self.S)[0][0]
 
@@ -2865,7 +2865,7 @@ class Writer:
                 raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
         tensors = self.model.parameters().values()  # (also carries out assignments that wait)
         if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
-            self.__init__(self.model, self.texts)  # somebody has put others there: begin anew
+            self.__init__(self.model, self.texts)  # somebody has put others there, so nothing is as it was
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
         if not self.remembers:
@@ -3830,11 +3830,12 @@ class Evaluator:
         return np.concatenate(rows)[:len(starts)]
 
     def mean(self, data: np.ndarray, batches: int) -> float:
-        """A quick look: the mean over so many batches of windows, spread evenly over `data`."""
+        """A quick look: the mean over so many batches of windows, spread evenly over `data`; over all of it
+        if it has no more than that."""
+        if len(data) - 1 <= batches * self.batch_size * self.T:
+            return self.whole(data)
         # Two batches of two windows of 8 in 1000 tokens begin at 0, 330, 660 and 991: the last one's last
         # prediction is token 999.
-        if len(data) - 1 <= batches * self.batch_size * self.T:  # there are no more than that
-            return self.whole(data)
         starts = np.linspace(0, len(data) - self.T - 1, batches * self.batch_size).astype(np.int64)
         return float(self.at(data, starts).mean(dtype=np.float64))
 
@@ -5363,9 +5364,8 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
 
 # Ranges and contradictions are checked first: whoever has typed one wrong number need not wait for a
 # download to hear of it. A flag that would have no effect, as in `--resume --effort coffee`, is refused as
-# well: better now than noticed after an hour.
-# To find that out, we list for each action which flags it looks at. A flag that was given and is not in the
-# list is refused. So a new flag has to be put into one of the sets below.
+# well: better now than noticed after an hour. To find that out, we list for each action which flags it looks
+# at. So a new flag has to be put into one of the sets below.
 def flags_of_actions() -> dict[str, set[str]]:
     """For each action, the names of the flags that it looks at, besides those that all do."""
     model, plan, writing = ({field.name for field in dataclasses.fields(kind)}
