@@ -1653,6 +1653,7 @@ def test_a_prompt_is_read_in_few_pieces(n):
     writer.read = lambda ids, *rest, **how: kinds.append(len(ids)) or read(ids, *rest, **how)
     assert np.abs(writer.logits(ids, 0) - want).max() < 1e-5
     assert sum(kinds) < n + 16 and len(kinds) <= 10
+    assert read([1, 2], [0, 1], [0], head=False).shape == (2, 8)  # (the head is for what is drawn from only)
 
 # What comes of weights in fewer bits, in numpy and with exact fractions of two.
 
