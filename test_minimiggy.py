@@ -606,9 +606,9 @@ def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
             used.append(threads)
             this()
         return replay
-    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 8, recorded=False)
+    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 6, recorded=False)
     monkeypatch.setattr(minimiggy, "Crew", crews)
-    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 8)
+    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 6)
     assert set(used) == {1, 2, 3}
     assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
 
@@ -1306,7 +1306,6 @@ def test_more_devices_than_cores_are_limited_and_that_is_said(monkeypatch, capsy
 def test_each_main_uses_the_cores_that_it_was_given(tmp_path, capsys):
     for name, n in (("a", "1"), ("b", "2"), ("c", "1")):
         flags = ["--train", "--data", "play", *SMALL, "--out-dir", str(tmp_path / name), "--devices", n]
-        flags += ["--n-embd", "8", "--block-size", "4"]
         assert main(flags) == 0 and f"({n} cores)" in capsys.readouterr().out
     models = [weights(minimiggy.open_checkpoint(tmp_path / name / "ckpt_4.safetensors")[0]) for name in "abc"]
     assert same(models[0], models[2])
