@@ -964,7 +964,7 @@ def test_a_look_back_over_more_than_64_tokens_is_noticed(tmp_path):
 @pytest.mark.parametrize(("line", "use"), [
     ("self.extra = first_weights(ops, rng, 3, config.n_embd).transpose(0, 1)", "self.extra.sum(1)"),
     ("self.extra = Tensor(np.ones(1, np.float32)).expand(config.n_embd)", "self.extra"),
-    ("self.extra = Tensor.randn(config.n_embd)", "self.extra")], ids=["transposed", "expanded", "random"])
+    ("self.extra = 0.1 * Tensor.randn(config.n_embd)", "self.extra")], ids=["transposed", "expanded", "random"])
 def test_a_parameter_may_be_made_in_any_way(line, use, tmp_path):
     module, _ = edited([(END_OF_GPT, f"{END_OF_GPT}        {line}\n"),
                         ("self.ops.unembed(x, self", f"self.ops.unembed(x + {use}, self")], tmp_path)
