@@ -76,7 +76,7 @@ def border(text: bytes, place: int) -> int:
 
 # === Chapter 3. Tokens: bytes and merges
 #
-# A network computes with numbers, so the text must become a list of whole numbers first. The pieces that each
+# A model computes with numbers, so the text must become a list of whole numbers first. The pieces that each
 # get a number are called *tokens*. Single letters make long lists, in which a word is far away from the next
 # one. Whole words make short lists, but a word that was not in the text has no number.
 #
@@ -86,7 +86,7 @@ def border(text: bytes, place: int) -> int:
 # token, number 256, and put it wherever the pair stood; then the same for number 257, and so on. Frequent
 # pieces such as " the" become tokens of their own; a word that was never seen is at worst written in bytes.
 #
-# By hand, for the word "banana", twice (no pair spans two words). b, a and n are the bytes 98, 97, 110.
+# By hand, for a text with "banana" twice (no pair spans two words). b, a and n are the bytes 98, 97, 110.
 #
 #     98 97 110 97 110 97     "an" (97, 110) and "na" (110, 97) occur four times, "ba" twice. Of two that are
 #                             equally frequent, we take the one with the smaller numbers: "an" becomes 256.
@@ -148,7 +148,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (else it is a token already: ab + c, now a + bc)
+        if joined not in numbers:                  # (else it exists: "abc", from ab + c, now a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -162,7 +162,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with or without a space before it; white space, but for a space that begins the next.
+# other signs, each with or without a space before it; white space, except the space that begins a piece.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -196,7 +196,7 @@ class BPETokenizer:
         return cls("bpe", learn_merges(Counter(regex.findall(SPLIT, text)), vocab_size))
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of any text. (What UTF-8 cannot express, a lone surrogate, becomes "?".)"""
+        """The token ids of any text. (What UTF-8 cannot express becomes "?".)"""
         return self.encoding.encode_ordinary(text.encode("utf-8", "replace").decode())
 
     def decode(self, ids: list[int]) -> str:
@@ -209,10 +209,10 @@ class BPETokenizer:
 
 # === Chapter 4. tinygrad in ten lines
 #
-# A *tensor* is an array of numbers of any dimension. `@` is a product of matrices (the last two dimensions)
-# for each of the others; (T, C) + (C,) repeats the smaller; -1 is the last dimension. tinygrad is *lazy*: an
-# operation only notes down what would have to be done. When somebody wants to see numbers, or calls
-# `realize`, it writes a small program for all that, in C for a CPU, compiles it, and runs it.
+# A *tensor* is an array of numbers of any dimension. `@` multiplies matrices (the last two dimensions), as in
+# numpy; (T, C) + (C,) repeats the smaller; -1 is the last dimension. tinygrad is *lazy*: an operation only
+# notes down what would have to be done. When somebody wants to see numbers, or calls `realize`, it writes a
+# small program for all that, in C for a CPU, compiles it, and runs it.
 #
 # >>> a = Tensor([1.0, 2.0, 3.0])
 # >>> b = (a * a).sum()                      # nothing has been computed: b is a recipe
@@ -225,8 +225,8 @@ class BPETokenizer:
 # >>> round((a * a).sum().item(), 2)
 # 8.96
 #
-# A number's slopes are its *gradient*. Each operation knows its own: how its result changes with its inputs.
-# From b back to a, tinygrad multiplies them along each path, and adds up the paths (*backpropagation*).
+# All slopes of b are its *gradient*. Each operation knows how its result changes with its inputs; tinygrad
+# multiplies that along each path from b back to a and adds up (*backpropagation*): a * a has 2, a + a = 2a.
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
@@ -291,8 +291,8 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
 #
-# For each token we take a row of numbers (6.1). In *block* after block, tokens hear each other and think of
-# what they heard (6.2 to 6.4). At last, each row is compared with all tokens that could follow (6.5).
+# For each token we take a row of numbers (6.1). In *block* after block, tokens hear each other and think
+# about what they heard (6.2 to 6.4). Finally, each row is compared with all tokens that could follow (6.5).
 #
 # 6.1 A token is a row of numbers
 # The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
@@ -311,7 +311,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 #
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance (their
 # mean square) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
-# gradients grow or shrink by a factor at each operation, in ten by its tenth power. (1e-5 prevents 0 / 0.
+# gradients grow or shrink by a factor f at each operation, after ten by f^10. (1e-5 prevents 0 / 0.
 # Newer models use *RMSNorm*: in `layer_norm`, x / sqrt((mean of x^2) + 1e-5) * weight; the bias goes unused.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: `linear` after `linear` is again one
@@ -341,7 +341,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # among H heads, D = C / H numbers each; each asks its own question, and the H answers are put side by side.
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself. Such a set
-    is a *backend*; part II has another, some fifteen times faster. After `attention`, go to 6.3 at first."""
+    is a *backend*; part II has another, some fifteen times faster. After `attention`, skip to 6.3 now."""
     def embed(self, idx: Tensor, table: Tensor) -> Tensor:
         """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C); NaN for an id that has no row."""
         exists = (idx >= 0) & (idx < table.shape[0])
@@ -367,7 +367,7 @@ class Plain:
     def attention(self, qkv: Tensor, position: Tensor, cache=None) -> Tensor:
         """Causal self-attention: tokens of one text hear each other, and none that comes later. qkv
         (B, T, 3, H, D), a query, key and value for each token and head -> the answers (B, T, H, D). `cache`
-        is for writing (part II): it keeps keys and values of tokens before these, at `position` (T,)."""
+        is for writing (part II): it keeps earlier tokens' keys and values; these are at `position` (T,)."""
         B, T, _, H, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # three of (B, H, T, D)
         if cache is None:
@@ -434,7 +434,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
 # begins with small random weights: if they were all equal, all outputs would be equal, would get equal
 # gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
-# trained and saved, including any that you add. (One of integers, or `.is_param_(False)`, is only saved.)
+# trained and saved, including any that you add. (Integers, or what is `.is_param_(False)`, are only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -652,7 +652,7 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
-# 1, as it should be. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1: twice too far. So
+# 1, as it should be. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1: twice as far. So
 # `adamw` (6.2) divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
@@ -708,7 +708,7 @@ class AdamW:
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
-        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (not its thousand merges)
+        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (merges are no tensors)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
@@ -766,10 +766,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model looks at T tokens. With more, we drop the older half at once: dropping shifts the others, and
-# then part II must compute all again. A recording has one shape: zeros fill its end (the mask hides them).
+# The model sees T tokens. With more, we drop the older half, not one each time: the rest gets new places,
+# and part II must compute it anew. A recording has one shape: zeros fill its end (the mask hides them).
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue `ids` (not empty). `text` numbers a seed's texts; `how`: `draw`'s dials."""
+    """Yield tokens that continue `ids` (not empty). A seed has texts 0, 1, ...; `how`: `draw`'s dials."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
