@@ -5068,17 +5068,22 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
 RIGHT = "all gradients are right"
 WRONG = "SOMETHING IS WRONG"
 
-def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tuple], float, str]:
-    """Compare the gradients of a tiny model with finite differences: for each parameter its name, its shape,
-    its largest gradient and the largest error; the largest error relative to a parameter's largest gradient;
-    and a verdict, which is RIGHT if that is less than 1e-4."""
+def tiny_model(seed: int, backend: Plain | None = None) -> tuple[GPT, np.ndarray]:
+    """Such a model, and two batches for it, (2, 2, B, T) int32: what is read, and what is predicted."""
     config = GPTConfig(block_size=5, vocab_size=7, n_layer=2, n_head=2, n_embd=4)
     model = GPT(config, backend, seed=seed)
     rng = np.random.default_rng(seed)
     batches = rng.integers(0, config.vocab_size, (2, 2, 2, 5)).astype(np.int32)
-    parameters = model.parameters()
-    for tensor in parameters.values():  # so that nothing is zero by accident, where errors could hide
+    for tensor in model.parameters().values():  # so that nothing is zero by accident, and could hide errors
         load_array(tensor, tensor.numpy() + 0.1 * rng.standard_normal(tensor.shape, np.float32))
+    return model, batches
+
+def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tuple], float, str]:
+    """Compare the gradients of a tiny model with finite differences: for each parameter its name, its shape,
+    its largest gradient and the largest error; the largest error relative to a parameter's largest gradient;
+    and a verdict, which is RIGHT if that is less than 1e-4."""
+    model, batches = tiny_model(seed, backend)
+    parameters = model.parameters()
     slopes = exact_slopes(model, batches)
     found = []
     for x, y in batches:  # as training does: the loss, and its gradient for all parameters at once
@@ -5108,6 +5113,22 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
                               "Does the model round its numbers, as .float() does?")
     return table, worst, WRONG
 
+# Right gradients do not make a right model. Whoever changes attention can lose the mask, or shift tokens the
+# wrong way, and then a token sees what it is to predict. The loss falls all the same, even further, since to
+# copy is easy; only what the model writes is nonsense. So we change the last token of a passage, and ask
+# whether any guess before it changes. (A model may draw noise: then it changes by itself, about as much.)
+PEEKS = "a guess changes with the tokens that come after it: the loss will be too low. Is there a mask?"
+
+def peeks(seed: int, backend: Plain | None = None) -> bool:
+    """Does a tiny model see tokens that it is to predict?"""
+    model, batches = tiny_model(seed, backend)
+    ids = batches[0, 0]
+    others = ids.copy()
+    others[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
+    first, again, changed = (model(Tensor(passages)).numpy()[:, :-1] for passages in (ids, ids, others))
+    by_itself = np.abs(again - first).max()
+    return bool(np.abs(changed - first).max() > 1e-4 * np.abs(first).max() + 10 * by_itself)
+
 def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     """Print such a comparison, and return whether all gradients are right."""
     show("computing the loss with each parameter a little larger and a little smaller ...")
@@ -5117,6 +5138,8 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     for name, shape, size, error in table:
         tell(f"{name:<24}{str(shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
     tell(f"largest relative error {worst:.1e}: {verdict}")
+    if peeks(seed, backend):
+        tell(f"but {PEEKS}")
     return verdict == RIGHT
 
 # Is it fast? Milliseconds do not tell, since machines differ. So we count the operations that a step cannot
@@ -5655,6 +5678,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
         if names := untrained(model):
             say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
         with suppress(Exception):  # (it may not be possible to make one that is so small)
+            if peeks(config.seed, model.ops):
+                say(f"note       {PEEKS}")
             if compare_gradients(config.seed, model.ops)[-1] == WRONG:
                 say("note       the changed model's gradients are not the slopes of its loss, as --gradcheck "
                     "shows: is there a .detach() or .realize() in it?")

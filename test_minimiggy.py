@@ -1124,6 +1124,22 @@ def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, caps
     assert module.main(train) == 2
     assert "wants to see numbers" in capsys.readouterr().err
 
+@pytest.mark.parametrize(("old", "new", "sees"), [
+    ("visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()", "visible = Tensor.ones(T, T) > 0", True),
+    ("        return self.ln_f(x)\n", "        return self.ln_f(x + x.roll(-1, 1))\n", True),
+    ("        return self.ln_f(x)\n", "        return self.ln_f(x + x.mean(1, keepdim=True))\n", True),
+    (*TOKEN_SHIFT, False), ("        return self.ln_f(x)\n", "        return self.ln_f(x + x.cumsum(1))\n", False),
+    ("        return self.ln_f(x)\n", "        return self.ln_f(x + Tensor.rand(*x.shape))\n", False)],
+    ids=["no mask", "the next", "a mean", "the one before", "a sum of those before", "noise"])
+def test_a_token_that_sees_what_it_is_to_predict_is_noticed(old, new, sees, tmp_path, capsys):
+    module, _ = edited([(old, new.replace("LAG", "1"))], tmp_path)
+    assert [module.peeks(seed, ops) for seed in (1, 2) for ops in (None, module.PLAIN)] == 4 * [sees]
+    if "ones" in new:
+        (tmp_path / "my.txt").write_text(TEXT[:5000])
+        assert module.main(["--gradcheck"]) == 0 and module.PEEKS in capsys.readouterr().out
+        files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "out")]
+        assert module.main(["--train", *SMALL, *files]) == 0 and module.PEEKS in capsys.readouterr().out
+
 def letters(kept):
     """An edit: tokens are characters, which the class is given, and which a line keeps in an attribute."""
     start = PART_ONE.index('    def __init__(self, name: str = "gpt2"')
