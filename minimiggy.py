@@ -5115,17 +5115,19 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
 
 # Right gradients do not make a right model. Whoever changes attention can lose the mask, or shift tokens the
 # wrong way, and then a token sees what it is to predict. The loss falls all the same, even further, since to
-# copy is easy; only what the model writes is nonsense. So we change the last token of a passage, and ask
-# whether any guess before it changes. (A model may draw noise: then it changes by itself, about as much.)
-PEEKS = "a guess changes with the tokens that come after it: the loss will be too low. Is there a mask?"
+# copy is easy; only what the model writes is nonsense. A norm over the batch is no better: when the model
+# writes, there are no other passages. So we change the last token of a passage and all of the one beside it,
+# and ask whether any other guess of the first changes. (Noise that a model draws changes them, too: hence
+# the second look at the same passages.)
+PEEKS = "a guess changes with tokens after it, or with other passages: its loss misleads. Is there a mask?"
 
 def peeks(seed: int, backend: Plain | None = None) -> bool:
-    """Does a tiny model see tokens that it is to predict?"""
+    """Does a tiny model see tokens that it must not see?"""
     model, batches = tiny_model(seed, backend)
-    ids = batches[0, 0]
-    others = ids.copy()
-    others[:, -1] = (ids[:, -1] + 1) % model.config.vocab_size
-    first, again, changed = (model(Tensor(passages)).numpy()[:, :-1] for passages in (ids, ids, others))
+    ids = batches[0, 0]                                               # (2, T): two passages
+    others = (ids + 1) % model.config.vocab_size
+    others[0, :-1] = ids[0, :-1]
+    first, again, changed = (model(Tensor(passages)).numpy()[0, :-1] for passages in (ids, ids, others))
     by_itself = np.abs(again - first).max()
     return bool(np.abs(changed - first).max() > 1e-4 * np.abs(first).max() + 10 * by_itself)
 

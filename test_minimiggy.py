@@ -1128,9 +1128,9 @@ def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, caps
 END_OF_HIDDEN = "        return self.ln_f(x)\n"
 
 @pytest.mark.parametrize(("add", "sees"), [
-    ("x.roll(-1, 1)", True), ("x.mean(1, keepdim=True)", True), ("x.cumsum(1)", False),
-    ("x.pad((None, (1, 0), None))[:, :-1]", False), ("Tensor.rand(*x.shape)", False)],
-    ids=["the next", "a mean", "a sum of those before", "the one before", "noise"])
+    ("x.roll(-1, 1)", True), ("x.mean(1, keepdim=True)", True), ("x.std(0, keepdim=True)", True),
+    ("x.pad((None, (1, 0), None))[:, :-1]", False), ("x.cumsum(1)", False), ("Tensor.rand(*x.shape)", False)],
+    ids=["the next", "a mean", "all passages", "the one before", "a sum of those before", "noise"])
 def test_a_token_that_sees_what_it_is_to_predict_is_noticed(add, sees, tmp_path):
     module, _ = edited([(END_OF_HIDDEN, END_OF_HIDDEN.replace("x", f"x + {add}"))], tmp_path)
     assert [module.peeks(seed, ops) for seed in (1, 2) for ops in (None, module.PLAIN)] == 4 * [sees]
