@@ -1859,9 +1859,9 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
 
 # The way back. For one query, y = sum of p_j v_j. So the loss rises with v_j by p_j dy, and with p_j by g_j =
-# dy . v_j. And p = softmax(s): if s_i rises a little, weight i gains p_i times as much; and every weight, i
-# too, gives up p_i times its own share, so that all still add up to 1. (With p = 0.5, 0.3, 0.2, let s_1 rise
-# by 0.01: weight 1 gains 0.005, and then all give up half a percent, 0.0025, 0.0015 and 0.001.) So the loss
+# dy . v_j. And p = softmax(s): if s_i rises by a small e, weight i gains p_i e; and then every weight, i too,
+# gives up the share p_i e of itself, so that all still add up to 1. (With p = 0.5, 0.3, 0.2, let s_1 rise by
+# 0.01: weight 1 gains 0.005, and then all give up half a percent, 0.0025, 0.0015 and 0.001.) So the loss
 # rises with s_i by
 #
 #     ds_i = p_i g_i - p_i * (sum over j of p_j g_j) = p_i * (g_i - dy . y)
@@ -1932,8 +1932,8 @@ def gelu(k, out, u, dout=None):
 
 # The way back of `layer_norm`. y = hat * w + b, and hat = (x - mean) * scale has mean 0 and mean square 1.
 # Let g = dy * w, what arrives at hat. If all of x is shifted, or stretched about its mean, hat stays as it
-# is; so what g says along these two directions must not reach x. Along the shift it says mean(g), along the
-# stretch mean(g * hat):
+# is; so the parts of g along these two directions must not reach x. Along the shift that is mean(g), and
+# along the stretch hat * mean(g * hat):
 #
 #     dx = (g - mean(g) - hat * mean(g * hat)) * scale,    dw = sum over rows of dy * hat,    db = sum of dy
 def layer_norm(k, y, stats, x, w, b=None):
@@ -2030,9 +2030,9 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 
 # === Chapter 18. Adam in one pass over memory
 #
-# Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core. The length of
-# the gradient is another matter: adding up the 100 million squares of GPT-2 one by one in float32 loses
-# digits, as each is tiny next to the sum; so they are summed in float64. Every core has a sum of its own. A
+# Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core; `adamw` goes
+# once. Before it comes the gradient's length. To add up the 100 million squares of GPT-2 one by one in float32
+# loses digits, as each is tiny next to the sum; so it is done in float64. Every core has a sum of its own. A
 # kernel takes the gradients of one transformer block, and hands its sums to the next kernel as `before`. (All
 # blocks have the same shapes, so they share one program. A single kernel for all gradients would be the
 # longer to compile, the deeper the model is.)
@@ -2097,7 +2097,7 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #
 #     for (n = 0; n < length; n++) {
 #         lines[n].program(lines[n].arguments ..., my core's number);
-#         mine = n + 1;                                  // tell the others that I am done with n + 1 kernels,
+#         done[my number] = n + 1;                       // tell the others that I am done with n + 1 kernels,
 #         for (t = 0; t < threads; t++)                  // and wait until they are, too: the next kernel
 #             for (turn = 0; done[t] < n + 1; turn++)    // may need what they have computed
 #                 (turn < 4000 ? go_on : rest)();
@@ -2105,12 +2105,12 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #
 # `go_on` is C's abs, which does nothing here, and `rest` is sched_yield, which lets other programs run. To
 # call that takes longer than most waits, so we do so only when a wait is long, as when another thread has
-# lost its core. All this takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, since we have no
-# compiler but its own. UOps cannot skip a call; so where there is nothing to do, `go_on` is called. And they
+# lost its core. All this takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, as all programs
+# here are. UOps cannot skip a call; so where there is nothing to do, `go_on` is called. And they
 # know only one kind of call, so every program is handed 61 words: its arguments, its core's number, and then
 # zeros. A C function does not look at what it has not asked for.
 #
-# There are two barriers, which neither the compiler nor the processor moves anything across. One stands
+# And there are two *fences*, which neither the compiler nor the processor moves anything across. One stands
 # between a kernel and its count: whoever sees the count sees the results, too. The other stands between the
 # last count that was seen and the next kernel, which must not begin to read before.
 WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
@@ -2200,7 +2200,7 @@ class Replay:
         self.ways[number]()
         self.best[number] = min(self.best[number], time.perf_counter() - began)
         self.turns += 1
-        if self.best[0] > 0.05:  # a long one needs all cores, and to try a single one would take seconds
+        if self.best[0] > 0.05:  # a long one needs all cores, and to try a single one would take long
             self.ways = self.ways[:1]
         elif self.turns == TRIALS:
             self.ways = [self.ways[np.argmin(self.best)]]
@@ -2493,7 +2493,7 @@ def check(operation: str, fits: bool, *tensors: Tensor) -> None:
 # would fill any memory. A GPU has thousands of threads where a CPU has a few cores, so every query gets a
 # thread of its own, which takes one key after the other, with the fading sums of chapter 16. Nothing has to
 # be added up between threads. (Ordinary operations on some keys at a time would not do: tinygrad keeps what
-# they compute until all is done, on OpenCL to the last block, and then it is T x T again.)
+# all of them compute until the end, and then it is T x T again.)
 def attend_by_threads(k, y, lse, qkv):
     """What `flash` computes: qkv (B, T, 3, H, D) -> y (B, T, H, D) and lse (B, H, T)."""
     B, T, _, H, D = qkv.shape
@@ -2529,8 +2529,8 @@ def attend_by_threads(k, y, lse, qkv):
             y[b, i, h, d] = out[d] / total[0]
         lse[b, h, i] = top[0] + total[0].log()
 
-# On the way back thread i is first query i, with the i + 1 keys that it sees, and then key i, with the T - i
-# queries that see it. So all threads have equally much to do, and none writes where another does.
+# On the way back thread i takes query i first, with the i + 1 keys that it sees, and then key i, with the
+# T - i queries that see it. So all threads have equally much to do, and none writes where another does.
 def attend_by_threads_back(k, dqkv, dy, dot, lse, qkv):
     """The gradient of qkv, from that of y, from dy . y (B, T, H) and from lse."""
     B, T, _, H, D = qkv.shape
@@ -2611,9 +2611,9 @@ if KNOWN:
 # stretch of S places for each text; where the stretch of a token's text begins is its `start`.
 #
 # A prompt, too, is a row of tokens: all of one text, one after the other. Here we have the products of
-# chapter 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so there are
-# three at most, of 256, 64 and 16 tokens. For what is left at the end, one steps back, to end where the
-# prompt does; what it reads twice is the same the second time.
+# chapter 15 at their best, some hundred tokens at a time. Each length needs programs of its own, so prompts
+# are read in pieces of three lengths at most, say of 256, 64 and 16 tokens. The last piece steps back, to end
+# where the prompt does; what it reads twice is the same the second time.
 def attend(k, y, keys, values, qkv, position, start, *, most: int):
     """Attention of new tokens, qkv (1, T, 3, H, D), each in another text -> y (1, T, H, D). Token t is at
     place position[t] < most of a text that begins at start[t] in the caches (1, H, S, D), where its key and
@@ -2710,9 +2710,9 @@ def is_as_in_part_one(thing) -> bool:
 
 SIDE_BY_SIDE = FEW  # texts
 
-# `streams` can be called again while earlier texts are not finished: both then use rows 0, 1 and so on. So a
-# Writer notes which text is in a row (`owners`). Where it finds another, it reads its own text into the
-# caches anew: slower, but right.
+# A *row* of a Writer is one text's place in the caches. `streams` (below) can begin texts while earlier ones
+# are not finished, in the same rows 0, 1 and so on. So a Writer notes whose a row is (`owners`), and a text
+# that finds another in its row is read into the caches anew: slower, but right.
 @dataclass
 class Text:
     """What a Writer knows of a text that it is at work on."""
@@ -2844,7 +2844,7 @@ class Writer:
             text.fresh.append(token)
 
     def follow(self, text: Text, all_texts: list[Text], **how):
-        """Yield the tokens of a text. When there are none, all texts get one more."""
+        """Yield the tokens of a text. When none is waiting, all texts that go on get one more."""
         try:
             while text.left > 0 or text.fresh:
                 if not text.fresh:
@@ -2918,7 +2918,7 @@ GPT.generate = generate
 # 3.140625
 #
 # *Eight bits* have room for 256 numbers. We take whole numbers from -127 to 127, and for each row of a matrix
-# a *scale*, its largest number divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1
+# a *scale*, its largest size divided by 127. In the row below the scale is 0.254 / 127 = 0.002, so 0.1
 # becomes 50, and -0.0311, which is 15.55 scales, becomes -16, read back as -0.032. No number is wrong by more
 # than half a scale. One that is far larger than the others makes all that share its scale coarse: so there is
 # a scale for each row, and not one for the matrix.
@@ -2990,7 +2990,7 @@ class Packed(Fast):
         """Let `tensor` be a matrix (n, m), float32, in fewer bits."""
         numbers = Tensor.empty(*array.shape, dtype=dtypes.int8 if self.kind == "int8" else dtypes.uint16)
         scale = Tensor.empty(len(array))
-        some = max(1, (1 << 20) // array.shape[1])  # rows at a time: what is half done needs memory, too
+        some = max(1, (1 << 20) // array.shape[1])  # rows at a time: in float32 they need memory, too
         for i in range(0, len(array), some):
             rows = np.ascontiguousarray(array[i:i + some], np.float32)
             packed, scales = in_eight_bits(rows) if self.kind == "int8" else (round_to_bfloat16(rows), 1.0)
