@@ -2030,12 +2030,12 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 
 # === Chapter 18. Adam in one pass over memory
 #
-# Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core; `adamw` goes
-# once. Before it comes the gradient's length. To add up the 100 million squares of GPT-2 one by one in float32
-# loses digits, as each is tiny next to the sum; so it is done in float64. Every core has a sum of its own. A
-# kernel takes the gradients of one transformer block, and hands its sums to the next kernel as `before`. (All
-# blocks have the same shapes, so they share one program. A single kernel for all gradients would be the
-# longer to compile, the deeper the model is.)
+# Left to itself, tinygrad goes through memory three times, for theta, m and v, and on one core; `adamw`
+# goes once. Before it comes the gradient's length. To add up the 100 million squares of GPT-2 one by one in
+# float32 loses digits, as each is tiny next to the sum; so it is done in float64. Every core has a sum of
+# its own. A kernel takes the gradients of one transformer block, and hands its sums to the next kernel as
+# `before`. (All blocks have the same shapes, so they share one program. A single kernel for all gradients
+# would be the longer to compile, the deeper the model is.)
 #
 # Of a gradient of 100 numbers on two cores, core 0 takes numbers 0 to 63 in four steps of 16, and core 1
 # those from 64 on; its last 28 places count as 0. They are 16 lanes because one sum would have to wait for
@@ -2106,9 +2106,9 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 # `go_on` is C's abs, which does nothing here, and `rest` is sched_yield, which lets other programs run. To
 # call that takes longer than most waits, so we do so only when a wait is long, as when another thread has
 # lost its core. All this takes 0.6 microseconds a kernel. It is written in tinygrad's UOps, as all programs
-# here are. UOps cannot skip a call; so where there is nothing to do, `go_on` is called. And they
-# know only one kind of call, so every program is handed 61 words: its arguments, its core's number, and then
-# zeros. A C function does not look at what it has not asked for.
+# here are. UOps cannot skip a call; so where there is nothing to do, `go_on` is called. And they know only
+# one kind of call, so every program is handed 61 words: its arguments, its core's number, and then zeros. A
+# C function does not look at what it has not asked for.
 #
 # And there are two *fences*, which neither the compiler nor the processor moves anything across. One stands
 # between a kernel and its count: whoever sees the count sees the results, too. The other stands between the
