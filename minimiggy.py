@@ -1010,6 +1010,11 @@ def open_device() -> None:
         if KNOWN and not load_programs():
             for number in range(HELPERS):  # there will be work for them soon
                 helper(f"helper_{number}")
+        # tinygrad begins with four programs of its own. It may keep these in its database, which saves a
+        # tenth of a second at later starts. (Not where an older processor could share a home with a newer
+        # one, and find programs there that it cannot run: all with AVX2 can run all four.)
+        with suppress(Exception), Context(CACHELEVEL=int(AVX2)):
+            Tensor([1.0]).realize()
     try:
         Tensor([1.0]).realize().tolist()
         if helper.cache_info().currsize and not DEBUG:  # (if helpers run, see 13.4)

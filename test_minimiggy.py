@@ -22,6 +22,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -1533,6 +1534,17 @@ def test_a_clang_that_is_only_a_stub_is_not_believed(tmp_path):
     code = "import os, minimiggy; minimiggy.open_device(); print(os.environ['CC'])"
     done = in_a_process(code, PATH=f"{tmp_path}:/usr/bin:/bin", CC=None, DEV="CPU")
     assert done.stdout.endswith("minimiggy-clang\n"), done.stderr
+
+def test_tinygrads_database_may_be_damaged_or_nowhere(tmp_path):
+    (tmp_path / "damaged").write_text("no database")
+    code = "import minimiggy; minimiggy.open_device(); print(minimiggy.Tensor([1.0, 2.0]).sum().item())"
+    for place in (tmp_path / "new", tmp_path / "damaged", "/dev/null/none"):
+        done = in_a_process(code, CACHEDB=str(place))
+        assert (done.stdout, done.stderr) == ("3.0\n", "")
+    with sqlite3.connect(tmp_path / "new") as database:
+        tables = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        kept = sum(len(database.execute(f"SELECT * FROM '{table}'").fetchall()) for table, in tables)
+    assert kept == (4 if minimiggy.AVX2 else 0)
 
 @pytest.mark.parametrize(("variables", "words"), [
     ({"CC": "false"}, "CC=false does not work"), ({"CC": "gcc"}, "CC=gcc does not work"),
