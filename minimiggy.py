@@ -1805,10 +1805,11 @@ def dot_rows(k, y, x, table):
 # sum across lanes.
 LANES = TILE[1]  # queries in a block
 
-def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
+def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None, *, most: int = 0):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
     exponentials. With caches (1, H, S, D), and B = 1, these are new tokens of a text: position[0] others came
-    before. Its part of the caches begins at `start` (1,), and the new keys and values are put there first."""
+    before. Its part of the caches, `most` places, begins at `start` (1,); the new ones are put there
+    first."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -1825,7 +1826,7 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None):
         value = lambda j, d: qkv[b, j, 2, h, d]
         before = 0  # tokens that the text has before these
         if keys is not None:
-            before = position[0]
+            before = position[0].maximum(0).minimum(most - T)  # (a wrong one must not lead out of the caches)
             for t, d in k.loop(T, D):
                 keys[0, h, start[0] + before + t, d] = key(t, d)
                 values[0, h, start[0] + before + t, d] = value(t, d)
@@ -2261,10 +2262,19 @@ def digest(*names: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def known_to_kernels(arguments, device: str) -> bool:
-    """True if every tensor of floats in these arguments is float32 and in the memory of `device`. (Ids need
-    not be: `in_memory` makes them so. And the weights of chapter 22 are whole numbers.)"""
+    """True if every tensor of floats in these arguments is float32, in the memory of `device`, and not empty.
+    (Ids need not be: `in_memory` makes them so. And the weights of chapter 22 are whole numbers.)"""
     floats = [x for x in get_state_dict(arguments).values() if dtypes.is_float(x.dtype)]
-    return all(x.dtype == dtypes.float32 and x.device == device for x in floats)
+    return all(x.dtype == dtypes.float32 and x.device == device and 0 not in x.shape for x in floats)
+
+class Unfit(Exception):
+    """Arguments of shapes that a kernel does not know."""
+
+def check(fits: bool) -> None:
+    """A kernel reads as far as shapes say, and so past the end of what does not fit: Unfit, unless it
+    does."""
+    if not fits:
+        raise Unfit
 
 # There are three ways to change an operation, and each needs a test of its own. If its source in this file is
 # edited, the checksum is another. If a line such as setattr(Plain, "gelu", f) has run before this chapter,
@@ -2289,17 +2299,19 @@ def instead_of_plain(fast):
 
     def call(self, *arguments, **named):
         now = getattr(Plain, name)
-        is_fast = now is plain and known_to_kernels([*arguments, *named.values()], self.device)
-        return (fast if is_fast else now)(self, *arguments, **named)
+        if now is plain and known_to_kernels([*arguments, *named.values()], self.device):
+            with suppress(Unfit):
+                return fast(self, *arguments, **named)
+        return now(self, *arguments, **named)
     return call
 
 def like(tensor: Tensor | None) -> Tensor | None:
     """Memory for a result of this shape."""
     return None if tensor is None else Tensor.empty(*tensor.shape)
 
-# One method looks like the next: it checks that shapes fit, since a kernel would read past the end of what
-# does not; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so theirs is
-# None.
+# One method looks like the next: it checks that shapes are what the kernel expects, or else part I's
+# operation is computed; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so
+# theirs is None.
 class Fast(Plain):
     """Part I's operations by the kernels of part II, on `cores` cores: the same arguments, and the same
     results up to float32's rounding."""
@@ -2328,6 +2340,7 @@ class Fast(Plain):
 
     @instead_of_plain
     def embed(self, idx, table):
+        check(table.ndim == 2)
         idx = in_memory(idx, table.shape[0])
 
         def back(dx, x):
@@ -2337,8 +2350,8 @@ class Fast(Plain):
 
     @instead_of_plain
     def linear(self, x, weight, bias=None):
-        check("linear", x.shape[-1] == weight.shape[0], x, weight)
-        check("linear", bias is None or bias.shape == weight.shape[1:], weight, bias)
+        check(weight.ndim == 2 and x.shape[-1:] == weight.shape[:1])
+        check(bias is None or bias.shape == weight.shape[1:])
 
         def back(dy, *_):
             dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
@@ -2360,8 +2373,8 @@ class Fast(Plain):
 
     @instead_of_plain
     def layer_norm(self, x, weight, bias=None):
-        check("layer_norm", x.shape[-1:] == weight.shape, x, weight)
-        check("layer_norm", bias is None or bias.shape == weight.shape, weight, bias)
+        check(x.shape[-1:] == weight.shape)
+        check(bias is None or bias.shape == weight.shape)
 
         def back(dy, _, stats):
             dx = self.run(layer_norm_back, [like(x)], [dy, x, weight, stats])
@@ -2377,6 +2390,7 @@ class Fast(Plain):
 
     @instead_of_plain
     def attention(self, qkv, position, cache=None):
+        check(qkv.ndim == 5 and qkv.shape[2] == 3)
         B, T, _, H, D = qkv.shape
         y = Tensor.empty(B, T, H, D)
         lse = Tensor.empty(B, H, T)
@@ -2384,12 +2398,13 @@ class Fast(Plain):
         # begins, they are of different texts; or else they are a piece of one, and go through `flash` in
         # blocks.
         if cache is not None:
-            check("attention", B == 1, qkv)
             memory = cache.room(H, D)
+            check(B == 1 and position.shape == (T,) and T <= cache.S)
+            check(all(tensor.shape == (1, H, cache.texts * cache.S, D) for tensor in memory))
             where = in_memory(position), in_memory(cache.start)
             if cache.start.shape == position.shape:
                 return self.run(attend, [y, *memory], [qkv, *where], most=cache.S)[0]
-            return self.run(flash, [y, lse], [qkv, *memory, *where])[0]
+            return self.run(flash, [y, lse], [qkv, *memory, *where], most=cache.S)[0]
 
         def back(dy, y, lse):
             return self.run(flash_back, [like(qkv)], [dy, y, lse, qkv])
@@ -2397,7 +2412,7 @@ class Fast(Plain):
 
     @instead_of_plain
     def unembed(self, x, table):
-        check("unembed", x.shape[-1] == table.shape[1], x, table)
+        check(table.ndim == 2 and x.shape[-1:] == table.shape[1:])
 
         def back(dy, _):
             dx = self.run(matmul, [like(x)], [dy, table])
@@ -2410,7 +2425,7 @@ class Fast(Plain):
 
     @instead_of_plain
     def cross_entropy(self, logits, targets):
-        check("cross_entropy", logits.shape[:-1] == targets.shape, logits, targets)
+        check(logits.shape[:-1] == targets.shape)
         targets = in_memory(targets, logits.shape[-1])
 
         def back(dloss, _, lse):
@@ -2429,6 +2444,8 @@ class Fast(Plain):
     @instead_of_plain
     def adamw(self, parameters, m, v, gradients, scale, rates, config):
         check_config(config)  # (of part III; with a beta of 1, the kernel would have nothing to store)
+        check(all(tensors[name].shape == theta.shape for tensors in (m, v, gradients)
+                  for name, theta in parameters.items()))
         # The kernel's results are no new memory, but theta, m and v themselves, which it changes in place.
         changed = []
         for names in groups(parameters, self.cores):
@@ -2488,11 +2505,6 @@ def in_memory(ids: Tensor, n: int | None = None) -> Tensor:
     ids = ids.cast(dtypes.int32)
     return ids.clone() if ids.device is None else ids.contiguous()
 
-def check(operation: str, fits: bool, *tensors: Tensor) -> None:
-    """A kernel reads as far as its arguments' shapes say: ValueError unless they fit together."""
-    if not fits:
-        shapes = " and ".join(str(tensor.shape) for tensor in tensors)
-        raise ValueError(f"{operation}: shapes {shapes} do not fit together")
 
 # *On another device*, a GPU say, part I's operations run as they are, but for attention: its T x T matrix
 # would fill any memory. A GPU has thousands of threads where a CPU has a few cores, so every query gets a
@@ -2582,9 +2594,8 @@ class Elsewhere(Plain):
 
     @instead_of_plain
     def attention(self, qkv, position, cache=None):
+        check(qkv.ndim == 5 and qkv.shape[2] == 3 and cache is None)  # (writing, T is small)
         B, T, _, H, D = qkv.shape
-        if cache is not None:  # (writing, T is small)
-            return super().attention(qkv, position, cache)
 
         def back(dy, y, lse):
             dot = (dy * y).sum(-1).contiguous()
@@ -2630,7 +2641,7 @@ def attend(k, y, keys, values, qkv, position, start, *, most: int):
     for th in k.share(T * H):
         t = th // H
         h = th % H
-        last = position[t]
+        last = position[t].maximum(0).minimum(most - 1)  # (a wrong one must not lead out of the caches)
         first = start[t]
         for d in k.loop(D):
             keys[0, h, first + last, d] = qkv[0, t, 1, h, d]
