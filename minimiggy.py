@@ -4345,13 +4345,20 @@ def check_is_gpt2(model: GPT) -> None:
         verb = "has" if (name, shape) in have else "lacks"
         raise UserError(f"this model is no GPT-2 any more: it {verb} {name} of shape {shape}")
     # Another formula gives other logits, by far more than rounding does, which is some 1e-6 of the largest.
-    # It may differ only for tokens that are far apart, so a whole context is compared, of tokens at random.
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, model.config.block_size)
-    with np.errstate(all="ignore"):
-        want = gpt2_logits(arrays, ids, model.config)
-    got = model(Tensor(ids[None].astype(np.int32))).numpy()[0]
-    if not np.abs(got - want).max() <= 1e-4 * np.abs(want).max():  # (a NaN is not, either)
-        raise UserError("this model is no GPT-2 any more: with the same numbers, a GPT-2 gives other logits")
+    # It may differ only for tokens that are far apart, so a whole context is compared, of tokens at random;
+    # or only at the ends of lines, say, so one of a text is, too.
+    T = model.config.block_size
+    passages = [np.random.default_rng(0).integers(0, model.config.vocab_size, T)]
+    if model.tokenizer:
+        ids = model.tokenizer.encode("\n\n ROMEO:\tO, 12 lines?\r\n")
+        passages.append(np.resize(ids, T))                            # (repeated until there are T)
+    for ids in passages:
+        with np.errstate(all="ignore"):
+            want = gpt2_logits(arrays, ids, model.config)
+        got = model(Tensor(ids[None].astype(np.int32))).numpy()[0]
+        if not np.abs(got - want).max() <= 1e-4 * np.abs(want).max():  # (a NaN is not, either)
+            raise UserError("this model is no GPT-2 any more: with the same numbers, a GPT-2 gives other "
+                            "logits")
 
 # *What is a token made of?* Our tokenizer, which is tiktoken's, knows which bytes are a token and which
 # number each has. It joins two neighbours whenever what they make together is a token, the smallest number

@@ -891,6 +891,13 @@ def test_edits_that_nobody_foresaw_work_together(tmp_path, capsys):
     with pytest.raises(module.UserError, match="no GPT-2 any more"):
         module.export(model, tmp_path / "export")
 
+def test_a_model_that_differs_from_gpt2_only_at_the_ends_of_lines_is_not_exported(tokenizer, tmp_path):
+    module, _ = edited([("self.wpe(position))", "self.wpe(position) * (idx != 10).unsqueeze(-1))")], tmp_path)
+    model = shake(module.GPT(module.GPTConfig(**dataclasses.asdict(TINY)), tokenizer=tokenizer))
+    assert tokenizer.encode("\n") == [10]
+    with pytest.raises(module.UserError, match="other logits"):
+        module.export(model, tmp_path / "export")
+
 MEAN = [("        self.batch = model.ops.record",
          "        self.mean = {name: Tensor.zeros(*p.shape)HOW for name, p in self.parameters.items()}\n"
          "        self.batch = model.ops.record"),
