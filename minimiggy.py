@@ -1034,8 +1034,8 @@ def open_device() -> None:
 # them in a file: whatever tinygrad has compiled in this process is added to it, and given back to tinygrad at
 # the next start. The file's name says for which tinygrad, Python and processor it is. Each addition begins
 # with its checksum, 32 bytes, and its length, 8 bytes; then comes a pickle. Where that is wrong, or the file
-# cannot be read or written, we do without: a cache must never be the reason why something fails. Nor slow:
-# only the newest megabytes of it are used, or whoever has tried many models would wait for all of theirs.
+# cannot be read or written, we do without: a cache must never be the reason why something fails. Nor why it
+# is slow: only its newest megabytes are used, or whoever has tried many models would wait for all of theirs.
 # (What was too old to be used is compiled again, and so is among the newest.)
 NEWEST = 4 << 20  # bytes: some 700 programs, in a tenth of a second
 
@@ -1226,9 +1226,9 @@ class Recording:
         self.jit = TinyJit(traced)
         self.jit.cnt = 1
         load_programs()
-        # If an optimizer's m were a recipe still, such as Tensor.zeros(3), carrying it out would be recorded
-        # as a part of the step, and m would be zero again at each turn. So whatever the object has is
-        # computed first.
+        # The function may be an optimizer's step. If its m were a recipe still, such as Tensor.zeros(3),
+        # carrying that out would be recorded as a part of the step, and m would be zero again at each turn.
+        # So all that the optimizer has is computed first.
         if hasattr(function, "__func__"):  # (its step is a method)
             give_memory(vars(function.__self__) | {"model": None})
         # Should the function use tinygrad's own random numbers, their counter must exist, or it would begin
@@ -1276,8 +1276,8 @@ class Recording:
 # runs once, and `k.loop(n)` turns once, too: it opens a C loop, hands out the counter as a symbol, and closes
 # it. `x[i, c]` is a symbol as well, for a number that only the C will read. Only an assignment to `y[i, c]`
 # makes a statement: `t = x[i, c] * 2.0` just names an expression. All this is kept as a tree, which has no
-# order of its own. So `last` is the newest statement, and whatever is read or written comes `after` it; `end`
-# makes of a loop, and of all that is in it, one statement.
+# order of its own. So a Kernel keeps its newest statement in `last`, and whatever is read or written next
+# waits for that one. A loop that is closed is, with all that is in it, one statement.
 #
 # >>> def example(k, y, x, b):
 # ...     for i in k.loop(x.rows):
@@ -1290,7 +1290,7 @@ class Recording:
 # Two environment variables let you look behind the curtain, here and everywhere in tinygrad: with DEBUG=2 it
 # prints each program that it runs, and how long that took; with DEBUG=4 also its C.
 #
-# Of UOps' own words we need five. `memory.index(i)` is a place in memory, `.load()` the number there,
+# Five of UOps' own words recur. `memory.index(i)` is a place in memory, `.load()` the number there,
 # `.store(x)` a statement that writes it. `x.after(y)` is x, but not before y is done. `x.end(loop)` is the
 # loop with x inside.
 #
@@ -1508,7 +1508,7 @@ def exp(x):
 #     for i, j in k.loop(M, N):
 #         C[i, j] = k.sum(K, lambda kk: A[i, kk] * B[kk, j])
 #
-# Here every multiplication fetches two numbers, and B with a stride. *Tiled*: compute a tile of C at once,
+# Here every multiplication fetches two numbers, those of B far apart. *Tiled*: compute a tile of C at once,
 # say 4 rows by 64 columns, with its 256 sums in registers. For each k, fetch 64 numbers of B and 4 of A, and
 # use each of them 4 or 64 times: 68 fetches for 256 multiplications. This is `product`.
 #
@@ -1520,7 +1520,7 @@ def exp(x):
 #         i+2   a(i+2, k)  [  stay in registers    ]         used 64 times
 #         i+3   a(i+3, k)  [                       ]
 #
-# *Packed*: a core has three levels of memory. 48 KB answer at once, 2 MB within 15 cycles, the rest is far.
+# *Packed*: memory has levels. On an Intel Xeon, 48 KB answer at once, 2 MB within 15 cycles, the rest is far.
 # So that most numbers come from near, the product takes blocks of `depth` rows of B. Of such a block some
 # *panels*, each as wide as a tile, are copied to where they lie without gaps; they stay in the second level.
 # (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
@@ -1540,10 +1540,10 @@ def exp(x):
 # 1.08, 4 x 64 1.04, 12 x 32 0.77; 6 x 64 was better for some and worse for others. With AVX2 (16 registers of
 # 8), nine products on an AMD EPYC: 4 x 24 0.85, 3 x 32 0.80, 4 x 16 0.76, 6 x 16 0.45. The sums, the vectors
 # of B and the numbers of A must all find a register: with one too many, clang goes to memory in the innermost
-# loop. So shapes can be named for each kind of processor once and for all. (The picture has 4 x 64, which is
-# easier to draw.)
+# loop. That depends on the kind of processor only, so a few shapes serve all products. (The picture has
+# 4 x 64, which is easier to draw.)
 TILES = [(8, 32)] if WIDE else [(4, 24), (3, 32)] if AVX2 else [(4, 16)]
-TILE = TILES[-1]     # (one before it is for a result whose columns it divides)
+TILE = TILES[-1]     # (an earlier one is taken where it divides the result's columns)
 STRIP = 64           # rows of A that are worked on together
 PACKED = 3 << 16 if WIDE else 1 << 17  # numbers of B that are packed at a time: 768 or 512 KB
 COPIES = "Intel" in describe_processor()  # whether long strips of A are copied before they are used
@@ -1608,8 +1608,8 @@ def in_a_part(n: int, size: int, parts: int, cores: int, exact: bool) -> int:
 def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, ...]:
     """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
-    strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB, or 256
-    if A is transposed.)"""
+    strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB; 256 if
+    A is transposed; 4096 if tiles overlap.)"""
     # 65 rows are covered by nine tiles of 8: the last begins at row 57, not 64, so that all are whole. Seven
     # rows are computed twice, with the same result.
     height, width = next((tile for tile in TILES if N % tile[1] == 0), TILE)
@@ -1631,7 +1631,7 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     panels = in_a_part(N, columns, pieces(N * depth, PACKED), 1 if by_rows else cores, exact=blocks > 1)
     return rows, columns, depth, tiles, panels
 
-# Every core runs all of `matmul`, with panels of its own. If the result is tall, each packs all of B, and
+# Every core goes through `matmul`, with panels of its own. If the result is tall, each packs all of B, and
 # multiplies its own strips; if it is wide, each packs its own groups, and goes over all of A. So none waits
 # for another.
 def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, column_sums=None):
@@ -1696,9 +1696,9 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
 
 # 15.2 The way back of a product
 #
-# In y = x @ w, y[i, j] is the sum of x[i, k] * w[k, j]. If the loss rises by dy[i, j] for each unit of y[i,
-# j], then it rises with x[i, k] by dy[i, j] * w[k, j], summed over all j that x[i, k] had a part in, and with
-# w[k, j] by x[i, k] * dy[i, j], summed over i:
+# In y = x @ w, y[i, j] is the sum of x[i, k] * w[k, j]. Let the loss rise by dy[i, j] for each unit of y[i,
+# j]. A unit of x[i, k] adds w[k, j] to each y[i, j], so with it the loss rises by the sum of dy[i, j] *
+# w[k, j] over j; and with a unit of w[k, j], by the sum of x[i, k] * dy[i, j] over i:
 #
 #     dx = dy @ w^T        dw = x^T @ dy        and for a bias, added to each row:  db = the column sums of dy
 #
