@@ -1147,15 +1147,20 @@ def test_a_parameter_that_a_class_has_or_that_is_not_used_is_named(tmp_path, cap
     assert said.count("Block.gate") == 1 and "neither trained nor saved" in said
     assert "without a part in the loss, and so not trained: forgotten\n" in said
 
-def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, capsys):
+LOST_MASK = ("visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
+             "visible = Tensor.ones(T, T, dtype=dtypes.bool)")
+
+def test_a_gradient_that_is_cut_off_and_a_lost_mask_are_said_before_the_first_step(tmp_path, capsys):
     (tmp_path / "my.txt").write_text(TEXT[:5000])
     train = ["--train", *SMALL, "--data", str(tmp_path / "my.txt"), "--no-checkpoint",
              "--out-dir", str(tmp_path / "out")]
     line = "        heard = self.attn(self.ln_1(x), position, cache)\n"
-    for cut, said in (("x = x.contiguous()", False), ("x = x - self.ln_2(x).detach()", True)):
-        module, _ = edited([(line, f"{line}        {cut}\n")], tmp_path)
+    for cut, *mask in (("x = x.contiguous()",), ("x = x - self.ln_2(x).detach()", LOST_MASK)):
+        module, _ = edited([(line, f"{line}        {cut}\n"), *mask], tmp_path)
         assert module.main(train) == 0
-        assert ("not the slopes of its loss" in capsys.readouterr().out) == said, cut
+        said = capsys.readouterr().out
+        assert ("not the slopes of its loss" in said) == (module.PEEKS in said) == bool(mask), cut
+    assert module.main(["--gradcheck"]) == 1 and module.PEEKS in capsys.readouterr().out
     module, _ = edited([(line, f"{line}        print(x.numpy())\n")], tmp_path)
     assert module.main(train) == 2
     assert "wants to see numbers" in capsys.readouterr().err
@@ -1166,15 +1171,7 @@ def test_a_gradient_that_is_cut_off_is_said_before_the_first_step(tmp_path, caps
     ids=["the next", "a mean", "all passages", "the one before", "a sum of those before", "noise"])
 def test_a_token_that_sees_what_it_is_to_predict_is_noticed(add, sees, tmp_path):
     module, _ = edited([(END_OF_HIDDEN, END_OF_HIDDEN.replace("x", f"x + {add}"))], tmp_path)
-    assert [module.peeks(seed, ops) for seed in (1, 2) for ops in (None, module.PLAIN)] == 4 * [sees]
-
-def test_a_mask_that_was_lost_is_said_before_the_first_step_and_by_gradcheck(tmp_path, capsys):
-    module, _ = edited([("visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
-                         "visible = Tensor.ones(T, T, dtype=dtypes.bool)")], tmp_path)
-    (tmp_path / "my.txt").write_text(TEXT[:5000])
-    files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "out")]
-    for command in (["--gradcheck"], ["--train", *SMALL, *files]):
-        assert module.main(command) == 0 and module.PEEKS in capsys.readouterr().out
+    assert module.peeks(1) == module.peeks(2, module.PLAIN) == sees
 
 def letters(kept):
     """An edit: tokens are characters, which the class is given, and which a line keeps in an attribute."""
