@@ -769,7 +769,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
 # The model sees T tokens. With more, we drop the older half, not one each time: the rest gets new places,
 # and part II must compute it anew. A recording has one shape: zeros fill its end (the mask hides them).
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield tokens that continue `ids` (not empty). A seed has texts 0, 1, ...; `how`: `draw`'s dials."""
+    """Yield what continues `ids` (not empty): text number `text` of this seed. `how`: `draw`'s dials."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -1808,8 +1808,7 @@ LANES = TILE[1]  # queries in a block
 def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None, *, most: int = 0):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
     exponentials. With caches (1, H, S, D), and B = 1, these are new tokens of a text: position[0] others came
-    before. Its part of the caches, `most` places, begins at `start` (1,); the new ones are put there
-    first."""
+    before. Its `most` places in the caches begin at `start` (1,); the new tokens are put there first."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -2271,8 +2270,7 @@ class Unfit(Exception):
     """Arguments of shapes that a kernel does not know."""
 
 def check(fits: bool) -> None:
-    """A kernel reads as far as shapes say, and so past the end of what does not fit: Unfit, unless it
-    does."""
+    """Unfit, unless a kernel's arguments fit: it would read past the end of what does not."""
     if not fits:
         raise Unfit
 
@@ -2504,7 +2502,6 @@ def in_memory(ids: Tensor, n: int | None = None) -> Tensor:
             raise ValueError(f"ids are from {numbers.min()} to {numbers.max()}, but only 0 to {n - 1} exist")
     ids = ids.cast(dtypes.int32)
     return ids.clone() if ids.device is None else ids.contiguous()
-
 
 # *On another device*, a GPU say, part I's operations run as they are, but for attention: its T x T matrix
 # would fill any memory. A GPU has thousands of threads where a CPU has a few cores, so every query gets a

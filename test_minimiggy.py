@@ -509,6 +509,13 @@ def test_shapes_that_kernels_do_not_know_are_computed_or_refused_as_in_part_one(
     assert plain == fast if isinstance(plain, str) else np.allclose(plain, fast, 1e-4, 1e-5)
     assert np.shape(plain) == np.shape(fast)
 
+@pytest.mark.parametrize("ops", [FAST, PLAIN])
+def test_a_cache_for_other_heads_is_refused(ops):
+    cache = minimiggy.Cache(8, 1)
+    cache.room(2, 4)
+    with pytest.raises(Exception, match="shape"):
+        ops.attention(Tensor(random(1, 1, 3, 4, 4)), Tensor([0], dtype="int32"), cache).numpy()
+
 def test_an_optimizer_with_numbers_of_another_shape_is_refused(ids):
     optimizer = AdamW(GPT(TINY), QUICK)
     optimizer.v = {name: Tensor.zeros(1).contiguous().realize() for name in optimizer.v}
