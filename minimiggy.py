@@ -56,7 +56,7 @@ class UserError(Exception):
 # speech in a play begins with a name and a colon. Nobody tells the model any of this. It has about a million
 # numbers inside, its *parameters*, random at first. We show it passages of a text, measure how surprised it
 # was by each next piece, and change every parameter a little so that it would have been less surprised.
-# (*GPT*: generative pre-trained *transformer*, arXiv:1706.03762. Ours follows GPT-2, Radford et al. 2019.)
+# *GPT*: generative pre-trained *transformer* (arXiv:1706.03762). Ours follows GPT-2 (Radford et al. 2019).
 
 # === Chapter 2. A text
 #
@@ -69,7 +69,7 @@ def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     return memoryview(text)[:cut], memoryview(text)[cut:]
 
 def border(text: bytes, place: int) -> int:
-    """The first place from `place` on where a character begins: in UTF-8 all its other bytes are 10xxxxxx."""
+    """The first place from `place` on where a character begins: only bytes that continue one are 10xxxxxx."""
     while place < len(text) and text[place] & 0b11000000 == 0b10000000:
         place += 1
     return place
@@ -95,18 +95,17 @@ def border(text: bytes, place: int) -> int:
 #     257 258                 (257, 258) becomes 259, the whole word.
 #
 # `merge` is one such step, and `learn_merges` does it all. To encode a word that was never seen, "bandana",
-# apply the same merges in the order in which they were learned. Three tokens remain, ban|d|ana:
+# apply the same merges in the order in which they were learned. (Here, the fourth finds nothing.)
 #
 # >>> merges = learn_merges(Counter({"banana": 2}), 260)
 # >>> merges
 # [(97, 110), (98, 256), (256, 97), (257, 258)]
 # >>> ids = list(b"bandana")
-# >>> for number, pair in enumerate(merges):
+# >>> for number, pair in enumerate(merges[:3]):
 # ...     ids = merge(ids, pair, 256 + number)
 # ...     print(ids)
 # [98, 256, 100, 256, 97]
 # [257, 100, 256, 97]
-# [257, 100, 258]
 # [257, 100, 258]
 def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """`ids` with every occurrence of `pair`, from left to right, replaced by the token `new`."""
@@ -135,7 +134,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
     merges = []
 
     def count(i: int, sign: int) -> None:
-        """Add the pairs of word i to the counts, or take them away. (`places` may keep stale words.)"""
+        """Add the pairs of word i to the counts, or take them away. (`places` may list too many words.)"""
         for pair in zip(words[i], words[i][1:], strict=False):
             counts[pair] += sign * times[i]
             places[pair].add(i)
@@ -148,7 +147,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (else it exists: "abc", from ab + c, now a + bc)
+        if joined not in numbers:                  # (not so if "abc" came from ab + c, and now from a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -162,7 +161,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with or without a space before it; white space, except the space that begins a piece.
+# other signs, each with or without a space before it; white space, less the one space of the next piece.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -171,8 +170,7 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 class BPETokenizer:
     """Text to token ids and back. `BPETokenizer.train` learns a vocabulary; `BPETokenizer()` is GPT-2's, of
-    50257 tokens. Attributes: `name`, "bpe" or "gpt2"; `vocab_size`; `merges` (None: GPT-2's). Applying
-    merges is a solved problem, so we leave it to tiktoken, which does that in Rust."""
+    50257 tokens (`merges` is None). Applying merges is a solved problem: tiktoken does that, in Rust."""
     def __init__(self, name: str = "gpt2", merges: list[tuple[int, int]] | None = None):
         import tiktoken
         self.name = name
@@ -183,7 +181,7 @@ class BPETokenizer:
             tokens = [bytes([byte]) for byte in range(256)]
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-            ranks = {token: number for number, token in enumerate(tokens)}  # (lower ones are merged first)
+            ranks = {token: number for number, token in enumerate(tokens)}  # (it makes the earliest first)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
 
@@ -204,15 +202,15 @@ class BPETokenizer:
         return b"".join(map(self.decode_bytes, ids)).decode("utf-8", "replace")
 
     def decode_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; none for a number that is no token."""
+        """The bytes of one token, which may be a part of a character; b"" for a number without a token."""
         return self.encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""
 
 # === Chapter 4. tinygrad in ten lines
 #
 # A *tensor* is an array of numbers of any dimension. `@` multiplies matrices (the last two dimensions), as in
-# numpy; (T, C) + (C,) repeats the smaller; -1 is the last dimension. tinygrad is *lazy*: an operation only
-# notes down what would have to be done. When somebody wants to see numbers, or calls `realize`, it writes a
-# small program for all that, in C for a CPU, compiles it, and runs it.
+# numpy; (T, C) + (C,) repeats the smaller; -1 is the last dimension, and `unsqueeze(-1)` adds one of length
+# 1. tinygrad is *lazy*: an operation only notes down what would have to be done. When somebody wants to see
+# numbers, or calls `realize`, it writes a small program for all that, in C for a CPU, compiles and runs it.
 #
 # >>> a = Tensor([1.0, 2.0, 3.0])
 # >>> b = (a * a).sum()                      # nothing has been computed: b is a recipe
@@ -225,8 +223,10 @@ class BPETokenizer:
 # >>> round((a * a).sum().item(), 2)
 # 8.96
 #
-# All slopes of b are its *gradient*. Each operation knows how its result changes with its inputs; tinygrad
-# multiplies that along each path from b back to a and adds up (*backpropagation*): a * a has 2, a + a = 2a.
+# All slopes of b are its *gradient*. Each operation knows its own: 3x has slope 3, y * y has 2y. tinygrad
+# goes back from the result, one operation at a time, and multiplies. Let b = y * y and y = 3x, with x = 1:
+# b's slope by y is 2y = 6, and by x it is 6 * 3 = 18. What is used several times gets a slope from each use,
+# and they are added up. This is *backpropagation*: all slopes together cost about twice as much as b itself.
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
@@ -286,7 +286,7 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each of four uses has random generators (`rng`) of its own, made of its number, the seed, often the step.
+# each of these four uses makes its own random generators (`rng`) from its number, the seed, often the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -309,10 +309,10 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
 # are learned. One product of matrices does it for all tokens at once.
 #
-# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and variance (their
-# mean square) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
-# gradients grow or shrink by a factor f at each operation, after ten by f^10. (1e-5 prevents 0 / 0.
-# Newer models use *RMSNorm*: in `layer_norm`, x / sqrt((mean of x^2) + 1e-5) * weight; the bias goes unused.)
+# `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and mean square
+# (*variance*) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
+# gradients grow or shrink by a factor f at each operation: by f^10 after ten. (1e-5 prevents 0 / 0. Newer
+# models use *RMSNorm*: in `layer_norm`, let `centred` be x, and add no bias. An unused one does no harm.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: `linear` after `linear` is again one
 # `linear`, unless something that is not linear stands between them. It is nearly 0 for very negative
@@ -325,10 +325,10 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # is the average of all values with these weights. A pronoun can look for its noun, a line for its rhyme.
 #
 # *Why divide by sqrt(D)?* A score is a sum of D products. If the numbers in q and k are independent, with
-# mean 0 and variance 1, each product has these too, and variances add up: the score's is D. With D = 32, it
-# is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight to
-# one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided by
-# sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
+# mean 0 and variance 1, each product has variance 1 * 1, and variances add up: the score's is D. With D = 32,
+# it is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight
+# to one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided
+# by sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
 # later ones get a score of minus infinity, a weight of exp(-inf) = 0. For T = 4, row t is what token t hears:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()           # `tril` keeps the lower left triangle
@@ -341,7 +341,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # among H heads, D = C / H numbers each; each asks its own question, and the H answers are put side by side.
 class Plain:
     """The operations of a GPT in ordinary tensor algebra, which tinygrad differentiates by itself. Such a set
-    is a *backend*; part II has another, some fifteen times faster. After `attention`, skip to 6.3 now."""
+    is a *backend*; part II has another, some fifteen times faster. Read up to `attention`, then 6.3."""
     def embed(self, idx: Tensor, table: Tensor) -> Tensor:
         """Look up rows: ids (...,) int32 and a table (N, C) -> (..., C); NaN for an id that has no row."""
         exists = (idx >= 0) & (idx < table.shape[0])
@@ -385,7 +385,7 @@ class Plain:
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise in nats (chapter 7): logits (..., V), a score for each token, and the ids that came (...)
-        -> one number at each place (...); NaN for an id that is no token's."""
+        -> one number at each place (...); NaN for an id without a token."""
         top = logits.max(-1, keepdim=True)                            # (cancels out; exp() could overflow)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
@@ -393,7 +393,7 @@ class Plain:
         return exists.where((top + log_sum - chosen).squeeze(-1), math.nan)
 
     def norm(self, gradients: dict[str, Tensor]) -> Tensor:
-        """The length (a scalar) of all gradients as one vector: root of summed squares. (No layer norm.)"""
+        """The length (a scalar) of all gradients as one vector: the root of their summed squares."""
         return sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
 
     def adamw(self, parameters: dict[str, Tensor], m: dict, v: dict, gradients: dict, scale: Tensor,
@@ -410,7 +410,7 @@ class Plain:
             decay = config.weight_decay if theta.ndim == 2 else 0.0
             new_theta = theta - rates[0] * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
             for old, new in ((theta, new_theta), (m[name], new_m), (v[name], new_v)):
-                changed.append(old.assign((scale > 0).where(new, old)))
+                changed.append(old.assign((scale > 0).where(new, old)))   # (0 * NaN would be NaN)
         return changed
 
     def place(self, array: np.ndarray) -> Tensor:
@@ -434,7 +434,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
 # begins with small random weights: if they were all equal, all outputs would be equal, would get equal
 # gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
-# trained and saved, including any that you add. (Integers, or what is `.is_param_(False)`, are only saved.)
+# trained and saved, including any that you add. (Integers, and t after t.is_param_(False), are only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -471,8 +471,8 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on any single other; the rest grows, so that sums stay as large. `stir` chooses, by
-# the numbers' places and a `key` (not attention's), new at each step. Without one, as in exams, none is zero.
+# part of the model relies on any single other; the rest grows, so that sums stay as large. `stir` makes noise
+# from each number's place and a `key` (not attention's), new at each step. No key, as in exams: no dropout.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -484,7 +484,7 @@ class Dropout:
         if self.share == 0:
             return x
         self.calls += 1
-        key = stir(self.key + self.calls * 0x9E3779B9 % 2**32)
+        key = stir(self.key + self.calls)
         places = Tensor.arange(x.numel(), dtype=dtypes.uint32).reshape(x.shape)
         noise = stir(stir(places) ^ key)                              # from 0 to 2^32 - 1
         return (noise >= int(self.share * 2**32)).where(x / (1 - self.share), 0)
@@ -572,7 +572,7 @@ class GPT:
         self.ln_f = LayerNorm(ops, config.n_embd)
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is learned, each once, by name: h.0.attn.c_attn.weight and so on. Also realizes all of it."""
+        """What is learned, by name (h.0.attn.c_attn.weight ...), shared ones once. Realizes all tensors."""
         found = {}                                                    # identity -> (name, tensor)
         everything = get_state_dict(self)                             # name -> tensor, of all parts
         for name, tensor in everything.items():
@@ -623,7 +623,7 @@ class GPT:
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
 # also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Knowing nothing
-# of a byte costs 8 bits; a loss, say, of 3.6 nats on tokens of 2.3 bytes costs 3.6 * 1.44 / 2.3 = 2.25.
+# of a byte, one of 2^8, costs 8; a loss, say, of 3.6 nats on tokens of 2.3 bytes, 3.6 * 1.44 / 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -638,8 +638,8 @@ GPT.loss = loss  # a method of GPT, kept back for this chapter
 # of random passages gives roughly the same in milliseconds. Each has T + 1 tokens: T questions, T answers.
 def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
-    source = np.random.default_rng((PASSAGES, config.seed, step))
-    starts = source.integers(0, len(data) - T, (config.grad_accum, config.batch_size, 1))
+    rng = np.random.default_rng((PASSAGES, config.seed, step))
+    starts = rng.integers(0, len(data) - T, (config.grad_accum, config.batch_size, 1))
     passages = data[starts + np.arange(T + 1)].astype(np.int32)       # (grad_accum, B, T + 1)
     return passages[..., :-1], passages[..., 1:]
 
@@ -651,12 +651,12 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # gradients move a parameter as fast as large ones, but those that keep changing sign move it slowly.
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
-# 1, 2, ... At step 1, with a gradient g > 0, m = 0.1 g and v = 0.01 g^2; as 0.1 = sqrt(0.01), m / sqrt(v) is
-# 1, as it should be. At step 10, with the same g, m = 0.65 g and v = 0.096 g^2 give 2.1: twice as far. So
-# `adamw` (6.2) divides by these factors (*bias correction*): m_hat = m / (1 - 0.9^t) = g and v_hat = g^2.
+# 1, 2, ... So `adamw` (6.2) divides by these (*bias correction*). If the gradient is always g > 0, then m_hat
+# = m / (1 - 0.9^t) = g, v_hat = g^2, and m_hat / sqrt(v_hat) is 1. Without it, m = 0.1 g and v = 0.01 g^2 at
+# step 1 give 1 as well, as 0.1 = sqrt(0.01), but m = 0.65 g and v = 0.096 g^2 at step 10 give 2.1.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
-# what does not keep helping fades. And gradients over `grad_clip` are shortened: no odd batch undoes much.
+# weights that no gradient renews fade. And gradients over `grad_clip` are cut to it: no batch undoes much.
 #
 # *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
 # end we want to come to rest at a low point, not to jump across it, so steps shrink along half a cosine:
@@ -685,22 +685,22 @@ class AdamW:
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         sums = zeros if config.grad_accum > 1 else {}                 # the sum over a step's batches
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
-        self.batch = model.ops.record(self.step)                      # all batches of a step but the last
+        self.batch = model.ops.record(self.step)                      # a step's batches but the last, if any
         self.last_batch = model.ops.record(self.step)                 # the last one, which takes the step
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
-        """A batch x, y (B, T), a key (1,), `is_first` (begins new sums) -> its loss. A step's last batch
-        brings the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
-        loss = self.model.loss(x, y, key)                                                     # forward
-        slopes = loss.gradient(*self.parameters.values())                                     # backward
+        """A batch x, y (B, T), a key (1,), `is_first` (of its step) -> its loss. A step's last batch brings
+        the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
+        loss = self.model.loss(x, y, key)                             # forward
+        slopes = loss.gradient(*self.parameters.values())             # backward: chapter 4's backpropagation
         gradients = dict(zip(self.parameters, slopes, strict=True))
         for name, sums in self.sums.items():
             gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
-        Tensor.realize(loss, *gradients.values())                     # (frees what the backward pass needed)
+        Tensor.realize(loss, *gradients.values())                     # (what only they needed is free again)
         if rates is None:
             return (loss,)
         length = self.model.ops.norm(gradients)
-        scale = (self.config.grad_clip / length).minimum(1)                                   # clip
+        scale = (self.config.grad_clip / length).minimum(1)           # clip
         scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
         changed = self.model.ops.adamw(self.parameters, self.m, self.v, gradients, scale, rates, self.config)
         Tensor.realize(*changed)
@@ -760,16 +760,16 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     if top_k or top_p < 1:
         order = np.argsort(-p, kind="stable")                         # the likeliest first
         share = np.cumsum(p[order[:top_k or None]])
-        enough = 1 + int((share < top_p * share[-1]).sum())            # the fewest that have this share
+        enough = 1 + int((share < top_p * share[-1]).sum())            # the fewest that reach top_p
         p[order[enough:]] = 0
     # Lay the probabilities end to end, as lengths, and choose a random point: in which of them is it?
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model sees T tokens. With more, we drop the older half, not one each time: the rest gets new places,
-# and part II must compute it anew. A recording has one shape: zeros fill its end (the mask hides them).
+# The model sees T tokens. Of more, we drop the older half, seldom: each time, the rest gets new places, and
+# part II must compute it anew. A recording has one shape, so zeros fill its end (the mask hides them).
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield what continues `ids` (not empty): text number `text` of this seed. `how`: `draw`'s dials."""
+    """Yield what continues `ids` (not empty), the text of this seed and number. `how`: `draw`'s dials."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -788,10 +788,10 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 #
 # To understand all this, change it. Part II checks whether its fast programs still fit; if not, your code
 # runs as it is. `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python
-# minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. And with these changes?
+# minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. With these changes, at:
 #
 # 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
-# 2. No `self.wpe(position)` in `hidden`. (2.65! A token can count those before it: arXiv:2203.16634.)
+# 2. No `self.wpe(position)` in `hidden`. (2.65! The mask tells the order, too: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
 # 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
@@ -2703,7 +2703,7 @@ class Cache:
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
 # way. It also does so if `write` itself has been changed.
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "91b9865bce09" and not CHANGED
+LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "5db155f0ccd9" and not CHANGED
 WRITE_AS_WE_KNOW_IT = write if digest("write") == "59f0ba302c75" else None
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 

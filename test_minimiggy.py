@@ -156,6 +156,7 @@ def shares(*scores):
     powers = np.exp(np.array(scores))
     return 100 * powers / powers.sum()
 
+X = Tensor([1.0])
 STEP_10 = (1 - 0.9**10, 1 - 0.99**10)
 FIGURES = [
     ("-3 becomes {:.3f}, 0 stays {:.0f}, and 3 becomes {:.3f}", PLAIN.gelu(Tensor([-3.0, 0, 3])).tolist()),
@@ -165,9 +166,10 @@ FIGURES = [
     ("by {:.2f} if p = 1/2, by {:.1f} if p = 1/100", (-math.log(1 / 2), -math.log(1 / 100))),
     ("(a nat is 1 / ln 2 = {:.2f} bits)", [1 / math.log(2)]),
     ("3.6 * 1.44 / 2.3 = {:.2f}", [3.6 * 1.44 / 2.3]),
-    ("m = {:.1f} g and v = {:.2f} g^2; as {:.1f} = sqrt(0.01), m / sqrt(v) is {:.0f}",
-     (0.1, 0.01, 0.01**0.5, 0.1 / 0.01**0.5)),
-    ("m = {:.2f} g and v = {:.3f} g^2 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
+    ("2y = {:.0f}, and by x it is 6 * 3 = {:.0f}", [2 * 3 * X.item(), (3 * X).square().gradient(X)[0].item()]),
+    ("m = {:.1f} g and v = {:.2f} g^2 at step 1 give {:.0f} as well, as {:.1f} = sqrt(0.01)",
+     (0.1, 0.01, 0.1 / 0.01**0.5, 0.01**0.5)),
+    ("m = {:.2f} g and v = {:.3f} g^2 at step 10 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
     ("softmax of [2, 1, 0] gives {:.0f} %, {:.0f} % and {:.0f} %; at temperature 0.5, ", shares(2, 1, 0)),
     ("at temperature 0.5, {:.0f} %, {:.0f} % and {:.0f} %", shares(4, 2, 0)),
     ("the sum of exponentials is e^-2 + e^0 = {:.3f}", [math.exp(-2) + 1]),
