@@ -166,7 +166,7 @@ FIGURES = [
     ("by {:.2f} if p = 1/2, by {:.1f} if p = 1/100", (-math.log(1 / 2), -math.log(1 / 100))),
     ("(a nat is 1 / ln 2 = {:.2f} bits)", [1 / math.log(2)]),
     ("3.6 * 1.44 / 2.3 = {:.2f}", [3.6 * 1.44 / 2.3]),
-    ("2y = {:.0f}, and by x it is 6 * 3 = {:.0f}", [2 * 3 * X.item(), (3 * X).square().gradient(X)[0].item()]),
+    ("2y = {:.0f}, and by x it is 6 * 3 = {:.0f}", [2 * 3 * X.item(), (3 * X).square().sum().gradient(X)[0].item()]),
     ("m = {:.1f} g and v = {:.2f} g^2 at step 1 give {:.0f} as well, as {:.1f} = sqrt(0.01)",
      (0.1, 0.01, 0.1 / 0.01**0.5, 0.01**0.5)),
     ("m = {:.2f} g and v = {:.3f} g^2 at step 10 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
