@@ -1306,6 +1306,7 @@ class Array:
         self.columns = shape[-1]
         self.rows = math.prod(shape[:-1])
         self.start = start                         # where in the memory its first number is, if not at 0
+        self.scale = None                          # for each row: only packed matrices have that (chapter 22)
         self.flat = memory.src[0] if memory.op is Ops.RESHAPE else memory
 
     def at(self, first, *index):
@@ -1320,17 +1321,25 @@ class Array:
             place = self.start + place
         return self.flat.after(*self.kernel.last).index(place)
 
+    def unscaled(self, index):
+        """A number as it stands in memory; if it is packed, as float32, but without its row's scale."""
+        number = self.at(*index) if isinstance(index, tuple) else self.at(index)
+        if self.scale is None:
+            return number
+        if number.dtype == dtypes.uint16:
+            number = (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
+        return number.cast(dtypes.float)
+
+    def scale_of(self, row):
+        """By what a row's `unscaled` numbers must be multiplied."""
+        return 1.0 if self.scale is None else self.scale[row]
+
     def __getitem__(self, index):
-        return self.at(*index) if isinstance(index, tuple) else self.at(index)
+        number = self.unscaled(index)
+        return number if self.scale is None else number * self.scale_of(index[0])
 
     def __setitem__(self, index, value) -> None:
         self.kernel.last = (self[index].store(value),)
-
-    unscaled = __getitem__  # (but not for a table with scales, in chapter 22)
-
-    def scale_of(self, row):
-        """By what a row's `unscaled` numbers must be multiplied. (Chapter 22 has other scales than 1.)"""
-        return 1.0
 
 LINE = 16  # float32 numbers in a cache line, the unit in which memory is fetched
 
@@ -1724,9 +1733,9 @@ def weights_back(k, dw, *rest):
 # two Intel cores, a w of 384 x 384, which stays in the second level, then comes at 110 GB a second, and one
 # of 1536 x 384, which does not fit, at 54.
 #
-# The price is a second, small kernel: each core has sums of its own rows only, and `add_parts` adds these up.
-# With w of 384 rows on two cores, `matvec` makes two parts. The first is over rows 0 to 191: in its turn i,
-# it takes rows i, 24 + i, 48 + i, ... 168 + i, each times its number of x, and adds them to a row of sums.
+# The price is that each core has sums of its own rows only, which must then be added up. With w of 384 rows
+# on two cores, `matvec` makes two parts. The first is over rows 0 to 191: in its turn i, it takes rows i,
+# 24 + i, 48 + i, ... 168 + i, each times its number of x, and adds them to a row of sums.
 FEW = 8  # rows of x for which this is the quicker way
 
 def matvec(k, parts, x, w):
@@ -1749,17 +1758,6 @@ def matvec(k, parts, x, w):
                     for r in range(R):
                         terms = (a * b for a, b in zip(factors[r], weights, strict=True))
                         parts[part, r, column] = sum(terms, parts[part, r, column])
-
-def add_parts(k, y, parts, *others):
-    """y (R, N): the sum of all parts (P, R, N), plus a bias (N,), if there is one. Last come x and w, which
-    only the way back needs. (The C has no argument for what a kernel does not use; if that stood earlier, all
-    that comes after it, also the core's number, would be looked for in the wrong place.)"""
-    *bias, _, _ = others
-    P, R, N = parts.shape
-    for r in range(R):
-        for j in k.share(N):
-            before = bias[0][j] if bias else 0.0
-            y[r, j] = sum((parts[part, r, j] for part in range(P)), before)
 
 def dot_rows(k, y, x, table):
     """y (R, V) = x (R, C) @ table^T, for a table (V, C): `unembed` of a few rows. In a sum, each addition has
@@ -2221,7 +2219,7 @@ class Replay:
 # These are the kernels that stand for part I's operations ("few" means at most 8 rows, as when writing):
 #
 #     embed            embed                                      back: embed_back
-#     linear           matmul; for few rows matvec, add_parts     back: matmul, weights_back
+#     linear           matmul; for few rows matvec                back: matmul, weights_back
 #     layer_norm       layer_norm                                 back: layer_norm_back, ..._weights_back
 #     gelu             gelu                                       back: gelu, with dout
 #     attention        flash; for one token of each text attend   back: flash_back
@@ -2354,20 +2352,19 @@ class Fast(Plain):
         def back(dy, *_):
             dx = self.run(matmul, [like(x)], [dy, weight], b_transposed=True)
             return *dx, *self.run(weights_back, [like(weight), like(bias)], [x, dy])
-        # Many rows are for the tiled product. A few are for `matvec`, whose parts `add_parts` adds up. On the
-        # way back `add_parts` stands for both: it gets x and the weight as if it computed with them, and
-        # hands out their gradients. The parts have none, so nobody asks `matvec` for a way back.
-        y = Tensor.empty(*x.shape[:-1], weight.shape[1])
+        # Many rows are for the tiled product. A few are for `matvec`, whose parts are added up by ordinary
+        # operations: so each part has the gradient of y.
+        shape = *x.shape[:-1], weight.shape[1]
         rows = x.numel() // weight.shape[0]
         if rows > FEW:
-            return self.run(matmul, [y], [x, weight, bias], back)[0]
-        n = divisor(weight.shape[0], self.cores)
-        parts = self.run(matvec, [Tensor.empty(n, rows, weight.shape[1])], [x, weight])[0]
+            return self.run(matmul, [Tensor.empty(*shape)], [x, weight, bias], back)[0]
 
-        def back_past_parts(dy, _):
-            dx, dweight, *dbias = back(dy)
-            return None, *dbias, dx, dweight
-        return self.run(add_parts, [y], [parts, bias, x, weight], back_past_parts)[0]
+        def back_from_parts(dparts, _):
+            return back(dparts[0].reshape(shape).contiguous())[:2]
+        n = divisor(weight.shape[0], self.cores)
+        parts = self.run(matvec, [Tensor.empty(n, rows, shape[-1])], [x, weight], back_from_parts)[0]
+        y = sum(parts[i] for i in range(n)).reshape(shape)
+        return y if bias is None else y + bias
 
     @instead_of_plain
     def layer_norm(self, x, weight, bias=None):
@@ -2942,11 +2939,11 @@ GPT.generate = generate
 # >>> [round(float(number), 4) for number in numbers[0] * scale[0]]
 # [0.1, -0.032, 0.254, 0.0]
 #
-# Only what comes from memory is small: in registers, numbers and sums are float32. To kernels an `Unpacked`
-# looks like any other matrix. But to multiply each number by its scale would cost the kernels of 15.3 a
-# seventh of their speed. They multiply once a row instead: `matvec` scales x, as x @ (s w) = (x s) @ w, and
-# `dot_rows` scales each finished sum. What is lost? `--eval-only --weights int8` tells: on a model trained
-# here, less than 0.01 bits a byte.
+# Only what comes from memory is small: in registers, numbers and sums are float32. To kernels, an `Array`
+# with scales (chapter 14) looks like any other. But to multiply each number by its scale would cost `matvec`
+# and `dot_rows` (15.3) a seventh of their speed. They multiply once a row instead: `matvec` scales x, as
+# x @ (s w) = (x s) @ w, and `dot_rows` scales each finished sum. What is lost? `--eval-only --weights int8`
+# tells: on a model trained here, less than 0.01 bits a byte.
 def round_to_bfloat16(array: np.ndarray) -> np.ndarray:
     """float32 numbers as bfloat16: the upper 16 bits, uint16."""
     bits = array.view(np.uint32)
@@ -2959,32 +2956,10 @@ def in_eight_bits(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     divisors = np.where(scale > 0, scale, 1)
     return np.rint(array / divisors[:, None]).astype(np.int8), scale
 
-# In a kernel w[row, j] is then a number times its row's scale, `w.unscaled((row, j))` the number alone. An
-# `Array` of chapter 14 has both names as well, with a scale of 1, so that the same kernel reads either.
-class Unpacked:
-    """A packed matrix (n, m), and scales (n,), to be read by a kernel like one of float32."""
-    def __init__(self, numbers: Array, scale: Array):
-        self.numbers = numbers
-        self.scale = scale
-        self.shape = numbers.shape
-
-    def unscaled(self, index):
-        """A number as it was packed, float32."""
-        number = self.numbers[index]
-        if number.dtype == dtypes.uint16:
-            number = (number.cast(dtypes.uint32) << 16).bitcast(dtypes.float)
-        return number.cast(dtypes.float)
-
-    def scale_of(self, row):
-        return self.scale[row]
-
-    def __getitem__(self, index):
-        return self.unscaled(index) * self.scale_of(index[0])
-
-def with_unpacked(k, *arrays, inner, place: int, **options):
+def with_scales(k, *arrays, inner, place: int, **options):
     """The kernel `inner`, whose argument number `place` is a packed matrix; its scales come last."""
     *arrays, scale = arrays
-    arrays[place] = Unpacked(arrays[place], scale)
+    arrays[place].scale = scale
     inner(k, *arrays, **options)
 
 # A backend for this is `Fast`, with a `run` that, where it meets a packed matrix, hands over its scales as
@@ -3020,7 +2995,7 @@ class Packed(Fast):
         [i] = packed
         inputs = [*inputs, self.scales[id(inputs[i])]]
         options |= {"inner": kernel, "place": len(results) + i}
-        return super().run(with_unpacked, results, inputs, self.cannot_learn, **options)
+        return super().run(with_scales, results, inputs, self.cannot_learn, **options)
 
     def cannot_learn(self, *_):
         """In place of the way back."""
@@ -3091,10 +3066,7 @@ def whole(path: Path):
     os.close(folder)
 
 # What we print is of two kinds: lines that stay, and lines that show progress and are overwritten by the next
-# one. The latter make sense only where somebody watches, so a file or a pipe does not get them. And much of
-# what we print comes from elsewhere: a model can write any byte, and a file can have any name. Control
-# characters in it could move the cursor or recolour the terminal, so they are replaced by U+FFFD, the sign
-# for "not readable".
+# one. The latter make sense only where somebody watches, so a file or a pipe does not get them.
 def tell(line: str = "", end: str = "\n") -> None:
     """Print a line that stays; OSError if that cannot be done."""
     clear = "\r\033[K" if sys.stdout.isatty() else ""  # wipe what `show` has left there
@@ -3110,10 +3082,11 @@ def show(line: str) -> None:
     if sys.stdout.isatty():
         say(line[:shutil.get_terminal_size().columns - 1], end="")
 
-# A terminal takes ESC (27) and what follows as an order: "ESC [ 2 J" empties the screen. In the pattern
-# below, 0 to 8, 11 to 31 and 127 to 159 are all control characters but the tab (9) and the end of a line
-# (10). The last range is no character at all: Python uses it for bytes in a file's name that it cannot
-# decode, and then cannot print.
+# Much of what we print comes from elsewhere: a model can write any byte, and a file can have any name. But a
+# terminal takes ESC (27) and what follows as an order: "ESC [ 2 J" empties the screen. In the pattern below,
+# 0 to 8, 11 to 31 and 127 to 159 are all control characters but the tab (9) and the end of a line (10). The
+# last range is no character at all: Python uses it for bytes in a file's name that it cannot decode, and then
+# cannot print. U+FFFD is the sign for "not readable".
 def printable(text: str) -> str:
     """`text` with U+FFFD in place of each control character, except for tabs and ends of lines."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
@@ -3355,29 +3328,19 @@ def check_config(config) -> None:
 
 # === Chapter 26. Checkpoints
 #
-# A checkpoint is one file with all that a run knows: the model's parameters, Adam's two averages of each, the
-# number of the step, and as text the configs, the tokenizer, and the name and SHA-256 of the text that was
-# learned from (the text itself stays where it is). Whoever has the file can let the model write; whoever has
-# the text, too, can go on training.
-#
-# The format is safetensors, which other tools read as well. A file consists of three parts:
+# A checkpoint is one file with all that a run knows. Whoever has it can let the model write; whoever has the
+# text, too, can go on training. Its format is safetensors, which other tools read as well:
 #
 #     8 bytes        how long the header is
 #     the header     {"wte.weight": {"dtype": "F32", "shape": [1024, 128], "data_offsets": [0, 524288]}, ...}
 #     the numbers    of one tensor after the other, as they stand in memory
 #
-# For the model that `--train` makes, with its 0.93 million parameters and the two averages of each, that is
-# 11 MB of numbers behind a header of 25 KB.
-#
-# The names in it are those of part I's attributes, and the optimizer's:
-#
-#     wte.weight, wpe.weight, h.0.ln_1.weight, h.0.ln_1.bias, h.0.attn.c_attn.weight, ...    the model
-#     optimizer.m.wte.weight, ..., optimizer.v.wte.weight, ...                               Adam's averages
-#     __metadata__: iter_num, gpt_config, train_config, tokenizer, data, sha256, ...         texts
-#
-# Unlike Python's own format, pickle, it cannot contain a program that runs when the file is opened. In the
-# header, under the name "__metadata__", there is room for texts, and one of ours is a SHA-256 of everything
-# else in the file. (It cannot cover itself, so it is computed without its own entry.)
+# Tensors have the names of part I's attributes, such as h.0.ln_1.weight, and Adam's averages of them have
+# "optimizer.m." and "optimizer.v." before these. Under the name "__metadata__", the header has texts: the
+# step, the configs, the tokenizer, the name and SHA-256 of the text that was learned from (the text itself
+# stays where it is), and a SHA-256 of everything else in the file. (It cannot cover itself, so it is computed
+# without its own entry.) Unlike Python's own format, pickle, such a file cannot contain a program that runs
+# when it is opened. For the model that `--train` makes, it has 11 MB.
 def sha256_of(header: dict, metadata: dict[str, str], numbers) -> str:
     """The SHA-256 of a file's header, of its metadata other than "sha256", and of its `numbers`, pieces of
     bytes."""
@@ -3427,9 +3390,7 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
 # who means harm and knows how to compute a SHA-256. So nothing in the header is believed before it is
 # checked: every tensor must begin where the one before it ended, must be as long as its shape says, and the
 # last one must end where the file does. Then no number can be read from a wrong place, and no memory is taken
-# for what is not there. A file of 1 KB, for example, whose header speaks of a tensor of 2^40 numbers, is
-# refused at that line, since it ends long before byte 2^42; and two tensors that share bytes are refused,
-# since the second does not begin where the first one ends.
+# for what is not there.
 #
 # `np.memmap`, which makes an array of a file without reading it, would be quicker. But if somebody cuts the
 # file meanwhile, the next look at it ends the program on the spot, without a word. So everything is read, one
@@ -3512,9 +3473,8 @@ def as_float32(array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and `restore` looks for that
         return array.astype(np.float32, copy=False)
 
-# A checkpoint, then, has the parameters under their own names, and Adam's averages under the same names with
-# "optimizer.m." and "optimizer.v." before them. What a model has is asked of the model, and what an optimizer
-# has of the optimizer, so whatever tensors you add to either are saved as well.
+# What a model has is asked of the model, and what an optimizer has of the optimizer, so whatever tensors you
+# add to either are saved as well.
 FORMAT = "minimiggy 3"
 Checkpoint = namedtuple("Checkpoint", "model config step path arrays")
 
@@ -3751,19 +3711,14 @@ def best_step(rows: list[str], steps) -> int | None:
             losses[int(step)] = float(val_loss)
     return min(losses, key=losses.get, default=None)
 
-def newest_first(out_dir: Path) -> list[Path]:
-    """The checkpoints of a folder in the order in which `--resume` wants them; UserError, with what to type,
-    if it has none."""
+def newest_first(out_dir: Path, best: bool = False) -> list[Path]:
+    """The checkpoints of a folder in the order in which `--resume` wants them. With `best`, the best one, if
+    there was an exam, comes before all others: so for writing. UserError if there is none."""
     found = checkpoints(out_dir)
     if not found:
         raise UserError(f"no checkpoint in {out_dir}: train one first, with `python minimiggy.py --train`")
-    return list(reversed(found.values()))
-
-def best_first(out_dir: Path) -> list[Path]:
-    """The same with the best one, if there was an exam, before all others: the order for writing."""
-    found = checkpoints(out_dir)
-    best = best_step(log_rows(out_dir / "log.csv", max(found, default=0)), found)
-    return sorted(newest_first(out_dir), key=lambda path: step_of(path) != best)  # (leaves equals in order)
+    first = best_step(log_rows(out_dir / "log.csv", max(found)), found) if best else None
+    return [found[step] for step in sorted(found, key=lambda step: (step == first, step), reverse=True)]
 
 # If the first is damaged, the next one will do. But whoever is not told would think that the disk is well,
 # and wonder why the loss is that of 200 steps ago.
@@ -4952,20 +4907,10 @@ def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> d
             waiting += parts
     return merges
 
-# The page has a section for each of these questions, and one function here makes the content of each:
-#
-#     tokens       what are its pieces made of?           merges_of
-#     expects      what may come next?                    expectation, for each place
-#     looks        whom does each head look at?           attention_maps
-#     grows        how does the guess grow?               guesses_on_the_way
-#     surprises    what came unexpected in a text?        surprises
-#     knows        which tokens are alike?                knowledge
-#     learned      how did it learn?                      story
-#
-# The page takes at most 64 tokens of a prompt, the last ones, and fewer if the model has many heads, since
-# each head has a weight for each pair of tokens: 150,000 weights take half a megabyte. And a section may be
-# impossible: a file is not there any more, or a reader's own model has nothing of the kind. Then the page
-# says so in that place, and shows the others.
+# The page has a section for each of these questions, and takes at most 64 tokens of a prompt, the last ones,
+# and fewer if the model has many heads, since each head has a weight for each pair of tokens: 150,000 weights
+# take half a megabyte. And a section may be impossible: a file is not there any more, or a reader's own model
+# has nothing of the kind. Then the page says so in that place, and shows the others.
 def or_else(what: str, make, *arguments) -> dict:
     """What `make` gives, a section for the page; if that fails, what to say in its place: that `what` is
     missing, and why."""
@@ -5285,24 +5230,18 @@ DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_inter
 #
 # The longer a run, the more often it reads the same text, and the better it knows that by heart. *Dropout*
 # (chapter 6) helps: the model never sees all of a line, and so cannot learn it as it stands. *Weight decay*
-# (chapter 8) makes it forget what it does not meet again and again. Both slow learning down: at seven
-# readings, a dropout of 0.07, with 0.13 of weight decay, turned 2.20 bits a byte into 2.24. But at twenty
-# readings of 250 KB, ten times as much weight decay gained 0.09. So both follow from how often the text is
-# read: the dropout is 1 % for each time after the seventh, 15 % at most, and the weight decay 1/60 for each
-# time, 0.1 at least. On tiny Shakespeare, for example, "coffee" takes 7600 steps of 8 x 128 tokens. There are
-# 411,000 to learn from, which are read 19 times, with a dropout of 0.12 and a weight decay of 0.32.
+# (chapter 8) makes it forget what it does not meet again and again. Both slow learning down, so they follow
+# from how often the text is read: the dropout is 1 % for each time after the seventh, 15 % at most, and the
+# weight decay 1/60 for each time, 0.1 at least. On tiny Shakespeare, for example, "coffee" takes 7600 steps
+# of 8 x 128 tokens. There are 411,000 to learn from, which are read 19 times, with a dropout of 0.12 and a
+# weight decay of 0.32.
 #
-# A short text gets fewer steps, for 26 readings are enough: on our play of 138 KB, "coffee" with 40 was at
-# 2.07 when it began to get worse; with 25 it ended at 2.03. And below half a megabyte every effort is
-# "quick": with its small model, the play comes to 1.99. On 420 KB of Chinese manual pages, "coffee" got no
-# better than 2.54, and with 10 readings 2.46; "quick" comes to 2.41.
-#
-# More is not better for ever. A model of 11 million parameters (6 layers, 6 heads, 384 channels), which takes
-# an hour to read it 38 times with a dropout of 0.3, came to 2.198 after 36 minutes and was at 2.234 when the
-# hour was nearly over: it had begun to know the plays by heart. So "lunch" has a model of the size of
-# "coffee", which looks further back and reads the text a third as often again. With 1024 tokens, and no
-# further back, that came to 2.09. Of a thousand tokens, many come too seldom in a megabyte to be learned
-# well; with 512 it is 2.07, and with 384, in half an hour, 2.08.
+# A short text gets fewer steps, for after 26 readings it gets worse. And below half a megabyte every effort
+# is "quick", whose small model learns less by heart: on our play of 138 KB, "coffee" ends at 2.03 bits a
+# byte, "quick" at 1.99. More is not better for ever, either. A model of 11 million parameters (6 layers, 6
+# heads, 384 channels) came to 2.198 on tiny Shakespeare after 36 minutes, and was at 2.234 after an hour. So
+# "lunch" has a model of the size of "coffee", which looks further back. It has only 512 tokens, since of a
+# thousand many come too seldom in a megabyte to be learned well.
 RECIPES = {
     "quick": {"n_embd": 128, "block_size": 64, "batch_size": 12, "learning_rate": 4e-3, "max_iters": 3600},
     "coffee": {"n_embd": 256, "block_size": 128, "batch_size": 8, "learning_rate": 2e-3, "max_iters": 7600},
@@ -5498,7 +5437,7 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     elif args.checkpoint:
         opened = open_checkpoint(args.checkpoint, backend)
     else:
-        opened = open_first(newest_first(out_dir) if args.resume else best_first(out_dir), backend)
+        opened = open_first(newest_first(out_dir, best=not args.resume), backend)
     # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
     has = dataclasses.asdict(opened.model.config) | {"tokenizer": tokenizer and tokenizer.name}
@@ -5723,7 +5662,7 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None
         "machine's rate for a matrix product in numpy")
     if config.keep:
         path = out_dir / f"ckpt_{config.max_iters}.safetensors"
-        best = best_first(out_dir)[0]
+        best = newest_first(out_dir, best=True)[0]
         if best != path:
             say(f"\nthe best on the validation text was {best.name}: that is what --sample takes")
         say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{flags}')
@@ -5871,8 +5810,8 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
 # learns a vocabulary and makes a model (`prepare`), moves an older run out of the way (`set_aside`), says
 # what comes (`introduce`), and takes its steps (`train`, and in it part I's `training`), with exams and saves
 # between them (`Run`); then it says what came (`conclude`). `--sample` finds the best checkpoint
-# (`best_first`, `open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and
-# prints what comes out (`sample`).
+# (`open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and prints what comes
+# out (`sample`).
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)

@@ -2170,10 +2170,10 @@ def test_writing_takes_the_best_checkpoint_and_going_on_the_newest(run, tmp_path
     assert main(["--resume", *out, "--max-iters", "1"]) == 0  # (so that a loop that tries again can end)
     assert f"ckpt_{found[-1]}.safetensors has all" in capsys.readouterr().out
     (tmp_path / f"ckpt_{found[0]}.safetensors").write_bytes(b"half of a fi")
-    assert minimiggy.best_first(tmp_path)[0].name == f"ckpt_{found[0]}.safetensors"
+    assert minimiggy.newest_first(tmp_path, best=True)[0].name == f"ckpt_{found[0]}.safetensors"
     assert main(["--sample", "x", "--max-tokens", "1", *out]) == 0 and "skipped" in capsys.readouterr().err
     (tmp_path / "log.csv").unlink()
-    assert minimiggy.best_first(tmp_path) == minimiggy.newest_first(tmp_path)
+    assert minimiggy.newest_first(tmp_path, best=True) == minimiggy.newest_first(tmp_path)
 
 def test_exams_read_a_short_validation_text_whole_and_samples_of_a_long_one(tokenizer, ids, tmp_path):
     for n, whole in ((200, True), (3000, False)):
