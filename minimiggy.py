@@ -117,9 +117,8 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
             merged.append(token)
     return merged
 
-# On a megabyte of text, counting all pairs anew for each merge would take many minutes. Two observations make
-# it half a second. A word that occurs 5,000 times need be looked at only once: each of its pairs then counts
-# 5,000 times. And a merge changes only the words that contain the pair, so we remember which those are.
+# On a megabyte, counting all pairs anew for each merge would take minutes. But a word that occurs 5,000 times
+# need be looked at only once; and a merge changes only words that contain the pair: we remember which.
 LONGEST = 256  # bytes of a word that are read: a long row of zeros would make 00, 0000, and so on, for ever
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
@@ -431,10 +430,9 @@ PLAIN = Plain()
 BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it works
 
 # 6.3 The layers
-# A layer is its parameters, together with the operation that uses them, from `ops`, the backend. `Linear`
-# begins with small random weights: if they were all equal, all outputs would be equal, would get equal
-# gradients, and would stay equal for ever. Every tensor that is an attribute of a model or of a part of it is
-# trained and saved, including any that you add. (Integers, and t after t.is_param_(False), are only saved.)
+# A layer is its parameters, and an operation from `ops`, the backend. `Linear` begins with small random
+# weights: equal ones would give equal outputs, get equal gradients, and stay equal for ever. Every tensor in
+# a model or in its parts, yours too, is trained and saved. (Integers, and t.is_param_(False), only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -713,6 +711,8 @@ class AdamW:
             raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
         x, y = get_batch(data, c, self.model.config.block_size, i)
+        if (len(x) > 1) != bool(self.sums):
+            raise ValueError("grad_accum has changed since the optimizer was made: make a new AdamW")
         keys = np.random.default_rng((DROPOUT, c.seed, i)).integers(2**32, size=(len(x), 1), dtype=np.uint32)
         rates = [learning_rate(c, i), 1 - c.beta1 ** (i + 1), 1 - c.beta2 ** (i + 1)]
         first = np.arange(len(x))[:, None] == 0                       # (grad_accum, 1): the sums begin anew
@@ -848,6 +848,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import FunctionType
 
 from tinygrad import Context, Device
 
@@ -2305,6 +2306,62 @@ def like(tensor: Tensor | None) -> Tensor | None:
     """Memory for a result of this shape."""
     return None if tensor is None else Tensor.empty(*tensor.shape)
 
+# A recording repeats what it has seen (chapter 4): a dropout that has been set to another number since, a
+# layer that has been replaced. So before an optimizer's step is repeated, or an exam, we look whether the
+# model is still made of the same things. That takes 80 microseconds. Writing a token does not take much
+# longer, so there we look when a text begins.
+ASKED_AGAIN = ("learning_rate", "min_lr", "warmup_steps", "max_iters")  # part I reads these at each step
+NUMBERS = {int, float, bool, str}
+SIMPLE = {*NUMBERS, Tensor, FunctionType}  # without parts that could change
+
+def made_of(owner) -> list:
+    """What decides what an owner's `model` and `config` do: the attributes of all their parts, and what these
+    parts' classes define. Each is kept together with its `id`, which no other thing has as long as it is."""
+    model = owner if isinstance(owner, GPT) else getattr(owner, "model", None)
+    config = getattr(owner, "config", None)
+    numbers = vars(config).items() if config else ()
+    found = [type(owner), model, *(value for name, value in numbers if name not in ASKED_AGAIN)]
+    seen = {id(getattr(model, "tokenizer", None))}
+    for thing in found:  # (which grows meanwhile)
+        kind = type(thing)
+        if kind in SIMPLE or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if kind in (list, tuple):
+            found += thing
+        elif kind is dict:
+            found += thing.values()
+        elif kind is type:
+            found += vars(thing).values()
+        elif kind.__module__ != "builtins":
+            found += kind.__mro__[:-1]
+            found += getattr(thing, "__dict__", {}).values()
+    return [thing if type(thing) in NUMBERS else (id(thing), thing) for thing in found]
+
+def anew(record):
+    """A decorator for a backend's `record`: a method of something with a model is recorded anew if the model
+    has changed, which is said."""
+    def record_anew(self, function):
+        owner = getattr(function, "__self__", None)
+        recorded = None
+        before = None
+        calls = 0
+
+        def call(*arrays: np.ndarray) -> list[np.ndarray]:
+            nonlocal recorded, before, calls
+            if recorded is None or made_of(owner) != before:
+                if recorded:
+                    print("minimiggy: the model has changed, and is recorded anew", file=sys.stderr)
+                recorded = record(self, getattr(owner, function.__name__))
+                calls = 0
+            results = recorded(*arrays)
+            if calls < 2:  # (TinyJit runs a function twice, and that may change something, too)
+                before = made_of(owner)
+                calls += 1
+            return results
+        return call if owner else record(self, function)
+    return record_anew
+
 # One method looks like the next: it checks that shapes are what the kernel expects, or else part I's
 # operation is computed; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so
 # theirs is None.
@@ -2457,6 +2514,7 @@ class Fast(Plain):
         memory_of(tensor)[...] = array  # (part I's way would take 2 ms for each)
         return tensor
 
+    @anew
     def record(self, function):
         """As `Plain.record`, on all cores."""
         replay = None
@@ -2585,6 +2643,7 @@ class Elsewhere(Plain):
         self.device = Device.DEFAULT
 
     run = Fast.run
+    record = anew(Plain.record)
 
     @instead_of_plain
     def attention(self, qkv, position, cache=None):
@@ -2752,6 +2811,7 @@ class Writer:
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         self.tensors = list(model.parameters().values())
+        self.made_of = made_of(self)
         # The caches' memory must be there before something is recorded, and we know its shape for our own
         # model only. (With any other, `agrees` sees to that.)
         if write is not WRITE_AS_WE_KNOW_IT:
@@ -2874,8 +2934,9 @@ class Writer:
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
         tensors = self.model.parameters().values()  # (also carries out assignments that wait)
-        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors]:
-            self.__init__(self.model, self.texts)  # somebody has put others there, so nothing is as it was
+        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors] or (
+                made_of(self) != self.made_of):
+            self.__init__(self.model, self.texts)  # the model has changed, so nothing is as it was
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
         if not self.remembers:
@@ -3780,11 +3841,14 @@ def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
 class Evaluator:
     """Exams: the loss on token ids, in nats a token. Nothing is drawn at random."""
     def __init__(self, model: GPT, batch_size: int):
-        ops = model.ops
-        self.config = model.config
+        self.model = model
         self.T = model.config.block_size
         self.batch_size = batch_size
-        self.losses = ops.record(lambda x, y: (ops.cross_entropy(model(x), y).realize(),))  # (B, T)
+        self.losses = model.ops.record(self.answer)
+
+    def answer(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        """Windows x and what comes after each of their tokens, y, (B, T) each -> the loss of each (B, T)."""
+        return (self.model.ops.cross_entropy(self.model(x), y).realize(),)
 
     def at(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """The loss of every token in the windows of T tokens that begin at `starts` (n,) -> (n, T)."""
@@ -3809,7 +3873,7 @@ class Evaluator:
 
     def whole(self, data: np.ndarray) -> float:
         """The mean over all tokens but the first, which nothing comes before; each is counted once."""
-        data = checked("examined", data, self.config)
+        data = checked("examined", data, self.model.config)
         # Of 53 tokens, 52 are predicted. With T = 8, windows begin at 0, 8, ... 40; the last one ends with
         # the text and so begins at 44, and its first 4 predictions have been counted by the one before it.
         starts = np.arange(0, len(data) - 1, self.T)

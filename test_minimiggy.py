@@ -166,7 +166,8 @@ FIGURES = [
     ("by {:.2f} if p = 1/2, by {:.1f} if p = 1/100", (-math.log(1 / 2), -math.log(1 / 100))),
     ("(a nat is 1 / ln 2 = {:.2f} bits)", [1 / math.log(2)]),
     ("3.6 * 1.44 / 2.3 = {:.2f}", [3.6 * 1.44 / 2.3]),
-    ("2y = {:.0f}, and by x it is 6 * 3 = {:.0f}", [2 * 3 * X.item(), (3 * X).square().sum().gradient(X)[0].item()]),
+    ("2y = {:.0f}, and by x it is 6 * 3 = {:.0f}",
+     [2 * 3 * X.item(), (3 * X).square().sum().gradient(X)[0].item()]),
     ("m = {:.1f} g and v = {:.2f} g^2 at step 1 give {:.0f} as well, as {:.1f} = sqrt(0.01)",
      (0.1, 0.01, 0.1 / 0.01**0.5, 0.01**0.5)),
     ("m = {:.2f} g and v = {:.3f} g^2 at step 10 give {:.1f}", (*STEP_10, STEP_10[0] / STEP_10[1]**0.5)),
@@ -1285,6 +1286,64 @@ def test_two_models_trained_and_sampled_in_turn_give_what_each_gives_alone(ids):
     assert together == losses.tolist() and same(weights(one.model), numbers)
     assert list(writers[0].stream([1, 2], 20)) == list(write(one.model, [1, 2], 20))
     assert list(writers[1].stream([1, 2], 20)) == list(write(other.model, [1, 2], 20))
+
+@pytest.mark.parametrize("ops", [FAST, ELSEWHERE], ids=["fast", "elsewhere"])
+def test_a_method_is_recorded_anew_when_its_model_has_changed(ops, capsys):
+    class Scaled:
+        def __init__(self):
+            self.model = SimpleNamespace(parts=[SimpleNamespace(factor=2.0)], turns=0)
+            self.config = TrainConfig()
+            self.turns = 0
+
+        def answer(self, x):
+            self.model.turns += 1  # (that it does this itself is no change)
+            return ((x * self.model.parts[0].factor + self.config.beta1).realize(),)
+    scaled = Scaled()
+    recorded = ops.record(scaled.answer)
+
+    def answer():
+        scaled.turns += 1  # (nor is this)
+        return recorded(np.ones(1, np.float32))[0].item(), capsys.readouterr().err.count("recorded anew")
+    scaled.config.beta1 = 0.0
+    assert [answer() for _ in range(4)] == [(2, 0)] * 4
+    scaled.model.parts[0].factor = 3.0
+    assert [answer() for _ in range(4)] == [(3, 1), (3, 0), (3, 0), (3, 0)]
+    scaled.config.beta1 = 1.0
+    scaled.config.learning_rate = 1.0
+    assert [answer(), answer()] == [(4, 1), (4, 0)]
+    scaled.config.learning_rate = 2.0  # (which is asked for at each step)
+    scaled.model.parts[0] = SimpleNamespace(factor=3.0)
+    assert [answer(), answer()] == [(4, 1), (4, 0)]
+    scaled.config.learning_rate = 3.0
+    Scaled.answer = lambda self, x: (x.realize(),)
+    assert answer() == (1, 1)
+
+def test_what_is_changed_while_recordings_are_in_use_is_heard(ids, monkeypatch, capsys):
+    model = shake(GPT(dataclasses.replace(TINY, n_layer=1)))
+    plan = dataclasses.replace(QUICK, warmup_steps=0)
+    optimizer = AdamW(model, plan)
+    exam = minimiggy.Evaluator(model, 2)
+    writer = Writer(model)
+
+    def all_hear(i, times):
+        x, y = minimiggy.get_batch(ids, plan, TINY.block_size, i)
+        loss = model.loss(Tensor(x[0]), Tensor(y[0])).item()
+        assert optimizer(ids, i)[0] == pytest.approx(loss, rel=1e-5)
+        assert exam.whole(ids[:60]) == minimiggy.Evaluator(model, 2).whole(ids[:60])
+        assert list(writer.stream([1, 2], 12, temperature=0)) == list(write(model, [1, 2], 12, temperature=0))
+        assert capsys.readouterr().err.count("recorded anew") == times
+    all_hear(0, 0)
+    monkeypatch.setattr(minimiggy.MLP, "__call__", lambda self, x: self.c_proj(self.c_fc(x).relu()))
+    all_hear(1, 2)  # the step and the exam
+    plan.weight_decay = 10.0
+    plan.learning_rate = 0.05
+    before = weights(model)["h.0.mlp.c_fc.weight"]
+    optimizer(ids, 0)
+    after = weights(model)["h.0.mlp.c_fc.weight"]
+    assert 0.4 < np.abs(after).mean() / np.abs(before).mean() < 0.7
+    plan.grad_accum = 2
+    with pytest.raises(ValueError, match="grad_accum has changed"):
+        optimizer(ids, 1)
 
 @pytest.mark.parametrize("writers", [1, 2])
 def test_two_streams_interleaved_give_what_each_gives_alone(writers):
