@@ -5704,10 +5704,11 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
             "but part II's programs are for the CPU only")
     if CHANGED and fast:
         say(f"note       changed in part I, and so computed the plain way: {', '.join(CHANGED)}")
-    owned = [f"{kind.__name__}.{name}" for kind in LAYERS for name, thing in vars(kind).items()
-             if isinstance(thing, Tensor)]
-    if owned:  # (`get_state_dict` sees only what the objects have)
-        say(f"note       neither trained nor saved, as a class has it: {', '.join(owned)} (use __init__)")
+    places = {"": globals()} | {f"{kind.__name__}.": vars(kind) for kind in LAYERS}
+    lost = [place + name for place, things in places.items() for name, thing in things.items()
+            if isinstance(thing, Tensor)]
+    if lost:  # (`get_state_dict` sees only what the objects have)
+        say(f"note       neither trained nor saved: {', '.join(lost)}; make it in an __init__, as self.NAME")
     # `.realize()` in the middle of a network makes numbers of what was a recipe, and no slope goes through a
     # number. The loss would fall all the same, only less. So a changed model is examined first.
     if not is_as_in_part_one(model):

@@ -1146,15 +1146,16 @@ def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path,
     minimiggy.open_checkpoint(tmp_path / "ckpt_1.safetensors")
     assert "other layers or operations" in capsys.readouterr().err
 
-def test_a_parameter_that_a_class_has_or_that_is_not_used_is_named(tmp_path, capsys):
-    module, _ = edited([("class Block:\n", "class Block:\n    gate = Tensor.ones(1)\n"),
-                        ("(x + drop(heard)", "(x + self.gate * drop(heard)"),
+def test_a_parameter_outside_of_the_model_or_without_a_use_is_named(tmp_path, capsys):
+    ones = "Tensor.ones(1)\n"
+    module, _ = edited([("class Block:\n", f"EACH = {ones}class Block:\n    gate = {ones}"),
+                        ("(x + drop(heard)", "(x + EACH * self.gate * drop(heard)"),
                         (END_OF_GPT, END_OF_GPT + "        self.forgotten = Tensor.ones(2)\n")], tmp_path)
     (tmp_path / "my.txt").write_text(TEXT[:5000])
     files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path)]
     assert module.main(["--train", *SMALL, *files]) == 0
     said = capsys.readouterr().out
-    assert said.count("Block.gate") == 1 and "neither trained nor saved" in said
+    assert "neither trained nor saved: EACH, Block.gate;" in said
     assert "without a part in the loss, and so not trained: forgotten\n" in said
 
 LOST_MASK = ("visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
