@@ -146,7 +146,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (not so if "abc" came from ab + c, and now from a + bc)
+        if joined not in numbers:                  # ("abc" is known if ab + c came before a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -160,7 +160,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with or without a space before it; white space, less the one space of the next piece.
+# other signs, each with or without a space before it; white space, but for a space that the next piece has.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -180,7 +180,7 @@ class BPETokenizer:
             tokens = [bytes([byte]) for byte in range(256)]
             for left, right in merges:
                 tokens.append(tokens[left] + tokens[right])
-            ranks = {token: number for number, token in enumerate(tokens)}  # (it makes the earliest first)
+            ranks = {token: number for number, token in enumerate(tokens)}  # (the lowest is merged first)
             self.encoding = tiktoken.Encoding(name, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
         self.vocab_size = self.encoding.n_vocab
 
@@ -224,7 +224,7 @@ class BPETokenizer:
 #
 # All slopes of b are its *gradient*. Each operation knows its own: 3x has slope 3, y * y has 2y. tinygrad
 # goes back from the result, one operation at a time, and multiplies. Let b = y * y and y = 3x, with x = 1:
-# b's slope by y is 2y = 6, and by x it is 6 * 3 = 18. What is used several times gets a slope from each use,
+# b's slope in y is 2y = 6, and in x it is 6 * 3 = 18. A number used several times gets a slope from each use,
 # and they are added up. This is *backpropagation*: all slopes together cost about twice as much as b itself.
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
@@ -285,7 +285,7 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each of these four uses makes its own random generators (`rng`) from its number, the seed, often the step.
+# each of these four uses makes its own random generators (`rng`) from its number, the seed, mostly the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -302,7 +302,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # Attention, below, averages over tokens, and an average hardly shows their order: did the dog bite the man,
 # or the man the dog? So a second table, `wpe` ("word position embedding"), has a row for each of the T places
 # in the context, and the model begins with the sum of both rows: what the token is, plus where it stands.
-# (Side by side, they would cost more time; and C numbers have room for both. But see exercise 2.)
+# (Adding is cheaper than putting them side by side, and C numbers have room for both. But see exercise 2.)
 #
 # 6.2 The operations: `linear`, `layer_norm`, `gelu`, `attention` (and some more, for 6.5, 7 and 8)
 # `linear` is the workhorse: every output is a weighted sum of all inputs, plus a constant, and the weights
@@ -311,7 +311,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and mean square
 # (*variance*) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
 # gradients grow or shrink by a factor f at each operation: by f^10 after ten. (1e-5 prevents 0 / 0. Newer
-# models use *RMSNorm*: in `layer_norm`, let `centred` be x, and add no bias. An unused one does no harm.)
+# models use *RMSNorm*: in `layer_norm`, let `centred` be x, and drop the bias; unused, it does no harm.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: `linear` after `linear` is again one
 # `linear`, unless something that is not linear stands between them. It is nearly 0 for very negative
@@ -328,7 +328,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # it is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight
 # to one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided
 # by sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
-# later ones get a score of minus infinity, a weight of exp(-inf) = 0. For T = 4, row t is what token t hears:
+# later ones get the score minus infinity, the weight exp(-inf) = 0. For T = 4, row t is what token t hears:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()           # `tril` keeps the lower left triangle
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -366,7 +366,7 @@ class Plain:
     def attention(self, qkv: Tensor, position: Tensor, cache=None) -> Tensor:
         """Causal self-attention: tokens of one text hear each other, and none that comes later. qkv
         (B, T, 3, H, D), a query, key and value for each token and head -> the answers (B, T, H, D). `cache`
-        is for writing (part II): it keeps earlier tokens' keys and values; these are at `position` (T,)."""
+        is for writing (part II): it keeps earlier keys and values; the new tokens are at `position` (T,)."""
         B, T, _, H, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # three of (B, H, T, D)
         if cache is None:
@@ -385,7 +385,7 @@ class Plain:
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise in nats (chapter 7): logits (..., V), a score for each token, and the ids that came (...)
         -> one number at each place (...); NaN for an id without a token."""
-        top = logits.max(-1, keepdim=True)                            # (cancels out; exp() could overflow)
+        top = logits.max(-1, keepdim=True)                            # (is added again; exp() could overflow)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
         exists = (targets >= 0) & (targets < logits.shape[-1])
@@ -409,7 +409,7 @@ class Plain:
             decay = config.weight_decay if theta.ndim == 2 else 0.0
             new_theta = theta - rates[0] * (m_hat / (v_hat.sqrt() + 1e-8) + decay * theta)
             for old, new in ((theta, new_theta), (m[name], new_m), (v[name], new_v)):
-                changed.append(old.assign((scale > 0).where(new, old)))   # (0 * NaN would be NaN)
+                changed.append(old.assign((scale > 0).where(new, old)))   # (scale 0 leaves the old)
         return changed
 
     def place(self, array: np.ndarray) -> Tensor:
@@ -432,7 +432,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # 6.3 The layers
 # A layer is its parameters, and an operation from `ops`, the backend. `Linear` begins with small random
 # weights: equal ones would give equal outputs, get equal gradients, and stay equal for ever. Every tensor in
-# a model or in its parts, yours too, is trained and saved. (Integers, and t.is_param_(False), only saved.)
+# a model or its parts, yours too, is trained and saved. (Only saved: integers, t after t.is_param_(False).)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -469,8 +469,8 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on any single other; the rest grows, so that sums stay as large. `stir` makes noise
-# from each number's place and a `key` (not attention's), new at each step. No key, as in exams: no dropout.
+# part of the model relies on any single other; the rest grows to make up for it. `stir` makes noise of each
+# number's place and a random `key` (not attention's), new at each step. No key, as in exams: no dropout.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -621,7 +621,7 @@ class GPT:
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
 # also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Knowing nothing
-# of a byte, one of 2^8, costs 8; a loss, say, of 3.6 nats on tokens of 2.3 bytes, 3.6 * 1.44 / 2.3 = 2.25.
+# of a byte, one of 2^8, costs 8 bits; 3.6 nats for a token of 2.3 bytes are 3.6 * 1.44 / 2.3 = 2.25 bits.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -650,11 +650,11 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 #
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... So `adamw` (6.2) divides by these (*bias correction*). If the gradient is always g > 0, then m_hat
-# = m / (1 - 0.9^t) = g, v_hat = g^2, and m_hat / sqrt(v_hat) is 1. Without it, m = 0.1 g and v = 0.01 g^2 at
-# step 1 give 1 as well, as 0.1 = sqrt(0.01), but m = 0.65 g and v = 0.096 g^2 at step 10 give 2.1.
+# = m / (1 - 0.9^t) = g, v_hat = g^2, and m_hat / sqrt(v_hat) is 1. Undivided, 0.1 g / sqrt(0.01 g^2) is 1 at
+# step 1, too, but 0.65 g / sqrt(0.096 g^2) is 2.1 at step 10: a step twice as long.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
-# weights that no gradient renews fade. And gradients over `grad_clip` are cut to it: no batch undoes much.
+# weights that no gradient renews fade. All gradients together, if longer than `grad_clip`, are shortened.
 #
 # *The step size.* Adam's first averages rest on few gradients, so steps begin small (*warm-up*). Towards the
 # end we want to come to rest at a low point, not to jump across it, so steps shrink along half a cosine:
@@ -683,18 +683,18 @@ class AdamW:
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         sums = zeros if config.grad_accum > 1 else {}                 # the sum over a step's batches
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
-        self.batch = model.ops.record(self.step)                      # a step's batches but the last, if any
-        self.last_batch = model.ops.record(self.step)                 # the last one, which takes the step
+        self.batch = model.ops.record(self.step)                      # for a step's batches but the last
+        self.last_batch = model.ops.record(self.step)                 # for the last: recordings do not branch
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
-        """A batch x, y (B, T), a key (1,), `is_first` (of its step) -> its loss. A step's last batch brings
+        """A batch x, y (B, T), a key (1,), `is_first` (1,) -> its loss. A step's last batch brings
         the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
         loss = self.model.loss(x, y, key)                             # forward
         slopes = loss.gradient(*self.parameters.values())             # backward: chapter 4's backpropagation
         gradients = dict(zip(self.parameters, slopes, strict=True))
         for name, sums in self.sums.items():
             gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
-        Tensor.realize(loss, *gradients.values())                     # (what only they needed is free again)
+        Tensor.realize(loss, *gradients.values())                     # (frees the memory that they needed)
         if rates is None:
             return (loss,)
         length = self.model.ops.norm(gradients)
@@ -706,7 +706,7 @@ class AdamW:
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
-        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (merges are no tensors)
+        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (skips its merges)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
@@ -760,16 +760,16 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     if top_k or top_p < 1:
         order = np.argsort(-p, kind="stable")                         # the likeliest first
         share = np.cumsum(p[order[:top_k or None]])
-        enough = 1 + int((share < top_p * share[-1]).sum())            # the fewest that reach top_p
+        enough = 1 + int((share < top_p * share[-1]).sum())            # all below top_p, and one more
         p[order[enough:]] = 0
     # Lay the probabilities end to end, as lengths, and choose a random point: in which of them is it?
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model sees T tokens. Of more, we drop the older half, seldom: each time, the rest gets new places, and
-# part II must compute it anew. A recording has one shape, so zeros fill its end (the mask hides them).
+# The model sees T tokens. Once there are more, only the newest T / 2 stay: whenever some go, the rest moves,
+# and part II must compute it anew. A recording has one shape, so zeros fill `idx`. (The mask hides them.)
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield what continues `ids` (not empty), the text of this seed and number. `how`: `draw`'s dials."""
+    """Yield what continues `ids` (not empty). `seed` and `text`, a number, fix it. `how`: `draw`'s dials."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -786,9 +786,9 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it. Part II checks whether its fast programs still fit; if not, your code
-# runs as it is. `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python
-# minimiggy.py --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. With these changes, at:
+# To understand all this, change it. Where part II's fast programs no longer fit, your own code runs instead.
+# `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python minimiggy.py
+# --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. With one of these changes, at:
 #
 # 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
 # 2. No `self.wpe(position)` in `hidden`. (2.65! The mask tells the order, too: arXiv:2203.16634.)
@@ -1231,7 +1231,7 @@ class Recording:
             Tensor.realize(*results)  # (notes down the last programs)
             calls = [divided(call, cores) for linear in self.jit._linears for call in linear.src]
             compile_together([call.src[0] for call in calls if call.src[0].op is Ops.SINK])
-            keep_programs()
+            keep_programs()  # (which also lets go of the trees that they were made from)
             calls = map(with_program, calls)
             self.jit._linears = [UOp(Ops.LINEAR, src=tuple(calls))]  # what has been noted down, in one list
             return results
