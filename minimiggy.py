@@ -5437,7 +5437,8 @@ def flags_of_actions() -> dict[str, set[str]]:
         "resume": model | plan | text | {"checkpoint"},
         "sample": model | writing | one | {"replace_bad_bytes", "seed", "stop", "weights"},
         "eval_only": model | text | one | {"batch_size", "weights"}, "export": model | one,
-        "look": model | text | one | {"out"}, "bench": model | plan | {"effort", "weights"},
+        "look": model | text | one | {"out"},
+        "bench": model - {"tokenizer", "out_dir"} | plan | {"effort", "weights"},
         "gradcheck": {"seed"}, "plot": set(), "version": set()}
 
 def check_flags(args: argparse.Namespace) -> None:

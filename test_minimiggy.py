@@ -2469,7 +2469,8 @@ def test_flags_that_an_action_does_not_look_at_are_refused(run, tmp_path, capsys
             (["--eval-only", "--seed", "5", *out], "--seed"), (["--train", "--top-k", "3"], "--top-k"),
             (["--train", "--stop", "x"], "--stop"), (["--gradcheck", "--n-layer", "3"], "--n-layer"),
             (["--export", str(tmp_path / "e"), "--batch-size", "4", *out], "--batch-size"),
-            (["--bench", "step", "--data", "play"], "--data"), (["--plot", "x", "--seed", "1"], "--seed"),
+            (["--bench", "step", "--data", "play"], "--data"),
+            (["--bench", "step", "--tokenizer", "gpt2"], "--tokenizer"), (["--plot", "x", "--seed", "1"], "--seed"),
             (["--look", "x", "--max-tokens", "5", *out], "--max-tokens"),
             (["--train", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
             (["--eval-only", "--checkpoint", "a", "--init-from", "b"], "--checkpoint")]:
