@@ -3630,6 +3630,7 @@ PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ fo
 # are left out.)
 TOKENIZER = digest("BPETokenizer", "SPLIT")
 TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
+PART_ONE_IS_OURS = digest(*SOURCES) == "693fe3da1be6"  # all of it
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
@@ -3974,6 +3975,10 @@ class Run:
         self.config = config
         self.data = checked("training", train_data, model.config)
         self.val = None if val_data is None else checked("validation", val_data, model.config)
+        for name, theta in model.parameters().items():
+            if theta.dtype != dtypes.float32:
+                raise UserError(f"{name} is {theta.dtype}, but what is learned has to be float32 (it can be "
+                                "cast where it is used)")
         self.optimizer = optimizer or AdamW(model, config)
         # A recorded step has beta1, the weight decay and so on as constants in its programs. If the plan has
         # changed, it takes a new AdamW to record it anew, with the old one's averages.
@@ -5949,7 +5954,7 @@ def explain(error: Exception | KeyboardInterrupt) -> tuple[int, str]:
         return 2, (f"line {ours[-1]} wants to see numbers, but a step is only being recorded there: take "
                    ".numpy(), .item() and the like out of the network (model(idx).numpy() shows its results)")
     what = f"{type(error).__name__} in line {ours[-1]}: {brief(error, 100)}"
-    remedy = "please report it" if LAYERS_AS_WE_KNOW_THEM else "is it in what you have changed?"
+    remedy = "please report it" if PART_ONE_IS_OURS else "is it in what you have changed?"
     return 70, f"a mistake in this program ({what}): {remedy} (--debug shows the traceback)"
 
 def main(argv: list[str] | None = None) -> int:

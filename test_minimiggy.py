@@ -1345,6 +1345,17 @@ def test_what_is_changed_while_recordings_are_in_use_is_heard(ids, monkeypatch, 
     with pytest.raises(ValueError, match="grad_accum has changed"):
         optimizer(ids, 1)
 
+def test_weights_of_another_kind_are_refused_and_a_mistake_in_an_edit_is_the_readers(tmp_path, capsys):
+    weight = "    return ops.place(np.float32(std) * rng.standard_normal(shape, np.float32))"
+    module, _ = edited([(weight, f"{weight}.cast(dtypes.bfloat16)")], tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "run")]
+    assert module.main(["--train", *SMALL, *files]) == 2
+    assert "wte.weight is dtypes.bfloat16, but what is learned has to be float32" in capsys.readouterr().err
+    module, _ = edited([(weight, f"{weight} + [][0]")], tmp_path)
+    assert module.main(["--train", *SMALL, *files]) == 70
+    assert "IndexError" in (said := capsys.readouterr().err) and "is it in what you have changed?" in said
+
 @pytest.mark.parametrize("writers", [1, 2])
 def test_two_streams_interleaved_give_what_each_gives_alone(writers):
     model = shake(GPT(TINY))
@@ -2470,7 +2481,8 @@ def test_flags_that_an_action_does_not_look_at_are_refused(run, tmp_path, capsys
             (["--train", "--stop", "x"], "--stop"), (["--gradcheck", "--n-layer", "3"], "--n-layer"),
             (["--export", str(tmp_path / "e"), "--batch-size", "4", *out], "--batch-size"),
             (["--bench", "step", "--data", "play"], "--data"),
-            (["--bench", "step", "--tokenizer", "gpt2"], "--tokenizer"), (["--plot", "x", "--seed", "1"], "--seed"),
+            (["--bench", "step", "--tokenizer", "gpt2"], "--tokenizer"),
+            (["--plot", "x", "--seed", "1"], "--seed"),
             (["--look", "x", "--max-tokens", "5", *out], "--max-tokens"),
             (["--train", "--tokenizer", "bytes", "--vocab-size", "300"], "--vocab-size"),
             (["--eval-only", "--checkpoint", "a", "--init-from", "b"], "--checkpoint")]:
