@@ -432,7 +432,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # 6.3 The layers
 # A layer is its parameters, and an operation from `ops`, the backend. `Linear` begins with small random
 # weights: equal ones would give equal outputs, get equal gradients, and stay equal for ever. Every tensor in
-# a model or its parts, yours too, is trained and saved. (Only saved: integers, t after t.is_param_(False).)
+# a model or its parts, yours too, is trained and saved. (Whole numbers, or t.is_param_(False): only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
     if rng is None:
@@ -687,8 +687,8 @@ class AdamW:
         self.last_batch = model.ops.record(self.step)                 # for the last: recordings do not branch
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
-        """A batch x, y (B, T), a key (1,), `is_first` (1,) -> its loss. A step's last batch brings
-        the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
+        """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. The last
+        brings the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
         loss = self.model.loss(x, y, key)                             # forward
         slopes = loss.gradient(*self.parameters.values())             # backward: chapter 4's backpropagation
         gradients = dict(zip(self.parameters, slopes, strict=True))
