@@ -3632,6 +3632,24 @@ TOKENIZER = digest("BPETokenizer", "SPLIT")
 TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
 PART_ONE_IS_OURS = digest(*SOURCES) == "693fe3da1be6"  # all of it
 
+def made_anew(model: GPT) -> GPT:
+    """A model of the same config, without the numbers in its tensors."""
+    return GPT(model.config, model.ops, tokenizer=model.tokenizer, seed=None)
+
+# Of a model, a checkpoint keeps the tensors and the config. If a number among its attributes has become
+# another one since it was made, such as a temperature that falls as you train, then that is lost.
+def say_what_is_lost(model: GPT) -> None:
+    """Name such numbers on stderr."""
+    pairs = ()
+    with suppress(Exception):  # (whatever prevents this will be told when the checkpoint is opened)
+        again = made_anew(model)
+        again.source = model.source
+        pairs = zip(made_of(model), made_of(again), strict=True)
+        pairs = [(now, first) for now, first in pairs if type(now) in NUMBERS and now != first]
+    for now, first in pairs[:3]:
+        print("minimiggy: a checkpoint keeps tensors and the config, but not that an attribute is now "
+              f"{now}, which was {first} at first: make it a Tensor, with .is_param_(False)", file=sys.stderr)
+
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
     disk does not take it; ValueError for numbers that no checkpoint may have, such as NaN."""
@@ -3648,6 +3666,7 @@ def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir:
     if optimizer:
         metadata["train_config"] = json.dumps(dataclasses.asdict(optimizer.config))
     write_safetensors(path, state_of(model, optimizer), metadata)
+    say_what_is_lost(model)
     return path
 
 def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -4161,7 +4180,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
     began = time.perf_counter()
-    for step, loss, norm in training(model, config, run.data, run.optimizer, start):
+    steps = training(model, config, run.data, run.optimizer, start)
+    for step, loss, norm in steps:
         run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
@@ -4177,6 +4197,8 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             run.move_in(start)
         # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
+        if last:
+            next(steps, None)  # (yours may do something after its last step, which the save must see)
         examining = last or step % config.eval_interval == 0
         logging = examining or step % 10 == 0
         if step == start + 10 and not last:
@@ -5718,7 +5740,10 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     # `.realize()` in the middle of a network makes numbers of what was a recipe, and no slope goes through a
     # number. The loss would fall all the same, only less. So a changed model is examined first.
     if not is_as_in_part_one(model):
-        if names := untrained(model):
+        again = made_anew(model)  # (not to change what the model itself may count, or average)
+        if not isinstance(again(Tensor.zeros(1, model.config.block_size, dtype=dtypes.int32)), Tensor):
+            raise UserError("model(idx) has to give the logits and nothing else, for exams and for writing")
+        if names := untrained(again):
             say(f"note       without a part in the loss, and so not trained: {', '.join(names)}")
         with suppress(Exception):  # (it may not be possible to make one that is so small)
             if peeks(config.seed, model.ops):

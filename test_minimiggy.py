@@ -1356,6 +1356,35 @@ def test_weights_of_another_kind_are_refused_and_a_mistake_in_an_edit_is_the_rea
     assert module.main(["--train", *SMALL, *files]) == 70
     assert "IndexError" in (said := capsys.readouterr().err) and "is it in what you have changed?" in said
 
+def test_what_a_checkpoint_does_not_keep_of_a_model_is_said(tmp_path, capsys):
+    model = GPT(TINY)
+    model.save_checkpoint(1, None, tmp_path)
+    assert capsys.readouterr().err == ""
+    model.h[1].attn.n_head = 1
+    model.save_checkpoint(2, None, tmp_path)
+    said = capsys.readouterr().err
+    assert "not that an attribute is now 1, which was 2 at first" in said and said.count("\n") == 1
+
+def test_what_training_does_after_its_last_step_is_saved(tmp_path):
+    line = "        yield i + 1, *optimizer(data, i)\n"
+    at_the_end = "    model.wpe.weight.assign(model.wpe.weight * 0).realize()\n"
+    module, _ = edited([(line, line + at_the_end)], tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "run")]
+    assert module.main(["--train", *SMALL, *files]) == 0
+    for step, is_zero in ((2, False), (4, True)):
+        saved = module.open_checkpoint(tmp_path / "run" / f"ckpt_{step}.safetensors")[0]
+        assert (not saved.wpe.weight.numpy().any()) == is_zero
+
+def test_a_model_that_gives_more_than_logits_is_refused_before_the_first_step(tmp_path, capsys):
+    module, _ = edited([("        return self.head(self.hidden(idx, key))\n",
+                         "        x = self.hidden(idx, key)\n        return self.head(x), x\n"),
+                        ("(model(idx, key), targets)", "(model(idx, key)[0], targets)")], tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT[:5000])
+    files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path / "run")]
+    assert module.main(["--train", *SMALL, *files]) == 2
+    assert "has to give the logits and nothing else" in capsys.readouterr().err
+
 @pytest.mark.parametrize("writers", [1, 2])
 def test_two_streams_interleaved_give_what_each_gives_alone(writers):
     model = shake(GPT(TINY))
