@@ -2351,20 +2351,23 @@ def made_of(owner) -> list:
 
 def anew(record):
     """A decorator for a backend's `record`: a method of something with a model is recorded anew if the model
-    has changed, which is said."""
+    has changed, which is said, up to ten times."""
     def record_anew(self, function):
         owner = getattr(function, "__self__", None)
         recorded = None
         before = None
         calls = 0
+        times = 0
 
         def call(*arrays: np.ndarray) -> list[np.ndarray]:
-            nonlocal recorded, before, calls
+            nonlocal recorded, before, calls, times
             if recorded is None or made_of(owner) != before:
-                if recorded:
-                    print("minimiggy: the model has changed, and is recorded anew", file=sys.stderr)
+                if 1 <= times <= 10:
+                    advice = ", and again (what changes often had better be a Tensor)" if times == 10 else ""
+                    print(f"minimiggy: the model has changed, and is recorded anew{advice}", file=sys.stderr)
                 recorded = record(self, getattr(owner, function.__name__))
                 calls = 0
+                times += 1
             results = recorded(*arrays)
             if calls < 2:  # (TinyJit runs a function twice, and that may change something, too)
                 before = made_of(owner)

@@ -1317,6 +1317,11 @@ def test_a_method_is_recorded_anew_when_its_model_has_changed(ops, capsys):
     scaled.config.learning_rate = 3.0
     Scaled.answer = lambda self, x: (x.realize(),)
     assert answer() == (1, 1)
+    said = []
+    for number in range(20):  # (all in all, ten times are said, and then no more)
+        scaled.model.parts[0].factor = number
+        said.append(answer()[1])
+    assert said == [1] * 6 + [0] * 14
 
 def test_what_is_changed_while_recordings_are_in_use_is_heard(ids, monkeypatch, capsys):
     model = shake(GPT(dataclasses.replace(TINY, n_layer=1)))
