@@ -3303,6 +3303,8 @@ def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> n
     import regex
     largest = tokenizer.vocab_size - 1
     kind = next(kind for kind in (np.uint8, np.uint16, np.int32) if largest <= np.iinfo(kind).max)
+    if not TOKENIZER_IS_OURS:  # (but yours, which may begin a text with a token of its own, say)
+        return np.array(tokenizer.encode(str(text, "utf-8")), kind)
     arrays = []
     decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
     waiting = ""

@@ -1199,6 +1199,12 @@ def letters(kept):
         ('self.encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""',
          "self.all[token].encode()")]
 
+def test_a_tokenizer_of_ones_own_sees_the_whole_text(tokenizer, monkeypatch):
+    encode = BPETokenizer.encode
+    monkeypatch.setattr(BPETokenizer, "encode", lambda self, text: [0, *encode(self, text)])
+    monkeypatch.setattr(minimiggy, "TOKENIZER_IS_OURS", False)
+    assert tokenizer.encode_array(TEXT[:9000].encode()).tolist() == tokenizer.encode(TEXT[:9000])
+
 def test_a_tokenizer_of_ones_own_is_kept_or_refused_at_once(tmp_path, capsys):
     module, _ = edited(letters("self.letters = self.all"), tmp_path)
     (tmp_path / "my.txt").write_text(TEXT[:5000])
