@@ -2434,7 +2434,7 @@ class Fast(Plain):
             return back(dparts[0].reshape(shape).contiguous())[:2]
         n = divisor(weight.shape[0], self.cores)
         parts = self.run(matvec, [Tensor.empty(n, rows, shape[-1])], [x, weight], back_from_parts)[0]
-        y = sum(parts[i] for i in range(n)).reshape(shape)
+        y = parts.sum(0).reshape(shape)
         return y if bias is None else y + bias
 
     @instead_of_plain
