@@ -2338,9 +2338,9 @@ def made_of(owner) -> list:
         if kind in SIMPLE or id(thing) in seen:
             continue
         seen.add(id(thing))
-        if kind in (list, tuple):
+        if isinstance(thing, (list, tuple)):
             found += thing
-        elif kind is dict:
+        elif isinstance(thing, dict):
             found += thing.values()
         elif kind is type:
             found += vars(thing).values()
@@ -2824,7 +2824,7 @@ class Writer:
         self.owners = {}  # which text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
-        self.tensors = list(model.parameters().values())
+        model.parameters()  # (puts all numbers into memory)
         self.made_of = made_of(self)
         # The caches' memory must be there before something is recorded, and we know its shape for our own
         # model only. (With any other, `agrees` sees to that.)
@@ -2947,9 +2947,8 @@ class Writer:
         for ids in map(np.asarray, prompts):
             if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
                 raise ValueError(f"a prompt is one or more token ids, whole numbers below {vocab_size}")
-        tensors = self.model.parameters().values()  # (also carries out assignments that wait)
-        if [id(tensor) for tensor in tensors] != [id(tensor) for tensor in self.tensors] or (
-                made_of(self) != self.made_of):
+        self.model.parameters()  # (carries out assignments that wait)
+        if made_of(self) != self.made_of:
             self.__init__(self.model, self.texts)  # the model has changed, so nothing is as it was
         if self.remembers and not self.is_known and not self.agrees():  # (asked each time: weights change)
             self.forget()
@@ -4004,8 +4003,8 @@ class Run:
                 raise UserError(f"{name} is {theta.dtype}, but what is learned has to be float32 (it can be "
                                 "cast where it is used)")
         self.optimizer = optimizer or AdamW(model, config)
-        # A recorded step has beta1, the weight decay and so on as constants in its programs. If the plan has
-        # changed, it takes a new AdamW to record it anew, with the old one's averages.
+        # If the plan has changed, it takes a new AdamW, with the old one's averages: part I's recordings have
+        # beta1, the weight decay and so on as constants in their programs, and `sums` go by the plan, too.
         if self.optimizer.config != config:
             kept = lasting(self.optimizer)
             self.optimizer = AdamW(model, config)
