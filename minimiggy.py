@@ -54,8 +54,8 @@ class UserError(Exception):
 #
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
 # speech in a play begins with a name and a colon. Nobody tells the model any of this. It has about a million
-# numbers inside, its *parameters*, random at first. We show it passages of a text, measure how surprised it
-# was by each next piece, and change every parameter a little so that it would have been less surprised.
+# numbers inside, its *parameters*, mostly random at first. We show it passages of a text, measure how much
+# each next piece surprised it, and change every parameter a little so that it would have surprised it less.
 # *GPT*: generative pre-trained *transformer* (arXiv:1706.03762). Ours follows GPT-2 (Radford et al. 2019).
 
 # === Chapter 2. A text
@@ -119,7 +119,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 # On a megabyte, counting all pairs anew for each merge would take minutes. But a word that occurs 5,000 times
 # need be looked at only once; and a merge changes only words that contain the pair: we remember which.
-LONGEST = 256  # bytes of a word that are read: a long row of zeros would make 00, 0000, and so on, for ever
+LONGEST = 256  # bytes of a word that are read: a long row of zeros would make tokens of 00, 0000, and so on
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -146,7 +146,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # ("abc" is known if ab + c came before a + bc)
+        if joined not in numbers:                  # (ab + c, then a + bc: "abc" is one token)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -280,12 +280,12 @@ class TrainConfig:
     beta2: float = 0.99            # and this share of the average squared gradient
     grad_clip: float = 1.0         # all gradients, as one long vector, are shortened to this length at most
     grad_accum: int = 1            # batches averaged for a step, if memory holds no larger batch
-    seed: int = 1337               # the start of all randomness: weights, passages, dropout
+    seed: int = 1337               # the start of all randomness: passages, dropout, --train's weights
     save_every: int = 0            # steps between two saves of all numbers; 0: one after each exam
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each of these four uses makes its own random generators (`rng`) from its number, the seed, mostly the step.
+# each of these four uses has random numbers (`rng`) made of its number below, the seed, perhaps the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -366,7 +366,7 @@ class Plain:
     def attention(self, qkv: Tensor, position: Tensor, cache=None) -> Tensor:
         """Causal self-attention: tokens of one text hear each other, and none that comes later. qkv
         (B, T, 3, H, D), a query, key and value for each token and head -> the answers (B, T, H, D). `cache`
-        is for writing (part II): it keeps earlier keys and values; the new tokens are at `position` (T,)."""
+        is for part II: it keeps earlier keys and values when writing; new tokens are at `position` (T,)."""
         B, T, _, H, D = qkv.shape
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                          # three of (B, H, T, D)
         if cache is None:
@@ -470,7 +470,7 @@ class LayerNorm:
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
 # part of the model relies on any single other; the rest grows to make up for it. `stir` makes noise of each
-# number's place and a random `key` (not attention's), new at each step. No key, as in exams: no dropout.
+# number's place and a random `key` (not attention's), new for each batch. No key, as in exams: no dropout.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -681,10 +681,10 @@ class AdamW:
         zeros = {name: np.zeros(p.shape, np.float32) for name, p in self.parameters.items()}
         self.m = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
-        sums = zeros if config.grad_accum > 1 else {}                 # the sum over a step's batches
+        sums = zeros if config.grad_accum > 1 else {}                 # a step's batches add to these
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
         self.batch = model.ops.record(self.step)                      # for a step's batches but the last
-        self.last_batch = model.ops.record(self.step)                 # for the last: recordings do not branch
+        self.last_batch = model.ops.record(self.step)                 # the last: `if` is decided at recording
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
         """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. The last
@@ -699,7 +699,7 @@ class AdamW:
             return (loss,)
         length = self.model.ops.norm(gradients)
         scale = (self.config.grad_clip / length).minimum(1)           # clip
-        scale = (length < math.inf).where(scale, 0).contiguous()      # a gradient with a NaN changes nothing
+        scale = (length < math.inf).where(scale, 0).contiguous()      # if it is not finite, nothing changes
         changed = self.model.ops.adamw(self.parameters, self.m, self.v, gradients, scale, rates, self.config)
         Tensor.realize(*changed)
         return loss, length
@@ -766,10 +766,10 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model sees T tokens. Once there are more, only the newest T / 2 stay: whenever some go, the rest moves,
-# and part II must compute it anew. A recording has one shape, so zeros fill `idx`. (The mask hides them.)
+# The model sees the newest T tokens. When writing goes past T, only T / 2 stay: all places shift, and part II
+# must compute them anew. A recording has one shape, so zeros fill `idx`. (The mask hides them.)
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield what continues `ids` (not empty). `seed` and `text`, a number, fix it. `how`: `draw`'s dials."""
+    """Yield what follows `ids` (not empty). `seed` and `text`, a number, fix chance. `how`: for `draw`."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
