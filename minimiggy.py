@@ -29,11 +29,11 @@ from pathlib import Path
 if os.name == "nt":
     raise SystemExit("minimiggy: on Windows, type `wsl --install` once, and start again inside WSL")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it on the spot (but not training: chapter 27)
 for _name in ("DEBUG", "BEAM", "JIT", "NOOPT", "PROFILE", "VIZ", "SPEC", "TC", "LRU", "CCACHE", "TRACEMETA"):
     if not os.environ.get(_name, "0").isdigit():
         del os.environ[_name]  # DEBUG=true is meant for another program: tinygrad takes only numbers
-os.environ.setdefault("DEV", "CPU")  # where tinygrad computes: set DEV=CUDA or DEV=METAL to use a GPU
+os.environ["DEV"] = os.environ.get("DEV") or "CPU"  # where tinygrad computes: DEV=CUDA or METAL for a GPU
 os.environ.setdefault("CACHELEVEL", "0")  # no database of compiled programs: part II keeps them
 os.environ.setdefault("PARALLEL", "0")  # no helper processes of its own: part II has some that are simpler
 
@@ -69,7 +69,7 @@ def split_text(text: bytes) -> tuple[memoryview, memoryview]:
     return memoryview(text)[:cut], memoryview(text)[cut:]
 
 def border(text: bytes, place: int) -> int:
-    """The first place from `place` on where a character begins: only bytes that continue one are 10xxxxxx."""
+    """The first place, `place` or later, where a character begins. (Bytes that continue one are 10xxxxxx.)"""
     while place < len(text) and text[place] & 0b11000000 == 0b10000000:
         place += 1
     return place
@@ -119,7 +119,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 # On a megabyte, counting all pairs anew for each merge would take minutes. But a word that occurs 5,000 times
 # need be looked at only once; and a merge changes only words that contain the pair: we remember which.
-LONGEST = 256  # bytes of a word that are read: a long row of zeros would make tokens of 00, 0000, and so on
+LONGEST = 256  # bytes of a word that we learn from: a long row of zeros would make tokens of 00, 0000, ...
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -146,7 +146,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (ab + c, then a + bc: "abc" is one token)
+        if joined not in numbers:                  # (a + bc is the same token as an earlier ab + c)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -160,7 +160,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with or without a space before it; white space, but for a space that the next piece has.
+# other signs, each with the space before it, if there is one; and whatever other white space there is.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -206,9 +206,9 @@ class BPETokenizer:
 
 # === Chapter 4. tinygrad in ten lines
 #
-# A *tensor* is an array of numbers of any dimension. `@` multiplies matrices (the last two dimensions), as in
-# numpy; (T, C) + (C,) repeats the smaller; -1 is the last dimension, and `unsqueeze(-1)` adds one of length
-# 1. tinygrad is *lazy*: an operation only notes down what would have to be done. When somebody wants to see
+# A *tensor* is an array of numbers, with any number of dimensions. As in numpy, `@` multiplies matrices (the
+# last two), (T, C) + (C,) repeats the smaller, and -1 is the last dimension: `unsqueeze(-1)` makes (T, 1) of
+# (T,). tinygrad is *lazy*: an operation only notes down what would have to be done. Only when somebody wants
 # numbers, or calls `realize`, it writes a small program for all that, in C for a CPU, compiles and runs it.
 #
 # >>> a = Tensor([1.0, 2.0, 3.0])
@@ -223,16 +223,16 @@ class BPETokenizer:
 # 8.96
 #
 # All slopes of b are its *gradient*. Each operation knows its own: 3x has slope 3, y * y has 2y. tinygrad
-# goes back from the result, one operation at a time, and multiplies. Let b = y * y and y = 3x, with x = 1:
-# b's slope in y is 2y = 6, and in x it is 6 * 3 = 18. A number used several times gets a slope from each use,
-# and they are added up. This is *backpropagation*: all slopes together cost about twice as much as b itself.
+# goes back from the result, one operation at a time, and multiplies. Let b = y * y and y = 3x, where x = 1:
+# y is 3, b's slope in y is 2y = 6, and in x it is 6 * 3 = 18. What is used several times gets one from each
+# use, and they are added up. This is *backpropagation*: all slopes together cost about twice as much as b.
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
 # `contiguous` says "compute this here, once, and keep it". And noting things down takes Python far longer
 # than computing, so TinyJit *records*, at the second call of a function, which programs it runs. From the
 # third call on, only these are run, and nothing else of the function. A Python number that it used stays what
-# it was at the recording. Whatever changes must come in as a realized tensor, or be `assign`ed.
+# it was at the recording. What changes has to come in as a realized tensor, or be written into one's memory.
 #
 # >>> scaled = TinyJit(lambda x: (factor * x).realize())
 # >>> for factor in (2.0, 3.0, 4.0):         # runs; runs and is recorded; repeats that, with its 3.0
@@ -285,7 +285,7 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# each of these four uses has random numbers (`rng`) made of its number below, the seed, perhaps the step.
+# chance (`rng`) begins anew for each of four uses, from its number below, the seed, and mostly the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -385,7 +385,7 @@ class Plain:
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise in nats (chapter 7): logits (..., V), a score for each token, and the ids that came (...)
         -> one number at each place (...); NaN for an id without a token."""
-        top = logits.max(-1, keepdim=True)                            # (is added again; exp() could overflow)
+        top = logits.max(-1, keepdim=True)                            # (or exp() could overflow; added below)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
         exists = (targets >= 0) & (targets < logits.shape[-1])
@@ -431,10 +431,10 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 
 # 6.3 The layers
 # A layer is its parameters, and an operation from `ops`, the backend. `Linear` begins with small random
-# weights: equal ones would give equal outputs, get equal gradients, and stay equal for ever. Every tensor in
-# a model or its parts, yours too, is trained and saved. (Whole numbers, or t.is_param_(False): only saved.)
+# weights: were all equal, they would get equal gradients, and stay equal for ever. Every tensor in a model or
+# its parts, yours too, is trained and saved. (If it is of whole numbers, or t.is_param_(False), only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
-    """Random weights of standard deviation `std`; without an `rng`, memory for a checkpoint to fill."""
+    """Random weights of standard deviation `std`; without an `rng`, memory that a checkpoint will fill."""
     if rng is None:
         return Tensor.empty(*shape)
     return ops.place(np.float32(std) * rng.standard_normal(shape, np.float32))
@@ -469,8 +469,8 @@ class LayerNorm:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
 # *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on any single other; the rest grows to make up for it. `stir` makes noise of each
-# number's place and a random `key` (not attention's), new for each batch. No key, as in exams: no dropout.
+# part of the model relies on any other; the rest grows, to keep the mean. `stir` makes noise of each number's
+# place and a random `key` (not attention's), which is new for each batch. Without it, as in exams, all stay.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -570,7 +570,7 @@ class GPT:
         self.ln_f = LayerNorm(ops, config.n_embd)
 
     def parameters(self) -> dict[str, Tensor]:
-        """What is learned, by name (h.0.attn.c_attn.weight ...), shared ones once. Realizes all tensors."""
+        """What is learned, by name (h.0.attn.c_attn.weight ...), each once. Realizes all of the tensors."""
         found = {}                                                    # identity -> (name, tensor)
         everything = get_state_dict(self)                             # name -> tensor, of all parts
         for name, tensor in everything.items():
@@ -620,8 +620,8 @@ class GPT:
 # True
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
-# also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. Knowing nothing
-# of a byte, one of 2^8, costs 8 bits; 3.6 nats for a token of 2.3 bytes are 3.6 * 1.44 / 2.3 = 2.25 bits.
+# also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. A byte of which
+# one knows nothing costs 8 bits (it is one of 2^8); 3.6 nats for 2.3 bytes are 3.6 * 1.44 / 2.3 = 2.25 bits.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -632,8 +632,8 @@ GPT.loss = loss  # a method of GPT, kept back for this chapter
 
 # === Chapter 8. A training step
 #
-# *A batch.* Computing the loss and its slopes on the whole text for every step would take minutes. A handful
-# of random passages gives roughly the same in milliseconds. Each has T + 1 tokens: T questions, T answers.
+# *A batch.* To compute the loss and its slopes on the whole text for each step would take too long. A handful
+# of random passages give nearly the same, far sooner. Each has T + 1 tokens: T questions, and T answers.
 def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """The passages of a step: what is read and what is to be predicted, each (grad_accum, B, T) int32."""
     rng = np.random.default_rng((PASSAGES, config.seed, step))
@@ -683,12 +683,12 @@ class AdamW:
         self.v = {name: model.ops.place(array).realize() for name, array in zeros.items()}
         sums = zeros if config.grad_accum > 1 else {}                 # a step's batches add to these
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
-        self.batch = model.ops.record(self.step)                      # for a step's batches but the last
-        self.last_batch = model.ops.record(self.step)                 # the last: `if` is decided at recording
+        self.batch = model.ops.record(self.step)                      # only adds up gradients
+        self.last_batch = model.ops.record(self.step)                 # and steps (no recording has an `if`)
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
-        """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. The last
-        brings the `rates` (3,); then the step is taken, and the gradient's length returned as well."""
+        """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. With the
+        last batch come the `rates` (3,): the step is taken, and the gradient's length returned as well."""
         loss = self.model.loss(x, y, key)                             # forward
         slopes = loss.gradient(*self.parameters.values())             # backward: chapter 4's backpropagation
         gradients = dict(zip(self.parameters, slopes, strict=True))
@@ -749,7 +749,7 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
 # likeliest is dull and ends in loops; drawing from the probabilities picks, now and then, a nearly impossible
 # one. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0] gives 67 %, 24 %
 # and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k` keeps the k
-# likeliest, `top_p` the fewest that add up to the share p (Holtzman et al. 2020, arXiv:1904.09751).
+# likeliest, `top_p` the fewest that have the share p or more (Holtzman et al. 2020, arXiv:1904.09751).
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
     """Logits (V,) -> a token. Temperature 0 takes the likeliest."""
     if not np.isfinite(logits.max()):
@@ -769,7 +769,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
 # The model sees the newest T tokens. When writing goes past T, only T / 2 stay: all places shift, and part II
 # must compute them anew. A recording has one shape, so zeros fill `idx`. (The mask hides them.)
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
-    """Yield what follows `ids` (not empty). `seed` and `text`, a number, fix chance. `how`: for `draw`."""
+    """Yield what follows `ids` (not empty). Two numbers, `seed` and `text`, fix chance; `how` is `draw`'s."""
     T = model.config.block_size
     rng = np.random.default_rng((WRITING, seed, text))
     model.parameters()                                                # (puts all numbers into memory)
@@ -786,15 +786,15 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it. Where part II's fast programs no longer fit, your own code runs instead.
+# To understand all this, change it: for what is not as it was, part II's programs step back, and yours runs.
 # `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python minimiggy.py
-# --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02. With one of these changes, at:
+# --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02; with one of these changes, as it says:
 #
 # 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
-# 2. No `self.wpe(position)` in `hidden`. (2.65! The mask tells the order, too: arXiv:2203.16634.)
+# 2. No `self.wpe(position)` in `hidden`. (2.65, no worse: the mask tells the order, too: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
-# 5. Two tables. Give GPT an `lm_head = Embedding(...)`, and let `head` use its weight. (2.61; 131,072 more.)
+# 5. Two tables. Let `head` use the weight of a GPT's `lm_head = Embedding(...)`. (2.61; + 131,072 numbers.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
 
 # ============================================================================================================
@@ -815,7 +815,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 # run once are computed again inside other loops; `contiguous` in part I prevents the worst. And for most
 # programs only one *core* works.
 #
-# With the programs of this part, a default training step (12 passages of 64 tokens, 0.93 million parameters)
+# With the programs of this part, a step of `--train` (12 passages of 64 tokens, 0.93 million parameters)
 # takes 29 milliseconds on two cores of an AMD EPYC. Its programs share their time like this:
 #
 #     products of matrices                80 %     chapter 15
@@ -848,6 +848,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
 from tinygrad import Context, Device
@@ -885,12 +886,12 @@ except ImportError as error:
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # in newer and in older Linux
 
-# A container can be given less time than its machine has. The file then says how much, of how much: "200000
-# 100000" are 0.2 s of every 0.1 s, so two cores. More threads than that would not run side by side: each
+# A container can be given less time than its machine has. A file then says how much, in what time: "200000
+# 100000" are 0.2 s in every 0.1 s, so two cores. More threads than that would not run side by side: each
 # would wait for the others at every barrier of chapter 19 until its turn comes again.
 def count_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """The processor cores that this process may use: those it may run on, and no more than a container's
-    quota, which stands in a file. Of a Mac's cores only the fast ones: the others would keep them waiting."""
+    quota, which stands in a file. Of a Mac's cores only the fast ones, which would wait for the others."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if sys.platform == "darwin":
         with suppress(OSError, ValueError, subprocess.SubprocessError):  # (an Intel Mac's are all alike)
@@ -922,8 +923,8 @@ CORES = count_cores()
 AVX2 = X86 and "avx2" in describe_processor()
 AVX512 = X86 and "avx512f" in describe_processor()
 
-# Whoever imports tinygrad first, as notebooks do, has it read DEV and CC before we could set them. So we tell
-# it again; but a device on which it has computed already, and whose name it has left in DEV, stays.
+# If tinygrad was imported first, as in notebooks, it read DEV and CC before we could set them. So we tell it
+# again. (Not if it has computed already: then it has put the name of its device into DEV, and that stays.)
 if KNOWN and not DEV.device:
     DEV.value = os.environ["DEV"] or "CPU"
     getenv.cache_clear()
@@ -932,7 +933,7 @@ if KNOWN and not DEV.device:
 # second.
 if KNOWN and AVX512 and repr(DEV) == "CPU":
     DEV.value = "CPU:CLANG:x86_64,native,prefer-vector-width=512"
-WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (whoever names another processor gets programs for that)
+WIDE = KNOWN and AVX512 and "native" in repr(DEV)  # (DEV can also name another processor than this one)
 
 # 13.2 A compiler that works, a device that is there
 #
@@ -1012,8 +1013,8 @@ def open_device() -> None:
             for number in range(HELPERS):  # there will be work for them soon
                 helper(f"helper_{number}")
         # tinygrad begins with four programs of its own. It may keep these in its database, which saves a
-        # tenth of a second at later starts. (Not where an older processor could share a home with a newer
-        # one, and find programs there that it cannot run: all with AVX2 can run all four.)
+        # tenth of a second at later starts. (With AVX2 only: several processors may share a home, and what
+        # one with AVX2 has compiled an older one cannot run, but all with AVX2 can.)
         with suppress(Exception), Context(CACHELEVEL=int(AVX2)):
             Tensor([1.0]).realize()
     try:
@@ -1035,9 +1036,9 @@ def open_device() -> None:
 # them in a file: whatever tinygrad has compiled in this process is added to it, and given back to tinygrad at
 # the next start. The file's name says for which tinygrad, Python and processor it is. Each addition begins
 # with its checksum, 32 bytes, and its length, 8 bytes; then comes a pickle. Where that is wrong, or the file
-# cannot be read or written, we do without: a cache must never be the reason why something fails. Nor why it
-# is slow: only its newest megabytes are used, or whoever has tried many models would wait for all of theirs.
-# (What was too old to be used is compiled again, and so is among the newest.)
+# cannot be read or written, we do without: a cache must never be the reason why something fails. It must not
+# make it slow, either: only its newest megabytes are used, or whoever has tried many models would wait for
+# all of theirs. (What was too old to be used is compiled again, and so is among the newest.)
 NEWEST = 4 << 20  # bytes: some 700 programs, in a tenth of a second
 
 def programs_file() -> Path:
@@ -1066,9 +1067,9 @@ def load_programs() -> set:
 def essence(program):
     """A compiled program without its syntax tree and instructions: to run it, the code and the arguments
     are enough."""
-    # A program's sources are its tree, the list of its instructions, and then its C and its machine code.
-    sink, linear, *code = program.src
-    arguments = linear.replace(src=tuple(u for u in linear.src if u.op is Ops.PARAM))
+    # `program.src` is its tree, the list of its instructions, and then its C and its machine code.
+    sink, instructions, *code = program.src
+    arguments = instructions.replace(src=tuple(u for u in instructions.src if u.op is Ops.PARAM))
     return program.replace(src=(UOp.sink(arg=sink.arg), arguments, *code))
 
 def keep_programs() -> None:
@@ -1087,7 +1088,7 @@ def keep_programs() -> None:
 #
 # A training step has some forty different programs, and to compile one takes 0.03 to 0.5 s, much of it in
 # Python, which uses a single core. So other processes help. Each gets one program at a time through a pipe
-# and answers through another. It ends when we do, or after a minute without work. Should it end before,
+# and answers through another. It ends when we do, or a minute after its last order. Should it end before,
 # because somebody has killed it, say, then what it has not done is done here. It has a session of its own, so
 # that Ctrl-C or a closed terminal, which reach all processes of a session, do not end it in the middle.
 HELPER_CODE = """
@@ -1110,7 +1111,8 @@ def helper(name: str) -> subprocess.Popen:
 
 # For each process there is a thread here that hands it programs and waits for them. It moves bytes and knows
 # nothing of what they mean: tinygrad's trees are made by one thread only. (That is why a program is pickled
-# twice: the outer pickle only says where the bytes end.) A thread and its process have the same name.
+# twice: the outer pickle only says where the bytes end.) The pool calls its threads helper_0, helper_1 and so
+# on, and each has the process of its own name.
 @functools.cache
 def helpers() -> ThreadPoolExecutor:
     """These threads, one for each process."""
@@ -1118,7 +1120,10 @@ def helpers() -> ThreadPoolExecutor:
 
 def let_help(order: bytes) -> bytes:
     """Have a program compiled; this runs in one of the threads."""
-    process = helper(threading.current_thread().name)
+    name = threading.current_thread().name
+    if helper(name).poll() is not None:
+        helper.cache_clear()  # it has ended: begin another
+    process = helper(name)
     pickle.dump(order, process.stdin)
     process.stdin.flush()
     return pickle.load(process.stdout)
@@ -1131,8 +1136,9 @@ def ordered(tree, renderer) -> Future:
     return helpers().submit(let_help, pickle.dumps((tree, renderer)))
 
 def compile_together(trees: list) -> None:
-    """See that these programs, given as tinygrad's syntax trees, are compiled. The helpers take what was
-    ordered first; we take the largest for which they have had no time yet: `cancel` says whether we may."""
+    """Compile these programs, given as tinygrad's syntax trees, if help is worth it; tinygrad compiles the
+    others when they run. The helpers take what was ordered first; we take the largest that they have not yet
+    begun: `cancel` says whether we may."""
     renderer = Device["CPU"].renderer
     todo = {tree: to_program_key(tree, renderer) for tree in trees}
     new = [tree for tree, key in todo.items() if key not in to_program_cache]
@@ -1140,7 +1146,7 @@ def compile_together(trees: list) -> None:
     if not HELPERS or DEBUG or len(new) < 4 and not helper.cache_info().currsize:
         return
     orders = {tree: ordered(tree, renderer) for tree in new}
-    for tree in sorted(new, key=lambda tree: -len(tree.toposort())):
+    for tree in sorted(new, key=lambda tree: len(tree.toposort()), reverse=True):
         if orders[tree].cancel():
             to_program(tree, renderer)
     for tree, order in orders.items():
@@ -1148,10 +1154,11 @@ def compile_together(trees: list) -> None:
             to_program_cache[todo[tree]] = pickle.loads(order.result())
 
 def forget_orders() -> None:
-    """Let the helpers finish what they are doing, and nothing else: somebody wants to end."""
+    """Let the helpers finish what they are doing, and then end. (Who orders again gets new ones: the answers
+    of these are for the threads that wait for them.)"""
     helpers().shutdown(wait=False, cancel_futures=True)
-    helpers.cache_clear()
-    ordered.cache_clear()
+    for cache in (helpers, helper, ordered):
+        cache.cache_clear()
 
 # 13.5 A recording
 def memory_of(tensor: Tensor) -> np.ndarray:
@@ -1171,10 +1178,10 @@ def give_memory(things: dict) -> None:
         tensor.replace(tensor.clone() if tensor.device is None else tensor.contiguous()).realize()
 
 # Ordinary operations, such as the addition in x + f(x), become programs of tinygrad's own. tinygrad divides
-# one among several cores if each gets 131,072 numbers or more, since its calls are dear. Chapter 19 calls
-# programs so cheaply that 16,384 in all are enough; and each core finds its part in its own cache if it has
-# computed it in the program before. (A default training step takes 4 % less time.) What is divided is the
-# outermost loop, in programs without a sum.
+# one among several cores if each gets 131,072 numbers or more, since to call it from Python takes long.
+# Chapter 19 calls programs so fast that 16,384 in all are enough; and each core finds its part in its own
+# cache if it has computed it in the program before. (A default training step takes 4 % less time.) What is
+# divided is the outermost loop, in programs without a sum.
 ENOUGH = 1 << 14  # numbers
 
 def divided(call, cores: int):
@@ -1183,7 +1190,7 @@ def divided(call, cores: int):
     if tree.op is not Ops.SINK or tree.arg.opts_to_apply is not None:  # (no program, or one of ours)
         return call
     loops = [node for node in tree.toposort() if node.op is Ops.RANGE]
-    is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)  # (WEAK: over results, not over terms)
+    is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)  # (WEAK loops go over the results)
     cores = min(cores, Device["CPU"].renderer.global_max[0])  # (tinygrad has a limit of its own)
     if cores == 1 or is_sum or math.prod(loop.vmax + 1 for loop in loops) < ENOUGH:
         return call
@@ -1202,9 +1209,9 @@ def with_program(call):
     program = to_program_cache.get(to_program_key(tree, Device["CPU"].renderer), tree)
     return call.replace(src=(program, *call.src[1:]))
 
-# What does a recording look like? That of a default training step is some 140 calls, in this order. (In a
-# name, the numbers are the shape of the first result. Those that begin with E or r are tinygrad's own,
-# without a sum and with one.)
+# What does a recording look like? That of a step of `--train` is some 140 calls, in this order. (In a name,
+# the numbers are the shape of the first result. Those that begin with E or r are tinygrad's own, without a
+# sum and with one, and there the numbers are their loops'.)
 #
 #     embed_12_64_128, embed_64_128, E_6_8192_2                     rows of tokens, of positions; their sum
 #     layer_norm_12_64_128, matmul_12_64_384, flash_12_64_4_32,
@@ -1235,11 +1242,10 @@ class Recording:
         def traced():
             results = function(*inputs)
             Tensor.realize(*results)  # (notes down the last programs)
-            calls = [divided(call, cores) for linear in self.jit._linears for call in linear.src]
+            calls = [divided(call, cores) for part in self.jit._linears for call in part.src]
             compile_together([call.src[0] for call in calls if call.src[0].op is Ops.SINK])
             keep_programs()  # (which also lets go of the trees that they were made from)
-            calls = map(with_program, calls)
-            self.jit._linears = [UOp(Ops.LINEAR, src=tuple(calls))]  # what has been noted down, in one list
+            self.jit._linears = [UOp(Ops.LINEAR, src=tuple(map(with_program, calls)))]  # all in one list
             return results
         self.jit = TinyJit(traced)
         self.jit.cnt = 1
@@ -1329,8 +1335,8 @@ class Array:
 
     def at(self, first, *index):
         """The element at an index, as a symbol."""
-        # In an array (2, 3, 4), a[i, 2, 1] is number (i * 3 + 2) * 4 + 1, and a[i, 1], by the rule above, is
-        # number i * 4 + 1.
+        # In an array (2, 3, 4), a[i, 2, 1] is at place (i * 3 + 2) * 4 + 1, and a[i, 1], by the rule above,
+        # at place i * 4 + 1.
         place = first
         sizes = self.shape[len(self.shape) - len(index):]
         for i, size in zip(index, sizes, strict=True):
@@ -1370,7 +1376,7 @@ class Kernel:
         self.open = ()
 
     def array(self, *shape: int, dtype=dtypes.float) -> Array:
-        """Memory of the kernel's own, small enough for registers."""
+        """Memory of the kernel's own: a local array in C, which clang keeps in registers if it is small."""
         memory = UOp.placeholder(shape, dtype, next(self.ids), addrspace=AddrSpace.REG)
         return Array(self, memory, shape)
 
@@ -1385,7 +1391,7 @@ class Kernel:
 
     def loop(self, end, *more):
         """`for i in k.loop(n)`, or `for i, j in k.loop(m, n)` for two loops, the second inside the first. An
-        end that only the running kernel knows must be at least 1, as it is tested after each turn."""
+        end that depends on an outer loop must be at least 1, as it is tested after each turn."""
         if more:
             for i in self.loop(end):
                 for j in self.loop(*more):
@@ -1423,16 +1429,17 @@ class Kernel:
         """A loop over this core's part of 0 to n - 1, in one piece; the parts' sizes differ by one at most.
         If n is smaller than the number of cores, only n cores run the kernel; one that shares twice must then
         do so with the same n."""
-        # For n = 10 on three cores, parts begin at 0, 10 // 3 = 3 and 20 // 3 = 6, and have 3, 3 and 4 turns.
+        # For n = 10 on three cores, parts begin at 0, 4 and 7, and have 4, 3 and 3 turns. (Not at core * n //
+        # cores: with 72 cores and the 38 million numbers of GPT-2's table, that has more than 31 bits.)
         cores = min(n, self.cores)
         core = UOp.variable("core_id", 0, cores - 1, dtypes.int, param=True)
-        first = core * n // cores
-        size = n // cores if n % cores == 0 else (core + 1) * n // cores - first
-        for i in self.loop(size):
+        size, more = divmod(n, cores)
+        first = core * size + core.minimum(more)
+        for i in self.loop((core < more).where(size + 1, size) if more else size):
             yield first + i
 
     def threads(self, n: int):
-        """A loop around all of a kernel whose turns run side by side on a GPU, each in a thread (for chapter
+        """The outermost loop of a kernel for a GPU, which has each turn done by a thread of its own (chapter
         20). Where there are no such threads, it is an ordinary loop."""
         # A GPU runs threads in groups, here of up to 64, which do the same instruction at the same time.
         # Nothing comes before this loop, and nothing is open around it.
@@ -1468,7 +1475,7 @@ class Kernel:
         return [[lanes[number, lane] for lane in range(width)] for number in range(len(steps))]
 
     def sums(self, n: int, *terms):
-        """The sum of term(i) over i < n, for each of some terms."""
+        """For each of some functions `term`: the sum of term(i) over i < n."""
         steps = [lambda total, i, term=term: total + term(i) for term in terms]
         return [sum(lanes) for lanes in self.fold(n, 0.0, *steps)]
 
@@ -1530,7 +1537,7 @@ def exp(x):
 #
 # 15.1 Plain, tiled, packed
 #
-# Nearly all of a GPT's arithmetic is products of matrices, C = A @ B. Three lines would do:
+# Nearly all of a GPT's arithmetic is products of matrices, C = A @ B. Two lines would do:
 #
 #     for i, j in k.loop(M, N):
 #         C[i, j] = k.sum(K, lambda kk: A[i, kk] * B[kk, j])
@@ -1553,8 +1560,8 @@ def exp(x):
 # (A cache chooses a number's place by the last digits of its address, so rows that lie a power of two apart
 # would compete for the same few places.) A streams past in strips. A few rows of a strip, in the first level,
 # meet one panel after the other, while their tile of the result is in registers. If A's rows are long and
-# meet many panels, it pays on an Intel Xeon to copy the strip as well (5 % of the time); on an AMD EPYC it
-# costs 3 %. (A row of the copy is a line longer than it need be, or rows would compete for the same places.)
+# meet many panels, to copy the strip as well saves 5 % of the time on an Intel Xeon; on an AMD EPYC it costs
+# 3 %. (A row of the copy is a line longer than it need be, or rows would compete for the same places.)
 #
 #     for each group of panels of B:
 #         for each block of `depth` rows of B:
@@ -1563,12 +1570,12 @@ def exp(x):
 #                 for each tile of the strip, for each panel: multiply, and add to the result
 #
 # Which tile is best depends on the processor, so we measured. On an Intel Xeon with AVX-512 (32 registers of
-# 16 numbers), 12 products of a training step ran at these multiples of the rate of numpy's library: 8 x 32
-# 1.08, 4 x 64 1.04, 12 x 32 0.77; 6 x 64 was better for some and worse for others. With AVX2 (16 registers of
-# 8), nine products on an AMD EPYC: 4 x 24 0.85, 3 x 32 0.80, 4 x 16 0.76, 6 x 16 0.45. The sums, the vectors
-# of B and the numbers of A must all find a register: with one too many, clang goes to memory in the innermost
-# loop. That depends on the kind of processor only, so a few shapes serve all products. (The picture has
-# 4 x 64, which is easier to draw.)
+# 16 numbers), 12 products of a training step ran at these multiples of the rate of numpy's library: 1.08 with
+# 8 x 32, 1.04 with 4 x 64, 0.77 with 12 x 32; 6 x 64 was better for some and worse for others. With AVX2 (16
+# registers of 8), nine on an AMD EPYC: 0.85 with 4 x 24, 0.80 with 3 x 32, 0.76 with 4 x 16, 0.45 with 6 x
+# 16. The sums, the vectors of B and the numbers of A must all find a register: with one too many, clang goes
+# to memory in the innermost loop. So it is the processor that decides, and few shapes serve all. (The picture
+# has 4 x 64, which is easier to draw.)
 TILES = [(8, 32)] if WIDE else [(4, 24), (3, 32)] if AVX2 else [(4, 16)]
 TILE = TILES[-1]     # (an earlier one is taken where it divides the result's columns)
 STRIP = 64           # rows of A that are worked on together
@@ -1611,7 +1618,8 @@ def tile_of(k: Kernel, rows: int, columns: int, K: int, a, b):
         yield r, j, sums[r, j]
 
 def product(k: Kernel, M: int, N: int, K: int, a, b):
-    """The same for i < M and j < N, tile by tile: for small matrices that lie in the cache."""
+    """For i < M and j < N: hand out i, j and the sum over kk < K of a(i, kk) * b(kk, j), tile by tile: for
+    small matrices, which lie in the cache."""
     rows = divisor(M, TILE[0])
     columns = divisor(N, TILE[1])
     for down, across in k.loop(M // rows, N // columns):
@@ -1637,8 +1645,8 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
     strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB; 256 if
     A is transposed; 4096 if tiles overlap.)"""
-    # 65 rows are covered by nine tiles of 8: the last begins at row 57, not 64, so that all are whole. Seven
-    # rows are computed twice, with the same result.
+    # Nine rows are covered by two tiles of 5, not of 8: the second begins at row 4, not 5, so that both are
+    # whole. One row is computed twice, with the same result.
     height, width = next((tile for tile in TILES if N % tile[1] == 0), TILE)
     rows = pieces(M, pieces(M, height))
     columns = min(width, N)
@@ -1681,7 +1689,7 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
         some = divisor(depth, LINE)
         for panel in k.loop(panels):
             places = k.loop(depth, columns)
-            if b_transposed:  # some numbers of each row at a time, a cache line, so that it is fetched once
+            if b_transposed:  # a cache line of each row at a time, so that it is fetched once
                 places = ((turn * some + kk, j) for turn, j, kk in k.loop(depth // some, columns, some))
             for kk, j in places:
                 value = B[column(panel) + j, k0 + kk] if b_transposed else B[k0 + kk, column(panel) + j]
@@ -1747,7 +1755,7 @@ def weights_back(k, dw, *rest):
 #
 # When writing, x has one row, or a few: a weight that was fetched is used once or a few times, so all depends
 # on how fast weights come. A processor notices where we read straight on, in several places at a time, and
-# fetches ahead. So each core reads a part of w's rows, one piece of memory, in eight places side by side. On
+# fetches ahead. So each core reads rows of its own, which lie together, in eight places at a time. On
 # two Intel cores, a w of 384 x 384, which stays in the second level, then comes at 110 GB a second, and one
 # of 1536 x 384, which does not fit, at 54.
 #
@@ -1778,8 +1786,8 @@ def matvec(k, parts, x, w):
                         parts[part, r, column] = sum(terms, parts[part, r, column])
 
 def dot_rows(k, y, x, table):
-    """y (R, V) = x (R, C) @ table^T, for a table (V, C): `unembed` of a few rows. In a sum, each addition has
-    to wait for the one before, so about four sums are computed side by side."""
+    """y (R, V) = x (R, C) @ table^T, for a table (V, C): `unembed` of a few rows. In a sum, each addition (of
+    16 lanes) has to wait for the one before, so about four sums are computed side by side."""
     V, C = table.shape
     R = x.rows
     at_once = min(V, max(1, 4 // R))
@@ -1824,7 +1832,7 @@ LANES = TILE[1]  # queries in a block
 def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None, *, most: int = 0):
     """qkv (B, T, 3, H, D) -> y (B, T, H, D), and lse (B, H, T), the logarithm of each query's sum of
     exponentials. With caches (1, H, S, D), and B = 1, these are new tokens of a text: position[0] others came
-    before. Its `most` places in the caches begin at `start` (1,); the new tokens are put there first."""
+    before. The text has `most` places in them, from `start` (1,) on; first the new tokens are put there."""
     B, T, _, H, D = qkv.shape
     Q = divisor(T, LANES)
     query = k.aligned_array(D, Q)
@@ -1874,7 +1882,7 @@ def flash(k, y, lse, qkv, keys=None, values=None, position=None, start=None, *, 
                     total[i] += score[j, i]
                 for d, i, s in product(k, D, Q, Q, lambda d, j: value(j0 + j, d), score.at):
                     out[d, i] = out[d, i] * fade[i] + s
-            for i in k.loop(Q):  # (in this order: with one token, tinygrad would lose the place of lse)
+            for i in k.loop(Q):  # (before y: after it, if T is 1, tinygrad does not find the place in lse)
                 lse[b, h, i0 + i] = top[i] + total[i].log()
             for i, d in k.loop(Q, D):
                 y[b, i0 + i, h, d] = out[d, i] / total[i]
@@ -1935,8 +1943,8 @@ def flash_back(k, dqkv, dy, y, lse, qkv):
 
 # === Chapter 17. The other operations
 #
-# These go through memory once, so what counts is that nothing is fetched twice, and that the inner loop
-# becomes vector instructions.
+# These do little with each number, so what counts is that each comes from memory once (a row that was just
+# read is still in the cache), and that the inner loop becomes vector instructions.
 #
 # `gelu` is computed as u * s with s = sigmoid(z), z = 2 sqrt(2/pi) (u + 0.044715 u^3), which is part I's
 # formula with tanh written as a sigmoid. As s' = s (1 - s) z', the slope of u * s is s + u s (1 - s) z'.
@@ -1946,7 +1954,7 @@ def gelu(k, out, u, dout=None):
     for i in k.share(u.rows * u.columns):
         z = u[i] * (u[i] * u[i] * 0.044715 + 1.0) * c
         # With e = exp(-|z|), at most 1, the sigmoid is 1 / (1 + e) if z >= 0, else e / (1 + e).
-        e = exp(-(z < 0).where(-z, z))
+        e = exp((z < 0).where(z, -z))
         s = (z < 0).where(e, 1.0) / (e + 1.0)
         slope = s + u[i] * s * (1.0 - s) * (u[i] * u[i] * (3 * 0.044715) + 1.0) * c
         out[i] = u[i] * s if dout is None else dout[i] * slope
@@ -2047,7 +2055,7 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
         log_total = lse[i]
         for v in k.loop(V):
             dlogits[i, v] = exp(logits[i, v] - log_total) * weight
-        dlogits[i, targets[i].maximum(0).minimum(V - 1)] += -weight
+        dlogits[i, targets[i].maximum(0).minimum(V - 1)] -= weight
 
 # === Chapter 18. Adam in one pass over memory
 #
@@ -2090,9 +2098,8 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     # weight would notice: an m of 1e-18, divided by at least 1e-8, times a step size of 1e-3, moves it by
     # 1e-13. (And 1e-34 is what a gradient of 1e-16 adds to v.)
     *arrays, scale, rates = arrays
-    n = len(decays)
-    taken = scale[0] > 0.0
     factor = scale[0]
+    taken = factor > 0.0
     rate = rates[0]
     # Where no step is taken, the same numbers are stored again. (Not to store them would be simpler, but a
     # store that depends on something takes AMD's processors with AVX2 three times as long. And the gradient
@@ -2101,8 +2108,8 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
     keep_2 = taken.where(factor.const_like(beta2), 1.0)
     correction_1 = rates[1]
     correction_2 = rates[2]
-    kinds = [arrays[i * n:i * n + n] for i in range(4)]
-    for theta, m, v, gradient, decay in zip(*kinds, decays, strict=True):
+    for number, decay in enumerate(decays):
+        theta, m, v, gradient = arrays[number::len(decays)]
         for i in k.share(theta.rows * theta.columns):
             g = taken.where(unless_tiny(gradient[i] * factor, 1e-16), 0.0)
             m[i] = unless_tiny(m[i] * keep_1 + g * (1 - beta1), 1e-18)
@@ -2119,9 +2126,10 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 #     for (n = 0; n < length; n++) {
 #         lines[n].program(lines[n].arguments ..., my core's number);
 #         done[my number] = n + 1;                       // tell the others that I am done with n + 1 kernels,
-#         for (t = 0; t < threads; t++)                  // and wait until they are, too: the next kernel
-#             for (turn = 0; done[t] < n + 1; turn++)    // may need what they have computed
-#                 (turn < 4000 ? go_on : rest)();
+#         for (t = 0; t < threads; t++) {                // and wait until they are, too: the next kernel
+#             turn = 0;                                  // may need what they have computed
+#             do (turn++ < 4000 ? go_on : rest)(); while (done[t] < n + 1);
+#         }
 #     }
 #
 # `go_on` is C's abs, which does nothing here, and `rest` is sched_yield, which lets other programs run. To
@@ -2134,7 +2142,7 @@ def adamw(k, *arrays, beta1: float, beta2: float, decays: tuple[float, ...]):
 # And there are two *fences*, which neither the compiler nor the processor moves anything across. One stands
 # between a kernel and its count: whoever sees the count sees the results, too. The other stands between the
 # last count that was seen and the next kernel, which must not begin to read before.
-WIDTH = 64  # words in a line: the program, at most 61 arguments, and the addresses of `go_on` and `rest`
+WIDTH = 64  # words in a line: a program, at most 60 arguments, the core, the addresses of `go_on` and `rest`
 PATIENCE = 4000
 
 @functools.cache
@@ -2162,6 +2170,24 @@ def replay_program(threads: int):
         last = seen.end(loop, seen < count)
     end = UOp(Ops.BARRIER, src=(last,)).end(n)
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
+
+# In a notebook, Ctrl-C raises KeyboardInterrupt between any two lines of Python. If one thread has begun then
+# and another has not, the first would wait for ever. So Ctrl-C has to wait until all are done.
+@contextmanager
+def undisturbed():
+    """In the `with` block, Ctrl-C does nothing yet; what it does is done at the end of it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # (here it never raises anything)
+        return
+    came = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for arguments in came:
+            handler(*arguments)
 
 class Crew:
     """Calls all kernels of a recording, on `threads` of the `cores` threads that there could be. The results
@@ -2195,10 +2221,12 @@ class Crew:
 
     def __call__(self) -> None:
         self.done[:len(self.lists)] = 0
-        others = [self.pool.submit(self.program.fxn, *arguments) for arguments in self.arguments[1:]]
-        self.program.fxn(*self.arguments[0])
-        for other in others:
-            other.result()
+        first, *more = self.arguments
+        with undisturbed() if more else nullcontext():
+            others = [self.pool.submit(self.program.fxn, *arguments) for arguments in more]
+            self.program.fxn(*first)
+            for other in others:
+                other.result()
 
 # To wake a second thread takes 50 microseconds, in which a small model has written its token. So for a short
 # recording we try both ways in turn, and after some calls stay with the one that was faster.
@@ -2211,7 +2239,7 @@ class Replay:
         self.ways = [recording.jit]  # tinygrad's own way, which knows what to do with copies, too
         calls = recording.calls()
         if calls is not None:
-            self.ways = [Crew(calls, threads, cores) for threads in dict.fromkeys((cores, 1))]
+            self.ways = [Crew(calls, threads, cores) for threads in sorted({cores, 1}, reverse=True)]
         self.best = [math.inf] * len(self.ways)  # seconds
         self.turns = 0
 
@@ -2254,7 +2282,7 @@ def sources() -> dict:
     """What part I defines, by name ("GPT", "Plain.gelu", "SPLIT"): its source without comments and
     docstrings."""
     found = {}
-    with suppress(OSError, NameError, SyntaxError):  # there need not be a file
+    with suppress(OSError, NameError, SyntaxError, ValueError):  # there need not be a file, or such a line
         text = Path(__file__).read_text(encoding="utf-8")
         tree = ast.parse(text[:text.index("\n# Part II.")])
         for node in ast.walk(tree):
@@ -3109,7 +3137,6 @@ import timeit
 import traceback
 import warnings
 from collections import namedtuple
-from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 VERSION = "2.0"
@@ -3640,7 +3667,7 @@ PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ fo
 # are left out.)
 TOKENIZER = digest("BPETokenizer", "SPLIT")
 TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
-PART_ONE_IS_OURS = digest(*SOURCES) == "693fe3da1be6"  # all of it
+PART_ONE_IS_OURS = digest(*SOURCES) == "fbb769bff966"  # all of it
 
 def made_anew(model: GPT) -> GPT:
     """A model of the same config, without the numbers in its tensors."""
@@ -6023,13 +6050,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
-    code = main()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # all is done: one more Ctrl-C ends it without a word
-    sys.exit(code)
+    sys.exit(main())

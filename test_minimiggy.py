@@ -32,7 +32,8 @@ import time
 import tokenize
 import tracemalloc
 from collections import Counter, OrderedDict
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -639,6 +640,24 @@ def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
     again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 6)
     assert set(used) == {1, 2, 3}
     assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
+
+def test_ctrl_c_between_two_threads_waits_until_both_are_done(ids, monkeypatch):
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*arguments):
+        future = submit(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return future
+    numbers = []
+    for expected in (nullcontext(), pytest.raises(KeyboardInterrupt)):
+        optimizer = AdamW(GPT(TINY, Fast(2)), QUICK)
+        optimizer(ids, 0)
+        if numbers:
+            monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+        with expected:
+            optimizer(ids, 1)
+        numbers.append(optimizer.model.parameters())
+    assert same(*numbers)
 
 def changes_nothing(optimizer, ids, name="wte.weight", bad=math.inf):
     """Does a step with a gradient that is not finite leave everything as it is?"""
