@@ -3169,8 +3169,13 @@ def whole(path: Path):
     finally:
         unfinished.unlink(missing_ok=True)  # after a rename, nothing has this name any more
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # (there are file systems that cannot do this with a folder)
+            raise
+    finally:
+        os.close(folder)
 
 # What we print is of two kinds: lines that stay, and lines that show progress and are overwritten by the next
 # one. The latter make sense only where somebody watches, so a file or a pipe does not get them.
@@ -3180,7 +3185,7 @@ def tell(line: str = "", end: str = "\n") -> None:
     print(clear + printable(line), end=end, flush=True)
 
 def say(line: str = "", end: str = "\n") -> None:
-    """The same while training, which goes on if the terminal is gone, or the disk behind it is full."""
+    """The same where work goes on, though the terminal may be gone, or the disk behind it be full."""
     with suppress(OSError):
         tell(line, end)
 
@@ -3188,6 +3193,11 @@ def show(line: str) -> None:
     """Show a line that the next one overwrites, if there is a terminal; "" wipes the last one."""
     if sys.stdout.isatty():
         say(line[:shutil.get_terminal_size().columns - 1], end="")
+
+def warn(line: str) -> None:
+    """A line on stderr, about something that is not as it should be."""
+    with suppress(OSError):
+        print(f"minimiggy: {printable(line)}", file=sys.stderr)
 
 # Much of what we print comes from elsewhere: a model can write any byte, and a file can have any name. But a
 # terminal takes ESC (27) and what follows as an order: "ESC [ 2 J" empties the screen. In the pattern below,
@@ -3341,8 +3351,9 @@ def encode_array(tokenizer: BPETokenizer, text: bytes, size: int = 1 << 17) -> n
     decoder = codecs.getincrementaldecoder("utf-8")()  # (keeps the bytes of a character that is cut in two)
     waiting = ""
     for place in range(0, len(text), size):
+        seen = len(waiting)  # (there was no such place in it)
         waiting += decoder.decode(text[place:place + size])
-        cut = regex.search(f"(?r){SURE_CUT}", waiting)  # (?r): from the right, so the last such place
+        cut = regex.search(f"(?r){SURE_CUT}", waiting, pos=seen)  # (?r): from the right, so the last one
         if cut:
             arrays.append(np.array(tokenizer.encode(waiting[:cut.end()]), kind))
             waiting = waiting[cut.end():]
@@ -3354,6 +3365,13 @@ BPETokenizer.encode_array = encode_array
 def tokens_of(tokenizer: BPETokenizer) -> list[bytes]:
     """The bytes of every token."""
     return [tokenizer.decode_bytes(token) for token in range(tokenizer.vocab_size)]
+
+def line_end(tokenizer: BPETokenizer) -> list[int]:
+    """What to begin a text with if there is no prompt: the end of a line; or token 0, if that is nothing that
+    a tokenizer (yours) knows."""
+    with suppress(Exception):
+        return list(tokenizer.encode("\n")) or [0]
+    return [0]
 
 def gpt2_tokenizer() -> BPETokenizer:
     """GPT-2's tokenizer. tiktoken downloads its vocabulary once; UserError if it cannot be had."""
@@ -3424,7 +3442,7 @@ def check_value(name: str, value, kind: type) -> None:
     if name not in KNOBS:
         return
     low, high = KNOBS[name]
-    if type(value) not in (int, kind) or not low <= value <= high:
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{flag_of(name)} must be {what} between {low} and {high}, not {brief(value, 50)}")
 
@@ -3474,8 +3492,8 @@ def numbers_of(tensor) -> memoryview:
 
 def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> None:
     """Write tensors or arrays, by name, as float32 (whole numbers as int32), together with some texts.
-    OSError if that fails; what `path` was before is then intact. However large they are together, they are
-    copied one at a time."""
+    OSError if that fails, ValueError for numbers that no file may have; what `path` was before is then
+    intact. However large they are together, they are copied one at a time."""
     # The header comes first and contains the SHA-256, so all numbers are fetched twice: once for the SHA-256,
     # once to be written. Each tensor begins where the one before it ends: wte's 1024 x 128 numbers of 4 bytes
     # are bytes 0 to 524,287, so the next tensor begins at 524,288.
@@ -3509,7 +3527,7 @@ DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32
 LONGEST_HEADER = 8 << 20  # bytes; the largest GPT-2's header has 0.1 MB
 
 class Damaged(UserError):
-    """What is wrong with a file; whoever catches it says which file."""
+    """What is wrong with a file that was not made as it should be."""
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a file, by name, and its texts. (bfloat16, which numpy lacks, comes as uint16.) UserError
@@ -3523,8 +3541,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
         if "sha256" in metadata and metadata["sha256"] != sha256_of(header, metadata, numbers):
             raise Damaged("its bytes are not those that were written (wrong SHA-256)")
         return arrays, metadata
-    # What follows is in turn: no file; a file with something wrong that was looked for; and all the errors
-    # that Python has when a text is no JSON, or when the JSON is not made as it should be.
+    # What follows is in turn: a file that cannot be read; one with something wrong that was looked for; and
+    # all the errors that Python has when a text is no JSON, or when the JSON is not made as it should be.
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Damaged as error:
@@ -3570,7 +3588,7 @@ def read_arrays(file, header: dict) -> dict[str, np.ndarray]:
 def load_array(tensor: Tensor, array: np.ndarray) -> None:
     """Write the numbers of `array`, of the same shape, into the memory of `tensor`, where recordings look for
     them: straight into it if we know its address, or else by an assignment."""
-    if KNOWN and tensor.device == "CPU":
+    if KNOWN and tensor.device == "CPU" and tensor.dtype.fmt:  # (numpy has no bfloat16)
         memory_of(tensor)[...] = array
     else:
         tensor.assign(Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, device=tensor.device)).realize()
@@ -3638,8 +3656,10 @@ def tokenizer_from_json(text: str) -> BPETokenizer:
 def check_comes_back(tokenizer: BPETokenizer) -> None:
     """UserError if a checkpoint would give back another tokenizer than this one, or none."""
     with suppress(Damaged, AttributeError, TypeError):
-        again = tokenizer_from_json(tokenizer_to_json(tokenizer))
-        if tokens_of(again) == tokens_of(tokenizer):
+        text = tokenizer_to_json(tokenizer)
+        if tokens_of(tokenizer_from_json(text)) == tokens_of(tokenizer):
+            if len(json.dumps(text)) > LONGEST_HEADER // 2:
+                raise UserError(f"the tokenizer's {len(text):,} letters are too many for a checkpoint")
             return
     takes = " and ".join(inspect.signature(BPETokenizer).parameters)
     raise UserError(f"a checkpoint could not bring the tokenizer back: its class takes {takes}. So it needs "
@@ -3675,17 +3695,20 @@ def made_anew(model: GPT) -> GPT:
 
 # Of a model, a checkpoint keeps the tensors and the config. If a number among its attributes has become
 # another one since it was made, such as a temperature that falls as you train, then that is lost.
+def numbers_in(model: GPT) -> dict[str, float]:
+    """The numbers among the attributes of a model and of its parts, by name."""
+    parts = vars(model) | {"tokenizer": None, "source": None}
+    found = get_state_dict(parts, tensor_type=(int, float, Tensor))
+    return {name: number for name, number in found.items() if not isinstance(number, Tensor)}
+
 def say_what_is_lost(model: GPT) -> None:
     """Name such numbers on stderr."""
-    pairs = ()
     with suppress(Exception):  # (whatever prevents this will be told when the checkpoint is opened)
-        again = made_anew(model)
-        again.source = model.source
-        pairs = zip(made_of(model), made_of(again), strict=True)
-        pairs = [(now, first) for now, first in pairs if type(now) in NUMBERS and now != first]
-    for now, first in pairs[:3]:
-        print("minimiggy: a checkpoint keeps tensors and the config, but not that an attribute is now "
-              f"{now}, which was {first} at first: make it a Tensor, with .is_param_(False)", file=sys.stderr)
+        first = numbers_in(made_anew(model))
+        lost = {name: now for name, now in numbers_in(model).items() if now != first.get(name)}
+        for name, now in list(lost.items())[:3]:
+            warn(f"a checkpoint keeps tensors and the config, but not that {name} is now {now} (at first "
+                 f"{first.get(name)}): make it a Tensor, with .is_param_(False)")
 
 def save_checkpoint(model: GPT, iter_num: int, optimizer: AdamW | None, out_dir: str | Path) -> Path:
     """Write out_dir/ckpt_<iter_num>.safetensors, whole or not at all, and return its path. OSError if the
@@ -3716,9 +3739,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for key, now, what in (("made_by", PART_ONE, "layers or operations"),
                            ("tokenizer_made_by", TOKENIZER, "rules for tokens")):
         if metadata.get(key, now) != now:
-            print(f"minimiggy: {printable(str(path))} was saved while part I had other {what}: its model may "
-                  "compute something else now", file=sys.stderr)
+            warn(f"{path} was saved while part I had other {what}: its model may compute something else now")
     return arrays, metadata
+
+def source_in(metadata: dict[str, str]) -> dict[str, str]:
+    """Where a model comes from: its run, and the name and the SHA-256 of its text."""
+    return {key: metadata[key] for key in ("data", "data_sha256", "run") if key in metadata}
 
 def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None) -> int:
     """Give a model, and an optimizer if there is one, the numbers of a file; return the number of the step.
@@ -3731,6 +3757,7 @@ def load_checkpoint(model: GPT, path: str | Path, optimizer: AdamW | None = None
         if name != "dropout" and saved != getattr(model.config, name):
             raise UserError(f"{path} does not fit this model: its {name} is {saved}")
     restore(model, arrays, path, optimizer)
+    model.source = source_in(metadata)
     return int(metadata["iter_num"])
 
 def restore(model: GPT, arrays: dict[str, np.ndarray], path: str | Path, optimizer=None) -> None:
@@ -3790,10 +3817,11 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
     step; and where all this comes from. UserError if the file is damaged, or no such model can be made."""
     path = Path(path)
     arrays, metadata = read_checkpoint(path)
+    if isinstance(backend, Packed):
+        backend = Packed(backend.cores, backend.kind)  # (it has the scales of one model)
     # A hostile file can ask for much memory. So each thing is checked before the next, larger one is made:
     # the configs, then a model of at most a hundred times the file's numbers, then a tokenizer for so many
-    # tokens. (A hundred times, since your layers may be far smaller than GPT-2's. It is to stop absurdities:
-    # a thousand layers of 65536 channels would be 5 * 10^13 numbers.)
+    # tokens. (A hundred times, since your layers may be far smaller than GPT-2's.)
     try:
         config = config_from(GPTConfig, metadata.get("gpt_config", ""), path)
         train_config = config_from(TrainConfig, metadata.get("train_config", "{}"), path)
@@ -3810,7 +3838,7 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
             raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
         raise UserError(brief(f"{path} cannot be opened: {error}")) from error
-    model.source = {key: metadata[key] for key in ("data", "data_sha256", "run") if key in metadata}
+    model.source = source_in(metadata)
     return Checkpoint(model, train_config, int(metadata["iter_num"]), path, arrays)
 
 # In a folder there are several checkpoints. Not all of them need be kept: the last few, for whoever has to go
@@ -3977,13 +4005,13 @@ class TrainingFailed(Exception):
 def log_rows(log: Path, start: int) -> list[str]:
     """The rows of log.csv up to step `start`: a run that goes on from there writes those after it again.
     Lines that are no rows are dropped."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else []
     return [line for line in lines if ROW.fullmatch(line) and int(line.split(",")[0]) <= start]
 
 def sample_blocks(file: Path, start: int) -> list[str]:
     """The texts in samples.txt that were written up to step `start`, each under a line that says at which
     step."""
-    text = file.read_text(errors="replace") if file.is_file() else ""
+    text = file.read_text("utf-8", errors="replace") if file.is_file() else ""
     blocks = re.finditer(r"step (\d{1,9})\n(    \|.*\n)+", text, re.ASCII)
     return [block.group() for block in blocks if int(block[1]) <= start]
 
@@ -3992,7 +4020,7 @@ def sample_blocks(file: Path, start: int) -> list[str]:
 def checked(name: str, ids, config: GPTConfig) -> np.ndarray:
     """Token ids as an array; UserError if they are not a row of whole numbers, if there are too few for one
     block, or some that the model does not know."""
-    ids = ids.numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    ids = np.ascontiguousarray(ids.numpy() if isinstance(ids, Tensor) else ids)
     T = config.block_size
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise UserError(f"the {name} text must be token ids in a row, (N,), not {ids.dtype} {ids.shape}")
@@ -4038,10 +4066,16 @@ class Run:
         self.optimizer = optimizer or AdamW(model, config)
         # If the plan has changed, it takes a new AdamW, with the old one's averages: part I's recordings have
         # beta1, the weight decay and so on as constants in their programs, and `sums` go by the plan, too.
-        if self.optimizer.config != config:
+        if self.optimizer.config != config and self.optimizer.model is model:
             kept = lasting(self.optimizer)
-            self.optimizer = AdamW(model, config)
+            self.optimizer = type(self.optimizer)(model, config)
             vars(self.optimizer).update(kept)
+        # What is not learned stays as it is, and if no checkpoint can have it, it is better to say so now.
+        for name, tensor in state_of(model, None).items() if out_dir and config.keep else ():
+            try:
+                numbers_of(tensor if name not in model.parameters() else np.zeros(0))
+            except ValueError as error:
+                raise UserError(f"{name} could not be saved: {error}") from error
         self.evaluator = Evaluator(model, config.batch_size)
         self.writer = None
         # How many batches of validation text an exam on the way reads.
@@ -4061,9 +4095,17 @@ class Run:
         self.times = deque(maxlen=6)  # how many seconds the last steps took
         self.unsaved = None  # what to say about a save that failed
 
-    def move_in(self, start: int) -> None:
-        """Use the folder from now on: read what the log and the samples have up to step `start`."""
+    def checkpoints(self) -> dict[int, Path]:
+        """What this run has saved, by steps."""
+        return checkpoints(self.out_dir, self.model.source["run"]) if self.out_dir else {}
+
+    def move_in(self, start: int, source: Path | None) -> None:
+        """Use the folder from now on: move an older run out of the way, or it would look like a part of this
+        one; and read what the log and the samples have up to step `start`."""
+        if not self.out_dir:
+            return
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        set_aside(self.out_dir, start, self.model.source["run"], source)
         self.folder = self.out_dir.stat()  # by which one knows it again, if its name has changed
         self.rows = log_rows(self.out_dir / "log.csv", start)
         self.samples = sample_blocks(self.out_dir / "samples.txt", start)
@@ -4125,7 +4167,7 @@ class Run:
         if not tokenizer or quarter == max(0, step - c.eval_interval) * 4 // c.max_iters:
             return
         self.writer = self.writer or Writer(self.model)
-        ids = list(self.writer.stream(tokenizer.encode("\n"), 50, seed=step))
+        ids = list(self.writer.stream(line_end(tokenizer), 50, seed=step))
         text = re.sub("(?m)^", "    | ", printable(tokenizer.decode(ids)).strip())
         say(text)
         self.samples.append(f"step {step}\n{text}\n")
@@ -4140,9 +4182,9 @@ class Run:
     def save(self, step: int, checkpoint: bool) -> None:
         """Save, if that can be done. A full disk must not end a run that has taken hours: it is said, and the
         next save is tried. TrainingFailed, after saving elsewhere, if the folder is not there any more."""
-        if not self.out_dir.is_dir() or not os.path.samestat(self.folder, self.out_dir.stat()):
-            self.leave(step)
         try:
+            if not self.out_dir.is_dir() or not os.path.samestat(self.folder, self.out_dir.stat()):
+                self.leave(step)
             try:
                 self.write(step, checkpoint)
             except OSError as error:
@@ -4164,12 +4206,12 @@ class Run:
                 file.write("".join(self.samples).encode())
         if checkpoint and self.config.keep:
             self.model.save_checkpoint(step, self.optimizer, self.out_dir)
-            prune(checkpoints(self.out_dir, self.model.source["run"]), self.config.keep, self.rows)
+            prune(self.checkpoints(), self.config.keep, self.rows)
 
     def make_room(self) -> bool:
         """On a full disk, delete one of this run's checkpoints, never the newest, and the best only if there
         is no other. Was there one?"""
-        own = checkpoints(self.out_dir, self.model.source["run"])
+        own = self.checkpoints()
         if len(own) < 2:
             return False
         best = best_step(self.rows, own)
@@ -4184,11 +4226,16 @@ class Run:
         names = (f"{self.out_dir}-{n}" for n in itertools.count(1))
         lost = self.out_dir
         self.out_dir = next(Path(name) for name in names if not Path(name).exists())
-        self.write(step, True)
-        saved = f"step {step} is saved in {self.out_dir}; --resume --out-dir {self.out_dir} goes on"
+        happened = f"{lost} was deleted, moved or replaced while this run was at work in it"
+        try:
+            self.write(step, True)
+        except OSError as error:
+            where = f"{self.out_dir} ({error.strerror or error})"
+            raise TrainingFailed(f"{happened}, and step {step} could not be saved in {where}") from error
+        saved = f"step {step} is saved in {self.out_dir}; to go on: --resume --out-dir"
+        saved += f" {shlex.quote(str(self.out_dir))}"
         if not self.config.keep:
             saved = f"its log is in {self.out_dir} now"
-        happened = f"{lost} was deleted, moved or replaced while this run was at work in it"
         raise TrainingFailed(f"{happened}: {saved}")
 
 # With the command line's defaults (2000 steps, an exam every 200), this is what happens when:
@@ -4204,12 +4251,13 @@ class Run:
 # log, a save. The save comes last, since it keeps what all the others have made. If the program dies before
 # it, that is lost, but the resumed run makes the same again.
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
-          start: int = 0, out_dir: str | Path | None = None, stop=(), first_step_done=None) -> AdamW:
+          start: int = 0, out_dir: str | Path | None = None, stop=(), source: Path | None = None) -> AdamW:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
     optimizer. The data are token ids in a row, a list or an integer array (N,). With an `out_dir`, log.csv,
-    samples.txt and checkpoints are written there, but nothing before the first step has gone well; then
-    `first_step_done` is called, if it is there. UserError if a text is too short; TrainingFailed if numbers
-    go wrong, or if the last save fails."""
+    samples.txt and checkpoints are written there, but nothing before the first step has gone well; then an
+    older run is moved aside. A run that goes on comes from the checkpoint `source`. UserError if a text is
+    too short, or numbers could not be saved; TrainingFailed if numbers go wrong, or if a save fails for
+    good."""
     check_config(model.config)
     check_config(config)
     if model.tokenizer and out_dir:
@@ -4222,16 +4270,17 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
+            way_out = "the last checkpoint is intact; to go on more carefully: --resume"
+            if not run.checkpoints():
+                way_out = "nothing of this run has been saved; to begin more carefully:"
             raise TrainingFailed(
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-                f"a loss of {loss} and a gradient of length {norm}. It was not taken; the last checkpoint is "
-                f"intact; to go on more carefully: --resume --learning-rate {config.learning_rate / 4:.1e}")
-        # The first step went well. The command line's `set_aside` now moves an older run away, before this
-        # one looks into the folder: or it would take the older one's log for its own.
-        if step == start + 1 and first_step_done:
-            first_step_done()
-        if step == start + 1 and run.out_dir:
-            run.move_in(start)
+                f"a loss of {loss} and a gradient of length {norm}. It was not taken; {way_out} "
+                f"--learning-rate {config.learning_rate / 4:.1e}")
+        if step == start + 1:
+            if stop:  # (somebody has changed his mind at once, so nothing is touched)
+                break
+            run.move_in(start, source)
         # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         if last:
@@ -4285,15 +4334,17 @@ def finishing_the_step():
     caught = []
 
     def catch(number, frame):
-        # (A shell says 128 plus the signal's number of a program that ended by one, so we do as well.)
-        if caught:
+        # (A shell says 128 plus the signal's number of a program that ended by one, so we do as well. Of a
+        # terminal that is closed, its shell may tell us, and then the system once more.)
+        if caught and number != signal.SIGHUP:
             os._exit(128 + number)
         caught.append(number)
         with suppress(OSError):  # (print might be in the middle of something; this cannot be)
             os.write(2, b"\nstopping after this step (the same again stops at once)\n")
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    in_main = threading.current_thread() is threading.main_thread()  # (no other thread gets signals)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main else ():
         if signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has one ignored, and that is to stay so
             before[number] = signal.signal(number, catch)
     try:
@@ -4341,7 +4392,7 @@ def alone(out_dir: Path):
 #     --resume                           nothing moves: the run goes on from its newest checkpoint
 #     --resume --checkpoint ckpt_600     the run's own ckpt_800 moves, as it is going to be written anew
 #     ... of a run in another folder     what other runs have here moves; that run's log comes along
-def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | None = None) -> None:
+def set_aside(out_dir: Path, start: int, run: str, source: Path | None) -> None:
     """Move what must not mix with this run into a new folder in `out_dir`: run-1, run-2, ... At step 0 that
     is everything. A run that goes on from the checkpoint `source` moves other runs' checkpoints, and its own
     after step `start`, which it is going to write anew; and log.csv and samples.txt unless they are its
@@ -4351,11 +4402,12 @@ def set_aside(out_dir: Path, start: int, run: str | None = None, source: Path | 
     # Let run A's ckpt_600 be copied into run B's folder: then B's checkpoints and log go to run-1, and A
     # begins a log.
     found = [path for path in out_dir.glob("ckpt_*.safetensors") if step_of(path) is not None]
+    found = [path for path in found if path.exists()]  # (a link may lead nowhere)
     foreign = [path for path in found if run_of(path) not in (run, None)]
     others = [path for path in found if path not in foreign and not (source and path.samefile(source))]
     began_here = source and source.parent.resolve() == out_dir.resolve()
     at_home = bool(others) or (began_here and not foreign)
-    old = [path for path in found if path in foreign or step_of(path) > start]
+    old = [path for path in found if start == 0 or path in foreign or step_of(path) > start]
     if start == 0 or not at_home:
         old += [path for path in (out_dir / "log.csv", out_dir / "samples.txt") if path.exists()]
     if old:
@@ -4569,7 +4621,7 @@ INDEX = "model.safetensors.index.json"
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file of at most 64 MB; Damaged if it is something else."""
-    with suppress(ValueError, RecursionError):
+    with suppress(UserError, ValueError, RecursionError):
         if path.is_file() and path.stat().st_size <= 64 << 20:
             values = json.loads(read_text(path))
             if isinstance(values, dict):
@@ -4632,7 +4684,11 @@ def weights_file(source: str) -> Path:
 def read_weights(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .safetensors file, or of all files that an index names; UserError if one is damaged."""
     if not path.name.endswith(".json"):
-        return read_safetensors(path)[0]
+        arrays, metadata = read_safetensors(path)
+        if metadata.get("format") == FORMAT:
+            raise UserError(f"{path} is a checkpoint of MiniMiggy's: --checkpoint opens it, and --resume "
+                            "--checkpoint goes on with it")
+        return arrays
     places = read_json(path).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else [None]
     if not all(type(name) is str and Path(name).name == name for name in names):
@@ -5096,9 +5152,12 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
 # --look replaces its own page of the last time, but no other file, whatever its name. All pages begin with
 # the same 400 letters, those of the template in data/look.html, from which they are made.
 def is_a_page(path: Path) -> bool:
-    """Is this file one that `write_page` has written, and may write over?"""
-    beginning = read_text(DATA / "look.html")[:400]
-    return path.is_file() and path.read_bytes()[:400] == beginning
+    """Is this file one that `write_page` has written, and may write over? (The template is none.)"""
+    template = DATA / "look.html"
+    if not path.is_file() or path.samefile(template):
+        return False
+    with open(path, "rb") as file:
+        return file.read(400) == read_text(template)[:400]
 
 # The content goes into the page as JSON inside a script. A prompt may hold "</script>", and a model can write
 # anything; so every sign that could end the script or begin a tag is written by its number, which JSON
@@ -5489,6 +5548,8 @@ def add_knobs(group, kind: type, comments: dict[str, str]) -> None:
 # download to hear of it. A flag that would have no effect, as in `--resume --effort coffee`, is refused as
 # well: better now than noticed after an hour. To find that out, we list for each action which flags it looks
 # at. So a new flag has to be put into one of the sets below.
+OF_A_RUN = {"max_iters", "eval_interval", "eval_iters", "save_every", "keep"}
+
 def flags_of_actions() -> dict[str, set[str]]:
     """For each action, the names of the flags that it looks at, besides those that all do."""
     model, plan, writing = ({field.name for field in dataclasses.fields(kind)}
@@ -5502,7 +5563,7 @@ def flags_of_actions() -> dict[str, set[str]]:
         "sample": model | writing | one | {"replace_bad_bytes", "seed", "stop", "weights"},
         "eval_only": model | text | one | {"batch_size", "weights"}, "export": model | one,
         "look": model | text | one | {"out"},
-        "bench": model - {"tokenizer", "out_dir"} | plan | {"effort", "weights"},
+        "bench": model - {"tokenizer", "out_dir"} | plan - OF_A_RUN | {"effort", "weights"},
         "gradcheck": {"seed"}, "plot": set(), "version": set()}
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -5558,8 +5619,11 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
     given = {name: value for name, value in vars(args).items() if value is not None}
     names = [field.name for field in dataclasses.fields(kind)]
     config = kind(**{name: value for name, value in (before | given).items() if name in names})
-    if kind is TrainConfig and not saved and args.min_lr is None:
-        config.min_lr = 0.0 if args.effort else config.learning_rate / 10
+    if kind is TrainConfig and args.min_lr is None:
+        if not saved:
+            config.min_lr = 0.0 if args.effort else config.learning_rate / 10
+        elif saved.learning_rate not in (0, config.learning_rate):
+            config.min_lr = saved.min_lr * config.learning_rate / saved.learning_rate
     check_config(config)
     return config
 
@@ -5603,6 +5667,8 @@ def asked_or_learned(args: argparse.Namespace, opened: Checkpoint | None) -> tup
     name, as from `load_text`."""
     source = opened and opened.model.source or {}
     learned = source.get("data")
+    if opened and opened.arrays and not (args.data or learned):
+        raise UserError(f"{opened.path} does not say what it has learned from: give the text with --data")
     text, name = load_text(args.data or learned, args.replace_bad_bytes)
     if name == learned and hashlib.sha256(text).hexdigest() != source.get("data_sha256"):
         say(f"{name} has changed since {opened.path} was saved")
@@ -5705,7 +5771,11 @@ def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None)
     check_memory(gpt_config, config, backend)
     model = opened.model if opened else GPT(gpt_config, backend, seed=config.seed)
     model.tokenizer = corpus.tokenizer
-    model.source = (model.source or {}) | {"data": corpus.name, "data_sha256": corpus.sha256}
+    # With another text, exams are others, and none is better or worse than those before: it is another run.
+    source = dict(model.source or {})
+    if source.get("data_sha256", corpus.sha256) != corpus.sha256:
+        source.pop("run", None)
+    model.source = source | {"data": corpus.name, "data_sha256": corpus.sha256}
     optimizer = AdamW(model, config)
     if args.resume:
         restore(model, opened.arrays, opened.path, optimizer)
@@ -5800,7 +5870,7 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None
         say(f"\nbits per byte on the validation text\n{curve}")
     flops = step_flops(model.config, config)
     a_token = flops / tokens_a_step(config, model.config.block_size)
-    speed = a_token * np.median([row["tokens_per_s"] for row in log])
+    speed = a_token * np.median([tokens_per_s for _, tokens_per_s in column(log, "tokens_per_s")])
     limit = 1e9 * blas_gflops()
     say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
         "machine's rate for a matrix product in numpy")
@@ -5815,7 +5885,7 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None
 # refused: a checkpoint that does not open, a text that is too short, a disk without room. Then the four lines
 # are printed. Then the first step is taken, which may fail as well, for want of memory, say. Only when it has
 # gone well is an older run moved out of the way, and only then is anything written.
-def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
+def run_train(args: argparse.Namespace, backend: Plain) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
     opened = open_model(args, backend) if args.resume or args.init_from else None
@@ -5828,19 +5898,19 @@ def run_train(args: argparse.Namespace, backend: Plain, stop: list) -> int:
     config = optimizer.config
     if config.keep and not args.resume:  # (a run that goes on can make room)
         check_room(model, out_dir)
-    # What is there is moved only when the new run has begun: the first step could still fail.
-    run = model.source.get("run")
-    came_from = (run, opened.path) if args.resume else ()
-    move = functools.partial(set_aside, out_dir, start, *came_from)
     introduce(model, config, start, corpus, args.effort)
-    train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
-          stop=stop, first_step_done=move)
+    source = opened.path if args.resume else None
+    opened = None  # (so that its arrays are let go)
+    with finishing_the_step() as stop:
+        train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
+              stop=stop, source=source)
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    if not stop or (out_dir / f"ckpt_{config.max_iters}.safetensors").exists():
+    saved = checkpoints(out_dir, model.source["run"])
+    if not stop or config.max_iters in saved:
         conclude(model, config, out_dir, flags)
         return 0
     next_command = f"to go on: python minimiggy.py --resume{flags}"
-    say(f"stopped; {next_command if config.keep else 'nothing was saved'}")
+    say(f"stopped; {next_command if saved else 'nothing was saved'}")
     return 128 + stop[0]
 
 # *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
@@ -5896,12 +5966,15 @@ def run_sample(args: argparse.Namespace, opened: Checkpoint) -> None:
     how = dataclasses.asdict(chosen(args, SampleConfig))
     n_samples = how.pop("num_samples")
     model = opened.model
-    chosen_by_us = not (args.init_from or args.checkpoint)
-    newest = newest_first(Path(args.out_dir))[0] if chosen_by_us else opened.path
-    why = f", the best on the validation text (the newest is {newest.name})"
-    print(f"written by {printable(str(opened.path))}{'' if newest == opened.path else why}", file=sys.stderr)
+    why = ""
+    if not (args.init_from or args.checkpoint):
+        newest = newest_first(Path(args.out_dir))[0]
+        best = newest_first(Path(args.out_dir), best=True)[0]
+        if newest != opened.path == best:
+            why = f", the best on the validation text (the newest is {newest.name})"
+    print(f"written by {printable(str(opened.path))}{why}", file=sys.stderr)
     prompt = prompt_of(args.sample, args.replace_bad_bytes)
-    ids = model.tokenizer.encode(prompt) or model.tokenizer.encode("\n")
+    ids = model.tokenizer.encode(prompt) or line_end(model.tokenizer)
     # A seed of the user's gives the same text again; without one, the clock gives another each time.
     seed = time.time_ns() if args.seed is None else args.seed
     writer = Writer(model, min(n_samples, SIDE_BY_SIDE))
@@ -5922,7 +5995,7 @@ def validation_opening(args: argparse.Namespace, opened: Checkpoint) -> np.ndarr
         return None
     try:
         validation = split_text(asked_or_learned(args, opened)[0])[1]
-    except UserError:
+    except (UserError, OSError):
         if args.data:
             raise
         return None
@@ -5937,7 +6010,7 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
     ids = tokenizer.encode(prompt_of(args.look, args.replace_bad_bytes))
     if not ids and text is None:
         raise UserError("what the model learned from is not at hand: give a prompt, or the text with --data")
-    ids = ids or text[:40].tolist() or tokenizer.encode("\n")
+    ids = ids or text[:40].tolist() or line_end(tokenizer)
     content = look(opened.model, ids, text, None if args.init_from else opened.path.parent)
     n = len(content["prompt"])
     shown = f"the last {n} of {len(ids)} tokens" if n < len(ids) else f"{n} tokens"
@@ -5951,9 +6024,10 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
 # what was asked for. A plot needs no device, and works where there is none that can be used.
 #
 # To find your way through it, follow one command. `--train` locks the folder (`alone`), reads the text,
-# learns a vocabulary and makes a model (`prepare`), moves an older run out of the way (`set_aside`), says
-# what comes (`introduce`), and takes its steps (`train`, and in it part I's `training`), with exams and saves
-# between them (`Run`); then it says what came (`conclude`). `--sample` finds the best checkpoint
+# learns a vocabulary and makes a model (`prepare`), says what comes (`introduce`), takes its steps (`train`,
+# and in it part I's `training`), after the first of which an older run is moved out of the way (`set_aside`),
+# with exams and saves between them (`Run`); then it says what came (`conclude`). `--sample` finds the best
+# checkpoint
 # (`open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and prints what comes
 # out (`sample`).
 def run(args: argparse.Namespace) -> int:
@@ -5970,8 +6044,8 @@ def run(args: argparse.Namespace) -> int:
     open_device()
     backend = choose_backend(args)
     if args.train or args.resume:
-        with alone(Path(args.out_dir)), finishing_the_step() as stop:
-            return run_train(args, backend, stop)
+        with alone(Path(args.out_dir)):
+            return run_train(args, backend)
     if args.gradcheck:
         return 0 if gradcheck(chosen(args, TrainConfig).seed, backend) else 1
     if args.bench:
@@ -6027,12 +6101,6 @@ def main(argv: list[str] | None = None) -> int:
         keep_programs()
         return code
     except (Exception, KeyboardInterrupt) as error:
-        if __name__ == "__main__" and isinstance(error, OSError) and error.filename is None:
-            # An error in opening a file names it; one in writing to a stream, such as a closed stdout, does
-            # not. What is still to be written goes nowhere, or Python would try once more at its end, and
-            # complain.
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as in `... | head`: who listened has heard enough
             return 141                          # (which is what a shell says of a program that ends so)
         show("")
@@ -6054,4 +6122,11 @@ if __name__ == "__main__":
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")
-    sys.exit(main())
+    code = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Nobody can read it, or the disk is full. Python would try once more, and complain: so what is still
+        # to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
