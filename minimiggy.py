@@ -3316,9 +3316,10 @@ def check_file(path: str | Path) -> int:
         raise UserError(f"cannot read {brief(path, 100)}: it is {kind}")
     return os.path.getsize(path)
 
-def read_text(path: Path, replace: bool = False) -> bytearray:
+def read_text(path: Path, replace: bool | None = None) -> bytearray:
     """A text file as UTF-8, with "\\n" at the ends of lines and no byte-order mark. UserError if it has
-    bytes that are not UTF-8 (it says where); with `replace`, these become U+FFFD."""
+    bytes that are not UTF-8 (it says where); with `replace`, which a flag of that name sets, these become
+    U+FFFD."""
     text = bytearray()
     errors = "replace" if replace else "strict"
     with open(path, encoding="utf-8-sig", errors=errors) as file:
@@ -3329,7 +3330,8 @@ def read_text(path: Path, replace: bool = False) -> bytearray:
         except UnicodeDecodeError as error:
             offset = file.buffer.tell() - len(error.object) + error.start
             where = f"byte {error.object[error.start]:#04x} at offset {offset}"
-            raise UserError(f"{path} is not UTF-8: {where} (--replace-bad-bytes reads on)") from error
+            way_out = "" if replace is None else " (--replace-bad-bytes reads on)"
+            raise UserError(f"{path} is not UTF-8: {where}{way_out}") from error
     return text
 
 # tiktoken is quick, but fails on a million blanks, and its lists take ten times an array's memory. So a long
@@ -3495,8 +3497,7 @@ def write_safetensors(path: Path, tensors: dict, metadata: dict[str, str]) -> No
     OSError if that fails, ValueError for numbers that no file may have; what `path` was before is then
     intact. However large they are together, they are copied one at a time."""
     # The header comes first and contains the SHA-256, so all numbers are fetched twice: once for the SHA-256,
-    # once to be written. Each tensor begins where the one before it ends: wte's 1024 x 128 numbers of 4 bytes
-    # are bytes 0 to 524,287, so the next tensor begins at 524,288.
+    # once to be written.
     header = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -3642,7 +3643,7 @@ def tokenizer_to_json(tokenizer: BPETokenizer) -> str:
     return json.dumps({name: getattr(tokenizer, name) for name in takes})
 
 def tokenizer_from_json(text: str) -> BPETokenizer:
-    """The opposite; Damaged if the text is not of that kind."""
+    """The opposite; Damaged if the text is not of that kind, UserError if GPT-2's vocabulary is not there."""
     try:
         saved = json.loads(text)
         if saved.get("name") == "gpt2":
@@ -3908,8 +3909,7 @@ def run_of(path: Path) -> str | None:
         with open(path, "rb") as file:
             return read_header(file)[1].get("run")
 
-# Old ones are deleted after the new one has been written (on a full disk before it, but never the newest). So
-# there is always one that is whole.
+# Old ones are deleted after the new one has been written, so there is always one that is whole.
 def prune(own: dict[int, Path], keep: int, rows: list[str]) -> None:
     """Delete all of a run's own checkpoints but the newest `keep` and the best one, by the log's `rows`."""
     kept = {*list(own)[-keep:], best_step(rows, own)}
@@ -4281,7 +4281,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             if stop:  # (somebody has changed his mind at once, so nothing is touched)
                 break
             run.move_in(start, source)
-        # What is due after this step? A row of the log for every tenth; an exam every now and then.
         last = step == config.max_iters
         if last:
             next(steps, None)  # (yours may do something after its last step, which the save must see)
@@ -4298,7 +4297,6 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
             run.write_sample(step)
         if logging:
             run.log(row)
-        # A save is due as often as the config says, at the end, and if somebody wants the run to stop.
         saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
         if run.out_dir and (examining or saving):
             run.save(step, saving)
@@ -4374,8 +4372,7 @@ def alone(out_dir: Path):
         os.close(folder)
         raise UserError(f"another run is at work in {out_dir}: choose another --out-dir") from None
     try:
-        # Half a file that a killed program has left would stay for ever, since its name has that program's
-        # number. Only our own names are looked for: other people's files are none of our business.
+        # (Only our own names are looked for: other people's files are none of our business.)
         for kind in ("ckpt_*.safetensors.*.tmp", "log.csv.*.tmp", "samples.txt.*.tmp"):
             for unfinished in out_dir.glob(kind):
                 unfinished.unlink()
@@ -4594,7 +4591,8 @@ def export(model: GPT, folder: Path) -> None:
     check_is_gpt2(model)
     c = model.config
     tokenizer = model.tokenizer
-    end = 50256 if tokenizer and tokenizer.name == "gpt2" else None  # <|endoftext|>; ours learn no such token
+    is_gpt2s = getattr(tokenizer, "name", None) == "gpt2"
+    end = 50256 if is_gpt2s else None  # <|endoftext|>; ours learn no such token
     config = {key: values[0] for key, values in GPT2.items()} | {
         "architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True, "n_inner": None,
         "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size,
@@ -4646,7 +4644,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> BPETokenizer | None:
     """The tokenizer in a folder if it is GPT-2's or of our kind, else None; where there is none, GPT-2's for
     a model with its 50257 tokens."""
     # Both kinds of file list all tokens with their numbers. In one of our kind the first 256 are the bytes,
-    # and the others were learned. Whether that is so, the comparison at the end tells.
+    # and the others were learned.
     newer = folder / "tokenizer.json"
     older = folder / "vocab.json"
     if not newer.exists() and not older.exists():
@@ -5052,8 +5050,8 @@ def knowledge(model: GPT, commonest: list[int], names: list[str]) -> dict:
     atlas = [[names[token], *place] for token, place in zip(commonest, places, strict=False)]
     return {"near": near, "atlas": atlas}
 
-# *How did it learn?* That stands in the run's folder. The first tenth of the run may leave the picture at the
-# top, as in the pictures of chapter 29, and what was written on the way is shown as it was kept.
+# *How did it learn?* That stands in the run's folder. (As in chapter 29, the first tenth may leave the
+# picture.)
 def story(folder: Path | None) -> dict:
     """A run's curves, [step, loss], for both texts, and its samples; UserError if it has no log."""
     if folder is None:
@@ -5262,8 +5260,7 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
         error = np.abs(got - slopes[name]).max()
         # Some gradients have to be zero, and then an error relative to them says nothing: a bias that is
         # added to all keys adds the same to all scores of a query, which softmax does not see.
-        size_at_least = max(size, 1e-3 * largest)
-        worst = np.maximum(worst, error / size_at_least)  # (which stays NaN, if it ever is)
+        worst = np.maximum(worst, error / max(size, 1e-3 * largest))  # (which stays NaN, if it ever is)
         table.append((name, parameters[name].shape, size, error))
     if worst < 1e-4:  # (a NaN is not)
         return table, worst, RIGHT
@@ -5298,7 +5295,6 @@ def gradcheck(seed: int, backend: Plain | None = None) -> bool:
     """Print such a comparison, and return whether all gradients are right."""
     show("computing the loss with each parameter a little larger and a little smaller ...")
     table, worst, verdict = compare_gradients(seed, backend)
-    show("")
     tell(f"{'parameter':<24}{'shape':>10}{'largest gradient':>18}{'largest error':>16}")
     for name, shape, size, error in table:
         tell(f"{name:<24}{str(shape).replace(' ', ''):>10}{size:>18.6f}{error:>16.1e}")
@@ -5417,8 +5413,8 @@ def check_memory(config: GPTConfig, train_config: TrainConfig, backend: Plain, l
 # library.
 #
 # A newcomer's first meeting with a program is often a mistake, and what they see then decides whether they
-# stay. So every mistake gets one line that names the flag or the file and says what to do. Nothing is
-# written, moved or deleted before all flags, files and texts have been looked at.
+# stay. So every mistake gets one line that names the flag or the file and says what to do. And none loses
+# anything: what was there is touched only when the first step of a run has gone well.
 DEFAULTS = {"vocab_size": 1024, "batch_size": 12, "max_iters": 2000, "eval_interval": 200,
             "learning_rate": 4e-3}
 
@@ -5459,7 +5455,7 @@ EXAMPLES = """examples:
   python minimiggy.py --train --init-from gpt2 --data my.txt --learning-rate 3e-5 --max-iters 50"""
 
 # argparse answers a mistake with a page of usage, and ends the program itself. We want one line, and an exit
-# code that `main` returns like any other.
+# code that `main` returns.
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line in place of argparse's page of usage."""
@@ -5633,7 +5629,6 @@ def chosen(args: argparse.Namespace, kind: type, saved=None):
 def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     """The model that the flags ask for, as `open_checkpoint` returns it; one from elsewhere has no step and
     no arrays. UserError if other flags speak of another model."""
-    out_dir = Path(args.out_dir)
     if args.init_from:  # here, block_size and dropout may be chosen anew
         model = init_from(args.init_from, args.block_size, backend)
         model.config.dropout = args.dropout or 0.0
@@ -5641,10 +5636,10 @@ def open_model(args: argparse.Namespace, backend: Plain) -> Checkpoint:
     elif args.checkpoint:
         opened = open_checkpoint(args.checkpoint, backend)
     else:
-        opened = open_first(newest_first(out_dir, best=not args.resume), backend)
+        opened = open_first(newest_first(Path(args.out_dir), best=not args.resume), backend)
     # What the model is, by the names of the flags; whatever the user has said must be that, or nothing.
     tokenizer = opened.model.tokenizer
-    has = dataclasses.asdict(opened.model.config) | {"tokenizer": tokenizer and tokenizer.name}
+    has = dataclasses.asdict(opened.model.config) | {"tokenizer": getattr(tokenizer, "name", None)}
     if tokenizer and tokenizer.vocab_size == 256:
         has["tokenizer"] = "bytes"
     for name, value in has.items():
@@ -5724,7 +5719,6 @@ def read_corpus(args: argparse.Namespace, opened: Checkpoint | None) -> Corpus:
     show(f"encoding {len(text) / 1e6:.1f} MB ...")
     train_ids = tokenizer.encode_array(train_text)
     val_ids = tokenizer.encode_array(val_text)
-    show("")
     return Corpus(name, hashlib.sha256(text).hexdigest(), len(text), tokenizer, train_ids, val_ids)
 
 # *Training* begins anew, or with a model from elsewhere, or goes on from a checkpoint. The three differ only
@@ -5753,9 +5747,8 @@ def fit_recipe(args: argparse.Namespace, gpt_config: GPTConfig, config: TrainCon
     if args.weight_decay is None:
         config.weight_decay = max(0.1, round(times / 60, 2))
 
-# Three ways lead to a run, and each brings some of what it needs: a checkpoint has everything but the text, a
-# model from elsewhere no config for training, and a new model begins with the text, whose vocabulary decides
-# how large its table has to be.
+# A checkpoint has everything but the text, a model from elsewhere no config for training, and a new model
+# begins with the text, whose vocabulary decides how large its table has to be.
 def prepare(args: argparse.Namespace, backend: Plain, opened: Checkpoint | None) -> tuple[AdamW, Corpus]:
     """For --train and --resume: an optimizer, with its model and its config, and the text. What flags say of
     training replaces what a checkpoint says."""
@@ -5820,7 +5813,8 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
     where = f"{Device.DEFAULT} ({model.ops.cores} cores)" if fast else Device.DEFAULT
     batch = f"{config.grad_accum * config.batch_size} x {T} tokens each"
     say(f"text       {corpus.name}: {corpus.n_bytes:,} bytes, 90 % to learn from, 10 % to be examined on")
-    say(f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} tokens, {each:.2f} bytes each on average")
+    kind = getattr(tokenizer, "name", "your own")
+    say(f"tokenizer  {kind}: {tokenizer.vocab_size:,} tokens, {each:.2f} bytes each on average")
     say(f"model      {size_in_words(model)}")
     say(f"training   steps {start + 1} to {config.max_iters}, {batch}, on {where}")
     if effort:
@@ -5881,10 +5875,9 @@ def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None
             say(f"\nthe best on the validation text was {best.name}: that is what --sample takes")
         say(f'\nsaved {path}; now try: python minimiggy.py --sample "ROMEO:"{flags}')
 
-# The order of what follows is chosen so that nothing is lost by a mistake. First all that can be refused is
-# refused: a checkpoint that does not open, a text that is too short, a disk without room. Then the four lines
-# are printed. Then the first step is taken, which may fail as well, for want of memory, say. Only when it has
-# gone well is an older run moved out of the way, and only then is anything written.
+# First all that can be refused is refused: a checkpoint that does not open, a text that is too short, a disk
+# without room. Then the four lines are printed. Then the first step is taken, which may fail as well, for
+# want of memory, say.
 def run_train(args: argparse.Namespace, backend: Plain) -> int:
     """--train and --resume; returns the exit code."""
     out_dir = Path(args.out_dir)
@@ -6027,9 +6020,8 @@ def run_look(args: argparse.Namespace, opened: Checkpoint) -> None:
 # learns a vocabulary and makes a model (`prepare`), says what comes (`introduce`), takes its steps (`train`,
 # and in it part I's `training`), after the first of which an older run is moved out of the way (`set_aside`),
 # with exams and saves between them (`Run`); then it says what came (`conclude`). `--sample` finds the best
-# checkpoint
-# (`open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and prints what comes
-# out (`sample`).
+# checkpoint (`open_first`), makes its model (`open_checkpoint`), starts a `Writer` of chapter 21, and prints
+# what comes out (`sample`).
 def run(args: argparse.Namespace) -> int:
     """Do what the flags say; return the exit code."""
     check_flags(args)
