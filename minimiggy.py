@@ -866,8 +866,6 @@ TINYGRAD = "0.14.0"
 WHY_PLAIN = None
 KNOWN = False
 try:
-    from importlib.metadata import version
-
     from tinygrad import UOp
     from tinygrad.codegen import to_program, to_program_cache, to_program_key
     from tinygrad.codegen.opt import Opt, OptOps
@@ -876,8 +874,10 @@ try:
     from tinygrad.helpers import DEBUG, DEV, JIT, getenv
     from tinygrad.renderer import Estimates
     from tinygrad.uop.ops import AxisType, KernelInfo, Ops
-    if version("tinygrad") != TINYGRAD:  # (or none is installed, which is an ImportError, too)
-        raise ImportError(f"tinygrad {version('tinygrad')} is not {TINYGRAD}")
+    if not Path(f"{sys.modules['tinygrad'].__path__[0]}-{TINYGRAD}.dist-info").exists():
+        from importlib.metadata import version  # (this takes 20 ms, so we look for pip's folder first)
+        if version("tinygrad") != TINYGRAD:     # (or none is installed, which is an ImportError, too)
+            raise ImportError(f"tinygrad {version('tinygrad')} is not {TINYGRAD}")
     KNOWN = True
 except ImportError as error:
     WHY_PLAIN = f"part II's programs are not used, since {error}: pip install tinygrad=={TINYGRAD}"
@@ -4071,9 +4071,10 @@ class Run:
             self.optimizer = type(self.optimizer)(model, config)
             vars(self.optimizer).update(kept)
         # What is not learned stays as it is, and if no checkpoint can have it, it is better to say so now.
+        learned = model.parameters()
         for name, tensor in state_of(model, None).items() if out_dir and config.keep else ():
             try:
-                numbers_of(tensor if name not in model.parameters() else np.zeros(0))
+                numbers_of(np.zeros(0) if name in learned else tensor)
             except ValueError as error:
                 raise UserError(f"{name} could not be saved: {error}") from error
         self.evaluator = Evaluator(model, config.batch_size)
