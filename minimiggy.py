@@ -242,13 +242,13 @@ class BPETokenizer:
 # 3.0
 
 # (Skip this at first.) tinygrad calls the C compiler that CC names, or else clang. Few laptops have that, but
-# the Python package `ziglang` contains all of it, so we put a script of two lines beside its `zig`.
+# the Python package `ziglang` contains all of it: a script beside its `zig` runs it, unhurt by our Ctrl-C.
 if not os.environ.get("CC") and not shutil.which("clang"):
     with suppress(ImportError, OSError):
         import ziglang
         launcher = Path(ziglang.__path__[0]) / "minimiggy-clang"
         if not os.access(launcher, os.X_OK):
-            launcher.write_text('#!/bin/sh\nexec "$(dirname "$0")/zig" clang "$@"\n')
+            launcher.write_text('#!/bin/sh\ntrap "" INT HUP\nexec "$(dirname "$0")/zig" clang "$@"\n')
             launcher.chmod(0o755)
         os.environ["CC"] = str(launcher)
 
@@ -993,7 +993,7 @@ def find_compiler() -> None:
         launcher = folder / "minimiggy-clang"
         with suppress(OSError):
             unfinished = launcher.with_name(f"{launcher.name}.{os.getpid()}")
-            unfinished.write_text(f'#!/bin/sh\nexec {shlex.quote(str(zig))} clang "$@"\n')
+            unfinished.write_text(f'#!/bin/sh\ntrap "" INT HUP\nexec {shlex.quote(str(zig))} clang "$@"\n')
             unfinished.chmod(0o755)
             unfinished.replace(launcher)
             wrong = complaint_of(str(launcher))
@@ -2177,8 +2177,8 @@ def replay_program(threads: int):
 def undisturbed():
     """In the `with` block, Ctrl-C does nothing yet; what it does is done at the end of it."""
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # (here it never raises anything)
+    if threading.current_thread() is not threading.main_thread() or handler in (None, signal.SIG_IGN):
+        yield  # (nothing can happen here)
         return
     came = []
     signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
@@ -2186,8 +2186,8 @@ def undisturbed():
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        for arguments in came:
-            handler(*arguments)
+        for _ in came:
+            signal.raise_signal(signal.SIGINT)
 
 class Crew:
     """Calls all kernels of a recording, on `threads` of the `cores` threads that there could be. The results
@@ -2398,7 +2398,7 @@ def anew(record):
             if recorded is None or made_of(owner) != before:
                 if 1 <= times <= 10:
                     advice = ", and again (what changes often had better be a Tensor)" if times == 10 else ""
-                    print(f"minimiggy: the model has changed, and is recorded anew{advice}", file=sys.stderr)
+                    warn(f"the model has changed, and is recorded anew{advice}")
                 recorded = record(self, getattr(owner, function.__name__))
                 calls = 0
                 times += 1
@@ -2871,7 +2871,7 @@ class Writer:
     def forget(self, why="with a cache of keys and values this model would write something else") -> None:
         """Do without the caches from now on."""
         self.remembers = False
-        print(f"minimiggy: {why}; it writes without one, more slowly", file=sys.stderr)
+        warn(f"{why}; it writes without one, more slowly")
 
     def agrees(self) -> bool:
         """Do the caches lead to the logits that the model gives without?"""
@@ -3158,7 +3158,7 @@ def whole(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(unfinished, "wb") as file:
+        with undisturbed(), open(unfinished, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -3692,7 +3692,7 @@ PART_ONE_IS_OURS = digest(*SOURCES) == "fbb769bff966"  # all of it
 
 def made_anew(model: GPT) -> GPT:
     """A model of the same config, without the numbers in its tensors."""
-    return GPT(model.config, model.ops, tokenizer=model.tokenizer, seed=None)
+    return type(model)(model.config, model.ops, tokenizer=model.tokenizer, seed=None)
 
 # Of a model, a checkpoint keeps the tensors and the config. If a number among its attributes has become
 # another one since it was made, such as a temperature that falls as you train, then that is lost.
@@ -4070,11 +4070,12 @@ class Run:
             kept = lasting(self.optimizer)
             self.optimizer = type(self.optimizer)(model, config)
             vars(self.optimizer).update(kept)
-        # What is not learned stays as it is, and if no checkpoint can have it, it is better to say so now.
+        # If no checkpoint can have something, it is better to say so now.
         learned = model.parameters()
-        for name, tensor in state_of(model, None).items() if out_dir and config.keep else ():
+        for name, tensor in state_of(model, None).items():
+            matters = start == 0 if name in learned else out_dir and config.keep
             try:
-                numbers_of(np.zeros(0) if name in learned else tensor)
+                numbers_of(tensor if matters else np.zeros(0))
             except ValueError as error:
                 raise UserError(f"{name} could not be saved: {error}") from error
         self.evaluator = Evaluator(model, config.batch_size)
@@ -4099,6 +4100,13 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """What this run has saved, by steps."""
         return checkpoints(self.out_dir, self.model.source["run"]) if self.out_dir else {}
+
+    def way_out(self, start: int) -> str:
+        """What to do after a step that went wrong, in a run that began after step `start`."""
+        slower = f"--learning-rate {self.config.learning_rate / 4:.1e}"
+        if start == 0 and not self.checkpoints():
+            return f"nothing of this run has been saved; to begin more carefully: {slower}"
+        return f"the last checkpoint is intact; to go on more carefully: --resume {slower}"
 
     def move_in(self, start: int, source: Path | None) -> None:
         """Use the folder from now on: move an older run out of the way, or it would look like a part of this
@@ -4252,17 +4260,18 @@ class Run:
 # log, a save. The save comes last, since it keeps what all the others have made. If the program dies before
 # it, that is lost, but the resumed run makes the same again.
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
-          start: int = 0, out_dir: str | Path | None = None, stop=(), source: Path | None = None) -> AdamW:
+          start: int = 0, out_dir: str | Path | None = None, stop=(), source=None) -> AdamW | None:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
-    optimizer. The data are token ids in a row, a list or an integer array (N,). With an `out_dir`, log.csv,
-    samples.txt and checkpoints are written there, but nothing before the first step has gone well; then an
-    older run is moved aside. A run that goes on comes from the checkpoint `source`. UserError if a text is
-    too short, or numbers could not be saved; TrainingFailed if numbers go wrong, or if a save fails for
-    good."""
+    optimizer, or None if that was so before anything was touched. The data are token ids in a row, a list or
+    an integer array (N,). With an `out_dir`, log.csv, samples.txt and checkpoints are written there, but
+    nothing before the first step has gone well; then an older run is moved aside. A run that goes on comes
+    from the checkpoint `source`. UserError if a text is too short, or numbers could not be saved;
+    TrainingFailed if numbers go wrong, or if a save fails for good."""
     check_config(model.config)
     check_config(config)
-    if model.tokenizer and out_dir:
+    if model.tokenizer and out_dir and config.keep:
         check_comes_back(model.tokenizer)
+    source = source and Path(source)
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
     show("compiling (the first run on a machine takes some seconds longer) ...")
     began = time.perf_counter()
@@ -4271,16 +4280,12 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
         if not math.isfinite(loss + norm):  # (the optimizer has not taken such a step)
-            way_out = "the last checkpoint is intact; to go on more carefully: --resume"
-            if not run.checkpoints():
-                way_out = "nothing of this run has been saved; to begin more carefully:"
             raise TrainingFailed(
                 f"step {step} went wrong: with seed {config.seed} and learning rate {rate:.2e} its batch has "
-                f"a loss of {loss} and a gradient of length {norm}. It was not taken; {way_out} "
-                f"--learning-rate {config.learning_rate / 4:.1e}")
+                f"a loss of {loss} and a gradient of length {norm}. It was not taken; {run.way_out(start)}")
         if step == start + 1:
             if stop:  # (somebody has changed his mind at once, so nothing is touched)
-                break
+                return None
             run.move_in(start, source)
         last = step == config.max_iters
         if last:
@@ -4293,12 +4298,18 @@ def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimiz
         # In most rows, train_loss is that of the step's own passages, with dropout. In an exam's row, it is
         # the mean over `eval_iters` batches, without.
         row = {"step": step, "train_loss": loss, "lr": rate, "grad_norm": norm}
-        if examining:
-            row |= run.examine(step)
-            run.write_sample(step)
+        try:
+            if examining:
+                row |= run.examine(step)
+                run.write_sample(step)
+        except subprocess.CalledProcessError:  # (Ctrl-C ends a compiler that is at work, too)
+            if not stop:
+                raise
         if logging:
             run.log(row)
         saving = last or bool(stop) or step % (config.save_every or config.eval_interval) == 0
+        if step == start + 1 and source and not source.exists():
+            saving = True  # (what it came from has been moved aside)
         if run.out_dir and (examining or saving):
             run.save(step, saving)
         if stop and saving:  # (if the signal came after that save had been decided, one more step is taken)
@@ -4384,10 +4395,11 @@ def alone(out_dir: Path):
             with suppress(OSError):  # there is something in it
                 out_dir.rmdir()
 
-# What of an older run is in the folder? There are four cases:
+# What of an older run is in the folder? There are five cases:
 #
 #     --train                            all of it moves to run-1 (or run-2, ...): a new run begins
 #     --resume                           nothing moves: the run goes on from its newest checkpoint
+#     --resume --data OTHER.txt          all of it moves: with another text, it is another run
 #     --resume --checkpoint ckpt_600     the run's own ckpt_800 moves, as it is going to be written anew
 #     ... of a run in another folder     what other runs have here moves; that run's log comes along
 def set_aside(out_dir: Path, start: int, run: str, source: Path | None) -> None:
@@ -4396,30 +4408,33 @@ def set_aside(out_dir: Path, start: int, run: str, source: Path | None) -> None:
     after step `start`, which it is going to write anew; and log.csv and samples.txt unless they are its
     own."""
     # Whose log is it? It names no run, so we look at what is beside it. If the run has other checkpoints
-    # here, the log is its own (`at_home`); also if its only checkpoint lies here, and no other run's does.
-    # Let run A's ckpt_600 be copied into run B's folder: then B's checkpoints and log go to run-1, and A
-    # begins a log.
+    # here, the log is its own (`at_home`); also if no other run has any. Let run A's ckpt_600 be copied into
+    # run B's folder: then B's checkpoints and log go to run-1, and A begins a log.
     found = [path for path in out_dir.glob("ckpt_*.safetensors") if step_of(path) is not None]
     found = [path for path in found if path.exists()]  # (a link may lead nowhere)
+    logs = [path for path in (out_dir / "log.csv", out_dir / "samples.txt") if path.exists()]
     foreign = [path for path in found if run_of(path) not in (run, None)]
-    others = [path for path in found if path not in foreign and not (source and path.samefile(source))]
-    began_here = source and source.parent.resolve() == out_dir.resolve()
-    at_home = bool(others) or (began_here and not foreign)
-    old = [path for path in found if start == 0 or path in foreign or step_of(path) > start]
-    if start == 0 or not at_home:
-        old += [path for path in (out_dir / "log.csv", out_dir / "samples.txt") if path.exists()]
+    own = [path for path in found if run_of(path) == run and not (source and path.samefile(source))]
+    from_elsewhere = source and source.parent.resolve() != out_dir.resolve()
+    history = [source.parent / path for path in ("log.csv", "samples.txt")] if from_elsewhere else []
+    history = [path for path in history if path.is_file()]
+    all_moves = start == 0 or bool(history)  # (it may be another branch of the same run)
+    at_home = not all_moves and (bool(own) or not (foreign or from_elsewhere))
+    old = [path for path in found if all_moves or path in foreign or step_of(path) > start]
+    if not at_home:
+        old += logs
     if old:
         names = (f"run-{n}" for n in itertools.count(1))
         folder = next(out_dir / name for name in names if not (out_dir / name).exists())
         folder.mkdir()
         for path in old:
             path.rename(folder / path.name)
-        what = f"what was in {out_dir} before" if len(old) > 1 else str(old[0])
-        say(f"{what} is now in {folder}")
-    if source and not began_here:
-        for name in ("log.csv", "samples.txt"):  # (the run takes its history along)
-            if (source.parent / name).is_file() and not (out_dir / name).exists():
-                shutil.copy(source.parent / name, out_dir / name)
+        for path in logs if at_home else ():  # (they are going to be written anew from `start` on)
+            shutil.copy(path, folder / path.name)
+        what = f"what was in {out_dir} before" if all_moves else ", ".join(path.name for path in old)
+        say(f"moved to {folder}: {what}")
+    for path in history:
+        shutil.copy(path, out_dir / path.name)
 
 # === Chapter 28. GPT-2, in and out
 #
@@ -4690,7 +4705,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         return arrays
     places = read_json(path).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else [None]
-    if not all(type(name) is str and Path(name).name == name for name in names):
+    if not all(type(name) is str and name and Path(name).name == name for name in names):
         raise UserError(f"{path} is damaged: it does not say which file beside it has which tensor")
     arrays = {}
     for name in sorted(set(names)):
@@ -4737,6 +4752,8 @@ def init_from(source: str, block_size: int | None = None, backend: Plain | None 
     config = GPTConfig(T, V, max(1, layers), 1, C)
     config.n_head = heads_of(path, config)
     check_config(config)
+    if size_of(config) > 100 * sum(array.size for array in arrays.values()):
+        raise UserError(f"{path} has far fewer numbers than a GPT-2 of this size")
     if not np.array_equal(arrays.pop("lm_head.weight", wte), wte):
         raise UserError(f"{path}: lm_head.weight is another matrix than wte.weight; in a GPT-2 they are one")
     if block_size and block_size > T:
@@ -5095,8 +5112,8 @@ def merges_of(tokenizer: BPETokenizer, tokens: list[int], names: list[str]) -> d
     waiting = [token for token in tokens if token < len(words)]
     while waiting:
         token = waiting.pop()
-        parts = [ids[part] for part in last_parts(words[token], ids)]
-        if names[token] not in merges and len(parts) == 2:
+        parts = [ids.get(part) for part in last_parts(words[token], ids)]
+        if names[token] not in merges and len(parts) == 2 and None not in parts:
             merges[names[token]] = [token, names[parts[0]], names[parts[1]]]
             waiting += parts
     return merges
@@ -5362,7 +5379,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     memory_unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory_unit
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}
-    print(json.dumps(result))  # (one line, and the last one, so that a script can read it)
+    print(json.dumps(result), flush=True)  # (one line, and the last one, so that a script can read it)
 
 # Before a run takes memory, it is worth asking whether there is enough: a system that has run out ends
 # programs without a word. There are four numbers of 4 bytes for each parameter: itself, its gradient, Adam's
@@ -5890,21 +5907,25 @@ def run_train(args: argparse.Namespace, backend: Plain) -> int:
     optimizer, corpus = prepare(args, backend, opened)
     model = optimizer.model
     config = optimizer.config
-    if config.keep and not args.resume:  # (a run that goes on can make room)
+    own = checkpoints(out_dir, model.source.get("run")) if args.resume else {}
+    if config.keep and len(own) < 2:  # (with more, a run that goes on can make room)
         check_room(model, out_dir)
     introduce(model, config, start, corpus, args.effort)
     source = opened.path if args.resume else None
     opened = None  # (so that its arrays are let go)
     with finishing_the_step() as stop:
-        train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start, out_dir=out_dir,
-              stop=stop, source=source)
+        done = train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start,
+                     out_dir=out_dir, stop=stop, source=source)
+    if done is None:
+        say("stopped before the first step was over: nothing has been touched")
+        return 128 + stop[0]
     flags = "" if args.out_dir == "checkpoints" else f" --out-dir {shlex.quote(args.out_dir)}"
-    saved = checkpoints(out_dir, model.source["run"])
-    if not stop or config.max_iters in saved:
+    last_row = log_rows(out_dir / "log.csv", config.max_iters)[-1:]
+    if not stop or last_row and last_row[0].startswith(f"{config.max_iters},"):
         conclude(model, config, out_dir, flags)
         return 0
     next_command = f"to go on: python minimiggy.py --resume{flags}"
-    say(f"stopped; {next_command if saved else 'nothing was saved'}")
+    say(f"stopped; {next_command if config.keep else 'nothing was saved'}")
     return 128 + stop[0]
 
 # *Examining and writing*, with a model that is there. What `--sample` prints is the text and nothing else, so
@@ -5937,7 +5958,7 @@ def sample(tokenizer: BPETokenizer, prompt: str, tokens, stop: str = "") -> None
         ready = max(0, len(waiting) + 1 - len(stop))
         print(printable(waiting[:ready]), end="", flush=True)
         waiting = waiting[ready:]
-    print(printable(waiting))
+    print(printable(waiting), flush=True)
 
 LONGEST_PROMPT = 4 << 20  # bytes
 

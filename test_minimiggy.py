@@ -2257,7 +2257,7 @@ def test_going_back_moves_the_abandoned_future_aside(tmp_path):
     assert main([*back, "--keep", "1", "--max-iters", "5", "--learning-rate", "1e-3"]) == 0
     assert max(minimiggy.checkpoints(tmp_path)) == 5
     aside = sorted(path.name for path in (tmp_path / "run-1").iterdir())
-    assert aside == ["ckpt_6.safetensors", "ckpt_8.safetensors"]
+    assert aside == ["ckpt_6.safetensors", "ckpt_8.safetensors", "log.csv", "samples.txt"]
 
 def test_a_mistake_moves_nothing_and_strangers_files_stay(tmp_path, capsys):
     (tmp_path / "notes.tmp").touch()
@@ -2465,7 +2465,7 @@ def test_a_run_from_python_moves_an_older_one_out_of_the_way(tokenizer, ids, tmp
 def test_who_stops_at_once_has_touched_nothing(tokenizer, ids, tmp_path):
     small_run(tmp_path, ids, tokenizer)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    train(GPT(TINY), QUICK, ids, out_dir=tmp_path, stop=[signal.SIGINT])
+    assert train(GPT(TINY), QUICK, ids, out_dir=tmp_path, stop=[signal.SIGINT]) is None
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 def test_another_text_makes_another_run_and_one_must_be_named(tokenizer, ids, tmp_path, capsys):
@@ -2475,7 +2475,7 @@ def test_another_text_makes_another_run_and_one_must_be_named(tokenizer, ids, tm
     assert main(["--train", "--data", str(tmp_path / "one"), "--out-dir", str(out), *SMALL]) == 0
     more = ["--resume", "--out-dir", str(out), "--max-iters", "6"]
     assert main([*more, "--data", str(tmp_path / "two")]) == 0
-    assert list(minimiggy.checkpoints(out)) == [6]
+    assert list(minimiggy.checkpoints(out)) == [5, 6]  # (5: from its first step on there is one)
     assert list(minimiggy.checkpoints(out / "run-1")) == [2, 4]
     small_run(tmp_path / "python", ids, tokenizer)
     capsys.readouterr()
@@ -2505,6 +2505,8 @@ def test_a_tokenizer_that_knows_no_end_of_line_can_write(broken, tokenizer, ids,
         return [] if text == "\n" else whole(self, text)
     monkeypatch.setattr(BPETokenizer, "encode", encode)
     train(GPT(TINY, tokenizer=tokenizer), QUICK, ids, ids[:500], out_dir=tmp_path)
+    monkeypatch.setattr(minimiggy, "last_parts", lambda token, ids: ["nobody", "knows"])
+    assert minimiggy.merges_of(tokenizer, [260], ["?"] * 300) == {}
     assert "step 6" in (tmp_path / "samples.txt").read_text()
 
 def test_a_folder_that_cannot_be_looked_at_stops_no_run(tokenizer, ids, tmp_path, monkeypatch, capsys):
@@ -2527,6 +2529,9 @@ def test_what_no_checkpoint_can_have_is_said_before_the_first_step(ids, tmp_path
         model.mask = Tensor(array).is_param_(False)
         with pytest.raises(UserError, match=f"mask could not be saved: .*{words}"):
             train(model, QUICK, ids, out_dir=tmp_path)
+    model.mask = Tensor([-math.inf])
+    with pytest.raises(UserError, match="mask could not be saved"):
+        train(model, QUICK, ids)
     model.mask = Tensor([1.5, -2.0]).cast(dtypes.bfloat16).is_param_(False)
     path = model.save_checkpoint(1, None, tmp_path)
     model.mask.assign(model.mask * 0).realize()
@@ -2546,6 +2551,29 @@ def test_with_fewer_bits_a_checkpoint_that_is_skipped_leaves_nothing(tokenizer, 
 def test_a_checkpoint_is_no_model_from_elsewhere(run):
     with pytest.raises(UserError, match="--checkpoint opens it"):
         minimiggy.init_from(str(run[2] / "ckpt_6.safetensors"))
+
+def test_a_branch_of_a_run_keeps_its_own_log_and_samples(tokenizer, ids, tmp_path):
+    """Back to step 2 and on to 8; and then from the abandoned step 4, which lies in run-1, on to 8."""
+    config = small_run(tmp_path, ids, tokenizer)
+    logs = [(tmp_path / "log.csv").read_text()]
+    go_on_in(tmp_path, tmp_path / "ckpt_2.safetensors", ids, dataclasses.replace(config, learning_rate=0.02))
+    assert (tmp_path / "run-1" / "log.csv").read_text() == logs[0]
+    logs.append((tmp_path / "log.csv").read_text())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    go_on_in(tmp_path, tmp_path / "run-1" / "ckpt_4.safetensors", ids, config)
+    moved = {path.name: path.read_bytes() for path in (tmp_path / "run-2").iterdir()}
+    assert moved == before and logs[1] == moved["log.csv"].decode()
+    rows = (tmp_path / "log.csv").read_text().splitlines()
+    assert rows[:3] == logs[0].splitlines()[:3] and rows[2] != logs[1].splitlines()[2]
+    assert list(minimiggy.checkpoints(tmp_path)) == [6, 8]
+
+def test_a_hostile_gpt2_that_is_mostly_names_is_refused(tmp_path):
+    arrays = {name: np.zeros((2, 65536), np.float32) for name in ("wte.weight", "wpe.weight")}
+    arrays |= {f"h.{i}.ln_1.weight": np.zeros(0, np.float32) for i in range(1000)}
+    minimiggy.write_safetensors(tmp_path / "model.safetensors", arrays, {})
+    (tmp_path / "config.json").write_text(json.dumps({"n_head": 1}))
+    with pytest.raises(UserError, match="far fewer numbers"):
+        minimiggy.init_from(str(tmp_path))
 
 def test_a_page_is_not_written_over_its_template(run, tmp_path, monkeypatch, capsys):
     shutil.copy(HERE / "data" / "look.html", tmp_path / "look.html")
