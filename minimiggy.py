@@ -4260,22 +4260,29 @@ class Run:
 # log, a save. The save comes last, since it keeps what all the others have made. If the program dies before
 # it, that is lost, but the resumed run makes the same again.
 def train(model: GPT, config: TrainConfig, train_data, val_data=None, *, optimizer: AdamW | None = None,
-          start: int = 0, out_dir: str | Path | None = None, stop=(), source=None) -> AdamW | None:
+          start: int = 0, out_dir: str | Path | None = None, stop=(), source: str | Path | None = None,
+          locked: bool = False) -> AdamW | None:
     """Train `model` from step `start` to config.max_iters, or until something is in `stop`; return the
     optimizer, or None if that was so before anything was touched. The data are token ids in a row, a list or
     an integer array (N,). With an `out_dir`, log.csv, samples.txt and checkpoints are written there, but
     nothing before the first step has gone well; then an older run is moved aside. A run that goes on comes
-    from the checkpoint `source`. UserError if a text is too short, or numbers could not be saved;
+    from the checkpoint `source`. (`locked`: the caller has seen to it that nobody else trains there.)
+    UserError if a text is too short, numbers could not be saved, or somebody else trains there;
     TrainingFailed if numbers go wrong, or if a save fails for good."""
     check_config(model.config)
     check_config(config)
     if model.tokenizer and out_dir and config.keep:
         check_comes_back(model.tokenizer)
-    source = source and Path(source)
     run = Run(model, config, train_data, val_data, optimizer, start, out_dir)
+    with nullcontext() if locked or not out_dir else alone(Path(out_dir)):
+        return take_steps(run, start, stop, source and Path(source))
+
+def take_steps(run: Run, start: int, stop, source: Path | None) -> AdamW | None:
+    """The steps of `train`, and what is due after each."""
+    config = run.config
     show("compiling (the first run on a machine takes some seconds longer) ...")
     began = time.perf_counter()
-    steps = training(model, config, run.data, run.optimizer, start)
+    steps = training(run.model, config, run.data, run.optimizer, start)
     for step, loss, norm in steps:
         run.times.append(time.perf_counter() - began)
         rate = learning_rate(config, step - 1)
@@ -5915,7 +5922,7 @@ def run_train(args: argparse.Namespace, backend: Plain) -> int:
     opened = None  # (so that its arrays are let go)
     with finishing_the_step() as stop:
         done = train(model, config, corpus.train, corpus.val, optimizer=optimizer, start=start,
-                     out_dir=out_dir, stop=stop, source=source)
+                     out_dir=out_dir, stop=stop, source=source, locked=True)
     if done is None:
         say("stopped before the first step was over: nothing has been touched")
         return 128 + stop[0]

@@ -2368,6 +2368,8 @@ def test_only_one_run_at_a_time_and_none_is_overwritten(tmp_path, capsys):
     with minimiggy.alone(tmp_path):
         assert main(training_play(tmp_path)) == 2
         assert "another run is at work" in capsys.readouterr().err
+        with pytest.raises(UserError, match="another run is at work"):
+            train(GPT(TINY), QUICK, np.zeros(99, int), out_dir=tmp_path)
     assert main(training_play(tmp_path, "--seed", "1")) == 0
     assert main(training_play(tmp_path, "--no-checkpoint")) == 0
     assert minimiggy.open_checkpoint(tmp_path / "run-1" / "ckpt_4.safetensors")[1].seed == 1
