@@ -708,7 +708,7 @@ class AdamW:
         c = self.config
         now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (skips its merges)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
-            raise ValueError("the model has changed tensors since its optimizer was made: make a new AdamW")
+            raise ValueError("the model has other tensors than when its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
         x, y = get_batch(data, c, self.model.config.block_size, i)
         if (len(x) > 1) != bool(self.sums):
@@ -1003,6 +1003,11 @@ def find_compiler() -> None:
     raise UserError(f"ziglang's C compiler does not work ({wrong}): pip install --force-reinstall ziglang, "
                     "or set TMPDIR to a folder in which programs may be run")
 
+# (Whoever uses this file as a library never calls `open_device`.)
+if KNOWN and not os.environ.get("CC") and (sys.platform == "darwin" or not shutil.which("clang")):
+    with suppress(UserError):
+        find_compiler()
+
 def open_device() -> None:
     """See that tinygrad can compute. UserError, with what to do, if it cannot."""
     named = os.environ.get("DEV", "")
@@ -1010,8 +1015,9 @@ def open_device() -> None:
     if named.upper().startswith("CPU"):
         find_compiler()
         if KNOWN and not load_programs():
-            for number in range(HELPERS):  # there will be work for them soon
-                helper(f"helper_{number}")
+            with suppress(OSError):
+                for number in range(HELPERS):  # there will be work for them soon
+                    helper(f"helper_{number}")
         # tinygrad begins with four programs of its own. It may keep these in its database, which saves a
         # tenth of a second at later starts. (With AVX2 only: several processors may share a home, and what
         # one with AVX2 has compiled an older one cannot run, but all with AVX2 can.)
@@ -1107,7 +1113,7 @@ def helper(name: str) -> subprocess.Popen:
     """The process of this name. It is started at the first call, and is ready half a second later. (How many
     have been started, `helper.cache_info().currsize` tells.)"""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-c", HELPER_CODE], start_new_session=True, **pipes)
+    return subprocess.Popen([sys.executable, "-P", "-c", HELPER_CODE], start_new_session=True, **pipes)
 
 # For each process there is a thread here that hands it programs and waits for them. It moves bytes and knows
 # nothing of what they mean: tinygrad's trees are made by one thread only. (That is why a program is pickled
@@ -1191,11 +1197,12 @@ def divided(call, cores: int):
         return call
     loops = [node for node in tree.toposort() if node.op is Ops.RANGE]
     is_sum = any(loop.arg[-1] is not AxisType.WEAK for loop in loops)  # (WEAK loops go over the results)
-    cores = min(cores, Device["CPU"].renderer.global_max[0])  # (tinygrad has a limit of its own)
-    if cores == 1 or is_sum or math.prod(loop.vmax + 1 for loop in loops) < ENOUGH:
+    if is_sum or math.prod(loop.vmax + 1 for loop in loops) < ENOUGH:
         return call
+    renderer = Device["CPU"].renderer
     outermost = min(loops, key=lambda loop: loop.arg[0])
-    if outermost.src[0].divides(cores) is None:
+    cores = divisor(outermost.vmax + 1, min(cores, renderer.global_max[0]))  # (tinygrad has a limit, too)
+    if cores == 1 or not renderer.has_threads:
         return call
     plan = dataclasses.replace(tree.arg, opts_to_apply=(Opt(OptOps.THREAD, 0, cores),))
     return call.replace(src=(tree.replace(arg=plan), *call.src[1:]))
@@ -1240,7 +1247,8 @@ class Recording:
                   for array in self.arrays]
 
         def traced():
-            results = function(*inputs)
+            # (A view of other numbers gets memory of its own, and bfloat16, which numpy lacks, is float32.)
+            results = [(x if x.dtype.fmt else x.float()).contiguous() for x in function(*inputs)]
             Tensor.realize(*results)  # (notes down the last programs)
             calls = [divided(call, cores) for part in self.jit._linears for call in part.src]
             compile_together([call.src[0] for call in calls if call.src[0].op is Ops.SINK])
@@ -1508,6 +1516,8 @@ def program_of(kernel, cores: int, *arguments, **options):
     """The same, compiled, if it has been compiled before: tinygrad then need not look through the tree. Else
     the tree itself, which for a recording is also ordered from the helpers, if there are any."""
     tree = written_down(kernel, cores, *arguments, **options)
+    if Device.DEFAULT != "CPU":  # (there need not be a compiler for the CPU)
+        return tree
     renderer = Device["CPU"].renderer
     program = to_program_cache.get(to_program_key(tree, renderer))
     if program is not None:
@@ -2171,6 +2181,10 @@ def replay_program(threads: int):
     end = UOp(Ops.BARRIER, src=(last,)).end(n)
     return end.sink(arg=KernelInfo(f"replay_{threads}", opts_to_apply=()), tag=1)
 
+# A kernel's own memory lies on the stack of its thread, up to 3 MB in a long product. Some systems give a
+# thread only two.
+threading.stack_size(16 << 20)
+
 # In a notebook, Ctrl-C raises KeyboardInterrupt between any two lines of Python. If one thread has begun then
 # and another has not, the first would wait for ever. So Ctrl-C has to wait until all are done.
 @contextmanager
@@ -2328,8 +2342,11 @@ OPERATIONS = {"embed": "4ce31ccacb8f", "linear": "c86bd6f2d0ae", "layer_norm": "
 
 def is_known(name: str) -> bool:
     """Is this operation of part I the one that our kernels stand in for?"""
-    function = getattr(Plain, name, None)
-    return digest(getattr(function, "__qualname__", "")) == OPERATIONS[name]
+    return digest(written_as(getattr(Plain, name, None))) == OPERATIONS[name]
+
+def written_as(function) -> str:
+    """Where in this file a function was written, such as "Plain.gelu". (Its `__qualname__` can be copied.)"""
+    return getattr(getattr(function, "__code__", None), "co_qualname", "")
 
 CHANGED = [name for name in OPERATIONS if hasattr(Plain, name) and not is_known(name)]
 
@@ -2376,11 +2393,13 @@ def made_of(owner) -> list:
             found += thing
         elif isinstance(thing, dict):
             found += thing.values()
-        elif kind is type:
-            found += vars(thing).values()
+        elif kind is type:  # (`copy` puts that name into classes)
+            found += [part for name, part in vars(thing).items() if name != "__slotnames__"]
         elif kind.__module__ != "builtins":
             found += kind.__mro__[:-1]
             found += getattr(thing, "__dict__", {}).values()
+    # A tensor can also have got other memory, as from tinygrad's `load_state_dict`.
+    found += [thing.uop.buf_uop for thing in found if type(thing) is Tensor]
     return [thing if type(thing) in NUMBERS else (id(thing), thing) for thing in found]
 
 def anew(record):
@@ -2435,9 +2454,11 @@ class Fast(Plain):
             computed = [Tensor(result.after(call)) for result in call.src[1:n + 1]]
             slopes = back(Tensor(dy), *computed)
             return *[None] * n, *(slope if slope is None else slope.uop for slope in slopes)
+        # (A slope that comes back through another result would be taken for the first one's.)
         tensors = [*results, *inputs]
         program = functools.partial(program_of, kernel, self.cores, **options)
-        return tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back and gradient)[:n]
+        first, *others = tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back and gradient)[:n]
+        return [first, *(tensor.detach() for tensor in others)]
 
     @instead_of_plain
     def embed(self, idx, table):
@@ -2573,6 +2594,8 @@ class Fast(Plain):
                 replay = Replay(Recording(function, arrays, self.cores), self.cores)  # (which runs it once)
             else:
                 for memory, array in zip(replay.recording.arrays, arrays, strict=True):
+                    if array.shape != memory.shape:
+                        raise ValueError(f"this was recorded for {memory.shape}, not for {array.shape}")
                     memory[...] = array
                 replay()
             return [result.copy() for result in replay.recording.results]
@@ -2807,7 +2830,10 @@ class Cache:
 # tokens one by one, and all at once without a cache. If the logits differ, it says so, and writes the simple
 # way. It also does so if `write` itself has been changed.
 LAYERS = (Embedding, Linear, LayerNorm, Dropout, Attention, MLP, Block, GPT)
-LAYERS_AS_WE_KNOW_THEM = digest(*(layer.__name__ for layer in LAYERS)) == "5db155f0ccd9" and not CHANGED
+METHODS = [(f"{kind.__name__}.{name}", written_as(method)) for kind in LAYERS
+           for name, method in vars(kind).items() if isinstance(method, FunctionType)]
+LAYERS_AS_WE_KNOW_THEM = (digest(*(layer.__name__ for layer in LAYERS)) == "5db155f0ccd9" and not CHANGED
+                          and all(name == place or place == "loss" for name, place in METHODS))
 WRITE_AS_WE_KNOW_IT = write if digest("write") == "59f0ba302c75" else None
 THEIR_CONTENTS = {kind: dict(vars(kind)) for kind in (*LAYERS, Plain, Fast, Elsewhere)}
 
@@ -2822,7 +2848,8 @@ def is_as_in_part_one(thing) -> bool:
     if kind in (Fast, Packed, Elsewhere) and not is_as_in_part_one(PLAIN):  # (Packed: chapter 22)
         return False
     if kind in LAYERS:
-        return LAYERS_AS_WE_KNOW_THEM and all(is_as_in_part_one(part) for part in vars(thing).values())
+        parts = [part for name, part in vars(thing).items() if name != "tokenizer"]
+        return LAYERS_AS_WE_KNOW_THEM and all(map(is_as_in_part_one, parts))
     return kind in (Plain, Fast, Packed, Elsewhere, Tensor, GPTConfig, BPETokenizer, str, int, type(None))
 
 SIDE_BY_SIDE = FEW  # texts
@@ -2883,8 +2910,9 @@ class Writer:
             # (A first token, not recorded: each layer asks its cache for `room`, which makes the memory.)
             self.step(first.reshape(1, 1), first, Tensor.zeros(1, dtype=dtypes.int32))
             want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]            # (n, V)
-            got = [self.logits(ids[:place + 1], place) for place in range(n)]
-            got[-1] = self.logits(ids, 0)                                # (once more, in pieces)
+            row = self.texts - 1                                         # (the last, whose places are others)
+            got = [self.logits(ids[:place + 1], place, row) for place in range(n)]
+            got[-1] = self.logits(ids, 0, row)                           # (once more, in pieces)
         except Exception:  # (of any kind, from a layer that takes no cache, say, or no single token)
             return False
         return bool(np.abs(np.array(got) - want).max() <= 1e-3 * np.abs(want).max())
@@ -2955,7 +2983,11 @@ class Writer:
             logits = [results[text.row] for text in texts]
         # Each text draws from its own generator, so it is the same whoever else is written beside it.
         for text, row in zip(texts, logits, strict=True):
-            token = draw(row, text.rng, **how)
+            try:
+                token = draw(row, text.rng, **how)
+            except ValueError:
+                self.made_of = None  # (there may be NaNs in the caches: the next text gets new ones)
+                raise
             text.done = len(text.seen)
             text.left -= 1
             text.seen.append(token)
@@ -3016,6 +3048,21 @@ def generate(model: GPT, x: Tensor, max_tokens: int = 100, seed: int = 0, **how)
     return Tensor(np.array(rows, np.int32))
 
 GPT.generate = generate
+
+# tinygrad's own copy of a tensor has the same memory. Whoever keeps a copy of the best model would see it
+# change with every step; so a model's copies get memory of their own.
+def deep_copy(model: GPT, memo: dict) -> GPT:
+    """What `copy.deepcopy` makes of a model; `memo` has, by their ids, things that are to be shared."""
+    model.parameters()
+    memo |= {id(thing): thing for thing in (model.ops, model.tokenizer)} | memo
+    for tensor in get_state_dict(vars(model) | {"tokenizer": None}).values():
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor.clone().is_param_(tensor.is_param).realize()
+    twin = object.__new__(type(model))
+    vars(twin).update(copy.deepcopy(vars(model), memo))
+    return twin
+
+GPT.__deepcopy__ = deep_copy
 
 # === Chapter 22. Weights in fewer bits
 #
@@ -3688,7 +3735,7 @@ PART_ONE = digest(*(f"Plain.{name}" for name in OPERATIONS), *(layer.__name__ fo
 # are left out.)
 TOKENIZER = digest("BPETokenizer", "SPLIT")
 TOKENIZER_IS_OURS = TOKENIZER == "b4ad19b64faa"
-PART_ONE_IS_OURS = digest(*SOURCES) == "fbb769bff966"  # all of it
+PART_ONE_IS_OURS = digest(*SOURCES) == "cb1cc0e4e266"  # all of it
 
 def made_anew(model: GPT) -> GPT:
     """A model of the same config, without the numbers in its tensors."""

@@ -2,6 +2,7 @@
 own prose, the README. Tests that compile much share their shapes: TINY for the default path, SMALLEST and
 GRADCHECK for the plain one."""
 import ast
+import copy
 import dataclasses
 import difflib
 import doctest
@@ -51,7 +52,7 @@ import minimiggy  # (before tinygrad, which it tells where to compute)
 from minimiggy import (GPT, PLAIN, AdamW, BPETokenizer, Fast, GPTConfig, Plain, TrainConfig, UserError,
                        Writer, load_array, main, train, write)
 from tinygrad import Tensor, dtypes
-from tinygrad.nn.state import safe_load
+from tinygrad.nn.state import get_state_dict, load_state_dict, safe_load
 
 os.environ.pop("NOOPT", None)  # ... but in the processes that tests start, they are as users have them
 
@@ -1368,6 +1369,14 @@ def test_what_is_changed_while_recordings_are_in_use_is_heard(ids, monkeypatch, 
     all_hear(0, 0)
     monkeypatch.setattr(minimiggy.MLP, "__call__", lambda self, x: self.c_proj(self.c_fc(x).relu()))
     all_hear(1, 2)  # the step and the exam
+    other = shake(GPT(model.config), seed=8)
+    load_state_dict(model, get_state_dict(other), strict=False, verbose=False)  # gives tensors other memory
+    all_hear(2, 2)
+    best = copy.deepcopy(model)
+    kept = weights(best)
+    optimizer(ids, 3)
+    assert same(weights(best), kept) and not same(weights(model), kept)
+    assert best.ops is model.ops and best.loss(Tensor([[1, 2]]), Tensor([[2, 3]])).item() > 0
     plan.weight_decay = 10.0
     plan.learning_rate = 0.05
     before = weights(model)["h.0.mlp.c_fc.weight"]
@@ -1377,6 +1386,51 @@ def test_what_is_changed_while_recordings_are_in_use_is_heard(ids, monkeypatch, 
     plan.grad_accum = 2
     with pytest.raises(ValueError, match="grad_accum has changed"):
         optimizer(ids, 1)
+
+def test_what_is_replaced_within_part_one_has_been_changed(tmp_path):
+    """As part I itself puts `loss` into GPT; the text of each layer and operation stays as it was."""
+    line = "GPT.loss = loss"
+    shifted = """
+import functools
+def blind(self, x, position, drop, cache=None):
+    return x + self.mlp(self.ln_2(x.roll(1, 1)))
+Block.__call__ = functools.wraps(Block.__call__)(blind)
+"""
+    module, _ = edited([(f"\n{line}", shifted + line)], tmp_path)
+    model = shake(small(module))
+    assert not module.is_as_in_part_one(model)
+    with pytest.raises(module.UserError, match="no GPT-2"):
+        module.export(model, tmp_path / "out")
+    relu = "\nimport functools\nPlain.gelu = functools.wraps(Plain.gelu)(lambda self, x: x.relu())\n"
+    module, _ = edited([(f"\n{line}", relu + line)], tmp_path)
+    assert module.CHANGED == ["gelu"]
+    assert module.BACKENDS[-1].gelu(Tensor([-1.0, 2.0])).tolist() == [0, 2]
+
+def test_a_window_by_the_place_in_the_cache_is_noticed_with_texts_side_by_side(tmp_path, capsys):
+    """Key number i is at place i of its text only in the first row of a cache."""
+    module, _ = edited([
+        ("            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()\n",
+         "            visible = Tensor.ones(T, T, dtype=dtypes.bool).tril().triu(-1)\n"),
+        ("position)              # now S",
+         "position)\n            window = position.reshape(-1, 1) - Tensor.arange(k.shape[2]) < 2\n"
+         "            visible = visible & window  # now S")],
+        tmp_path)
+    model = shake(small(module, n_layer=2))
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    got = [list(text) for text in module.Writer(model, 2).streams(prompts, 2, temperature=0)]
+    want = [list(module.write(model, prompt, 2, temperature=0)) for prompt in prompts]
+    assert got == want and "without one" in capsys.readouterr().err
+
+def test_a_view_or_bfloat16_can_be_the_result_of_a_recording_and_shapes_stay(ids):
+    def views(x):
+        return x[:, :2], (x * 2).cast(dtypes.bfloat16)
+    record = FAST.record(views)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for i in range(3):
+        first, second = record(x + i)
+        assert same({"a": first, "b": second}, {"a": x[:, :2] + i, "b": 2 * (x + i)})
+    with pytest.raises(ValueError, match="recorded for"):
+        record(x[:1])
 
 def test_weights_of_another_kind_are_refused_and_a_mistake_in_an_edit_is_the_readers(tmp_path, capsys):
     weight = "    return ops.place(np.float32(std) * rng.standard_normal(shape, np.float32))"
