@@ -3205,11 +3205,12 @@ def whole(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with undisturbed(), open(unfinished, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with undisturbed():  # (a Ctrl-C on the way would leave `unfinished` behind)
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

@@ -2646,6 +2646,16 @@ def test_a_terminal_that_is_closed_may_say_so_twice():
     with ThreadPoolExecutor(1) as pool:  # in a thread there are no signals, and that is no error
         assert pool.submit(lambda: minimiggy.finishing_the_step().__enter__()).result() == []
 
+def test_ctrl_c_while_a_file_is_written_waits_until_it_has_its_name(tmp_path):
+    code = ("import minimiggy, signal; from pathlib import Path\n"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+            "with minimiggy.whole(Path('file')) as file:\n"
+            "    signal.raise_signal(signal.SIGINT); file.write(b'x')\nprint('too late')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert done.returncode == -signal.SIGINT and done.stdout == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
 def test_a_file_system_that_cannot_sync_folders_will_do(tmp_path, monkeypatch):
     fsync = os.fsync
 
