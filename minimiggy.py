@@ -2370,7 +2370,7 @@ def like(tensor: Tensor | None) -> Tensor | None:
 
 # A recording repeats what it has seen (chapter 4): a dropout that has been set to another number since, a
 # layer that has been replaced. So before an optimizer's step is repeated, or an exam, we look whether the
-# model is still made of the same things. That takes 80 microseconds. Writing a token does not take much
+# model is still made of the same things. That takes 100 microseconds. Writing a token does not take much
 # longer, so there we look when a text begins.
 ASKED_AGAIN = ("learning_rate", "min_lr", "warmup_steps", "max_iters")  # part I reads these at each step
 NUMBERS = {int, float, bool, str}
@@ -2399,7 +2399,7 @@ def made_of(owner) -> list:
             found += kind.__mro__[:-1]
             found += getattr(thing, "__dict__", {}).values()
     # A tensor can also have got other memory, as from tinygrad's `load_state_dict`.
-    found += [thing.uop.buf_uop for thing in found if type(thing) is Tensor]
+    found += [thing.uop for thing in found if type(thing) is Tensor]
     return [thing if type(thing) in NUMBERS else (id(thing), thing) for thing in found]
 
 def anew(record):
