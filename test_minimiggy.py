@@ -2266,6 +2266,17 @@ def mutated(whole, rng):
     text = json.dumps({"__metadata__": metadata} | header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
+def peak_of_opening(path):
+    """The model of a checkpoint, or why it is refused; and the most memory that this took, in bytes."""
+    tracemalloc.start()
+    try:
+        opened = minimiggy.open_checkpoint(path)[0]
+    except UserError as error:
+        opened = str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return opened, peak
+
 def test_500_mutated_checkpoints_load_exactly_or_are_refused_in_one_line(tokenizer, tmp_path):
     model = GPT(dataclasses.replace(TINY, n_layer=1, n_embd=128), tokenizer=tokenizer)
     model.source = {"data": "play", "data_sha256": "0" * 64, "run": "f" * 16}
@@ -2275,16 +2286,15 @@ def test_500_mutated_checkpoints_load_exactly_or_are_refused_in_one_line(tokeniz
     loaded = 0
     for i in range(500):
         path.write_bytes(mutated(whole, rng))
-        tracemalloc.start()
-        try:
-            again = minimiggy.open_checkpoint(path)[0]
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 400, i
-        else:
-            assert same(weights(again), weights(model)), i
+        opened, peak = peak_of_opening(path)
+        if peak > 2 * len(whole):  # a table of tinygrad's has grown, by chance: that does not happen twice
+            opened, peak = peak_of_opening(path)
+        assert peak < 2 * len(whole), i
+        if isinstance(opened, GPT):
+            assert same(weights(opened), weights(model)), i
             loaded += 1
-        assert tracemalloc.get_traced_memory()[1] < 2 * len(whole), i
-        tracemalloc.stop()
+        else:
+            assert str(path) in opened and "\n" not in opened and len(opened) < 400, i
     assert loaded < 100  # (what is left of those that only change, say, a learning rate, and are signed anew)
     path.write_bytes(whole[:-1])
     assert main(["--sample", "x", "--checkpoint", str(path)]) == 2
