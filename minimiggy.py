@@ -1654,7 +1654,7 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
     strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB; 256 if
-    A is transposed; 4096 if tiles overlap.)"""
+    A is transposed; 4096 where K may not be cut.)"""
     # Nine rows are covered by two tiles of 5, not of 8: the second begins at row 4, not 5, so that both are
     # whole. One row is computed twice, with the same result.
     height, width = next((tile for tile in TILES if N % tile[1] == 0), TILE)
@@ -1662,19 +1662,36 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     columns = min(width, N)
     deepest = 256 if a_transposed else 512
     # Tiles that overlap write the same result twice, which does no harm. But with several blocks, each of two
-    # such tiles would add the second block's share to C, and it would be in there twice. So all of K is one
-    # block then; and where that would be too deep, tiles are taken that divide M and N.
-    if M % rows or N % columns:
+    # such tiles would add the second block's share to C, and it would be in there twice. So rows that the
+    # tile before has seen are left alone. If that one may be another core's, as with few strips, or if it is
+    # columns that overlap, all of K is one block; and where that would be too deep, tiles are taken that
+    # divide M and N.
+    by_rows = M >= N  # the cores share the longer side of the result
+    few_strips = by_rows and M < 4 * STRIP * cores
+    if N % columns or few_strips and M % rows:
         deepest = 4096
         if K > deepest:
-            rows = divisor(M, rows)
             columns = divisor(N, columns)
+            rows = divisor(M, rows) if few_strips else rows
+    elif M % rows:
+        deepest = 512
     blocks = pieces(K, deepest)
     depth = pieces(K, blocks)
-    by_rows = M >= N  # the cores share the longer side of the result
-    tiles = in_a_part(M, rows, pieces(M, STRIP), cores if by_rows else 1, exact=blocks > 1)
+    exact = blocks > 1 and M % rows == 0
+    tiles = in_a_part(M, rows, pieces(M, STRIP), cores if by_rows else 1, exact)
     panels = in_a_part(N, columns, pieces(N * depth, PACKED), 1 if by_rows else cores, exact=blocks > 1)
     return rows, columns, depth, tiles, panels
+
+def put(C: Array, place, value, bias, later, again) -> None:
+    """Put what one block of K gives for a place into C. The first block sets it, with the bias. A later one
+    (`later`; None if there is but one) adds to it, unless (`again`; None if no tiles overlap) it has already
+    done so."""
+    total = value if bias is None else value + bias[place[1]]
+    if later is not None:
+        before = C[place]
+        added = before + value if again is None else again.where(before, before + value)
+        total = later.where(added, total)
+    C[place] = total
 
 # Every core goes through `matmul`, with panels of its own. If the result is tall, each packs all of B, and
 # multiplies its own strips; if it is wide, each packs its own groups, and goes over all of A. So none waits
@@ -1691,6 +1708,7 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
     copied = a_transposed or (COPIES and K > 2 * depth and panels > 8)
     strip = k.aligned_array(depth, height + LINE) if a_transposed else k.aligned_array(height, depth + LINE)
     sums = k.array(panels, columns)
+    ragged = M % height or height % rows
     share_rows, share_columns = (k.share, k.loop) if M >= N else (k.loop, k.share)
 
     def pack(block, column):
@@ -1731,10 +1749,9 @@ def matmul(k, C, A, B, bias=None, *, a_transposed=False, b_transposed=False, col
                     b = lambda kk, j: packed[panel, kk, j]
                     for r, j, value in tile_of(k, rows, columns, depth, a, b):
                         place = top + down + r, column(panel) + j
-                        before = 0.0 if bias is None else bias[place[1]]
-                        if K > depth:
-                            before = (block > 0).where(C[place], before)
-                        C[place] = value + before
+                        later = block > 0 if K > depth else None
+                        again = (top + down + r < number * height) | (down + r < tile * rows)
+                        put(C, place, value, bias, later, again if ragged else None)
         if column_sums:
             for panel, j in k.loop(panels, columns):
                 column_sums[column(panel) + j] = sums[panel, j]

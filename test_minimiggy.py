@@ -439,6 +439,24 @@ def test_fast_operations_and_their_gradients_equal_the_plain_ones(name, inputs):
     for plain, fast in both_ways(name, *inputs):
         assert np.abs(plain - fast).max() <= 1e-5 * max(1, np.abs(plain).max())
 
+@pytest.mark.parametrize(("M", "N", "K", "cores"), [
+    (1029, 64, 1100, 2), (1029, 64, 1100, 1), (29, 64, 1100, 2), (101, 64, 1100, 2), (101, 33, 4200, 2)])
+def test_rows_of_two_tiles_are_counted_once_however_deep_the_product_is(M, N, K, cores):
+    x, dy = random(K, M), random(K, N)
+    for kernel, a in ((minimiggy.weights_back, x), (minimiggy.matmul, np.ascontiguousarray(x.T))):
+        got, = Fast(cores).run(kernel, [Tensor.empty(M, N)], [Tensor(a), Tensor(dy)])
+        assert np.abs(got.numpy() - x.T @ dy).max() < 1e-3
+
+@pytest.mark.parametrize("cores", [2, 3, 7])
+def test_no_two_cores_add_to_the_same_row_of_a_deep_product(cores):
+    for M in range(64, 3000, 7):
+        rows, _, depth, tiles, _ = minimiggy.plan(M, 64, 1100, cores, a_transposed=True)
+        height = min(tiles * rows, M)
+        begins = [min(top, M - height) for top in range(0, M, height)]
+        parts = np.array_split(begins, min(cores, len(begins)))
+        apart = all(one[-1] + height <= other[0] for one, other in itertools.pairwise(parts))
+        assert apart or depth == 1100, M
+
 def test_a_deep_product_is_right_with_and_without_copied_strips(monkeypatch):
     monkeypatch.setattr(minimiggy, "COPIES", not minimiggy.COPIES)
     for plain, fast in both_ways("linear", random(2, 192, 1030), random(1030, 320), random(320)):
