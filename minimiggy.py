@@ -4148,8 +4148,10 @@ class Run:
         # How many batches of validation text an exam on the way reads.
         windows = 0 if self.val is None else math.ceil((len(self.val) - 1) / model.config.block_size)
         self.exam_batches = min(math.ceil(windows / config.batch_size), 4 * config.eval_iters)
-        if start == 0 or "run" not in (model.source or {}):
-            model.source = (model.source or {}) | {"run": name_of_run(model, config, self.data)}
+        source = model.source or {}
+        if start == 0 and "run" in source:  # (the model of an earlier run, whose text may have been another)
+            source = {}
+        model.source = {"run": name_of_run(model, config, self.data)} | source
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
         self.samples = []

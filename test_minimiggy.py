@@ -84,9 +84,9 @@ def run(tokenizer, ids, tmp_path_factory):
     model = GPT(TINY, tokenizer=tokenizer)
     return model, train(model, QUICK, ids, ids[:500], out_dir=folder), folder
 
-# tinygrad's syntax trees are millions of objects. To look through them for garbage less often saves a
-# twentieth of the time.
-gc.set_threshold(50_000, 20, 20)
+# tinygrad's syntax trees are millions of objects. To look through them for garbage less often, and hardly
+# ever through the old ones, saves a tenth of the time.
+gc.set_threshold(50_000, 20, 1000)
 
 @pytest.fixture(scope="session")
 def loaded():
@@ -2566,6 +2566,14 @@ def test_another_text_makes_another_run_and_one_must_be_named(tokenizer, ids, tm
     for what in (["--eval-only"], ["--resume", "--max-iters", "9"]):
         assert main([*what, "--out-dir", str(tmp_path / "python")]) == 2
         assert "give the text with --data" in capsys.readouterr().err
+
+def test_what_is_trained_further_in_python_does_not_name_the_text_before(run, ids, tmp_path):
+    model = GPT(TINY)
+    model.load_checkpoint(run[2] / "ckpt_6.safetensors")
+    model.source |= {"data": "play", "data_sha256": "0" * 64}
+    before = model.source["run"]
+    train(model, QUICK, ids[::-1], out_dir=tmp_path)
+    assert list(model.source) == ["run"] and model.source["run"] != before
 
 def test_a_smaller_step_size_for_the_rest_has_a_smaller_end_too():
     args = minimiggy.make_parser().parse_args(["--resume", "--learning-rate", "1e-4"])
