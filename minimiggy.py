@@ -4151,7 +4151,9 @@ class Run:
         source = model.source or {}
         if start == 0 and "run" in source:  # (the model of an earlier run, whose text may have been another)
             source = {}
-        model.source = {"run": name_of_run(model, config, self.data)} | source
+        if "run" not in source:
+            source = source | {"run": name_of_run(model, config, self.data)}
+        model.source = source
         self.out_dir = None if out_dir is None else Path(out_dir)
         self.rows = []
         self.samples = []
