@@ -2446,6 +2446,10 @@ def anew(record):
         return call if owner else record(self, function)
     return record_anew
 
+def no_way_back(*_):
+    """What tinygrad asks for the gradient of a kernel that has none, such as those of a way back."""
+    raise ValueError("part II's programs are differentiated once only: use GPT(config, PLAIN) for more")
+
 # One method looks like the next: it checks that shapes are what the kernel expects, or else part I's
 # operation is computed; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so
 # theirs is None.
@@ -2474,8 +2478,9 @@ class Fast(Plain):
         # (A slope that comes back through another result would be taken for the first one's.)
         tensors = [*results, *inputs]
         program = functools.partial(program_of, kernel, self.cores, **options)
-        first, *others = tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=back and gradient)[:n]
-        return [first, *(tensor.detach() for tensor in others)]
+        way_back = gradient if back else no_way_back
+        first, *others = tensors[0].custom_kernel(*tensors[1:], fxn=program, grad_fxn=way_back)[:n]
+        return [first, *(tensor.detach() if back else tensor for tensor in others)]
 
     @instead_of_plain
     def embed(self, idx, table):

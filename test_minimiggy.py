@@ -2575,6 +2575,23 @@ def test_what_is_trained_further_in_python_does_not_name_the_text_before(run, id
     train(model, QUICK, ids[::-1], out_dir=tmp_path)
     assert list(model.source) == ["run"] and model.source["run"] != before
 
+def test_a_second_derivative_is_right_in_the_plain_path_and_refused_in_the_fast_one():
+    idx = Tensor([[0, 1, 2]])
+    for ops in (PLAIN, FAST):
+        model = GPT(GPTConfig(block_size=3, vocab_size=5, n_layer=1, n_head=1, n_embd=2), ops)
+        bias = model.parameters()["ln_f.bias"]
+        slope = model.loss(idx, idx).gradient(bias)[0].square().sum()
+        with pytest.raises(ValueError, match="once only") if ops is FAST else nullcontext():
+            second = slope.gradient(bias)[0].numpy()
+    start = bias.numpy()
+    ends = []
+    for step in (1e-2, -1e-2):
+        model = GPT(model.config, PLAIN)
+        bias = model.parameters()["ln_f.bias"]
+        load_array(bias, start + np.float32([step, 0]))
+        ends.append(model.loss(idx, idx).gradient(bias)[0].square().sum().item())
+    assert second[0] == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=1e-2)
+
 def test_a_smaller_step_size_for_the_rest_has_a_smaller_end_too():
     args = minimiggy.make_parser().parse_args(["--resume", "--learning-rate", "1e-4"])
     saved = TrainConfig(learning_rate=4e-3, min_lr=4e-4)
