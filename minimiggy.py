@@ -55,7 +55,7 @@ class UserError(Exception):
 # To predict well, one has to know a lot: how words are spelt, that verbs agree with their subjects, that a
 # speech in a play begins with a name and a colon. Nobody tells the model any of this. It has about a million
 # numbers inside, its *parameters*, mostly random at first. We show it passages of a text, measure how much
-# each next piece surprised it, and change every parameter a little so that it would have surprised it less.
+# each next piece surprised it, and change every parameter a little, so that the surprise would be smaller.
 # *GPT*: generative pre-trained *transformer* (arXiv:1706.03762). Ours follows GPT-2 (Radford et al. 2019).
 
 # === Chapter 2. A text
@@ -119,7 +119,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 # On a megabyte, counting all pairs anew for each merge would take minutes. But a word that occurs 5,000 times
 # need be looked at only once; and a merge changes only words that contain the pair: we remember which.
-LONGEST = 256  # bytes of a word that we learn from: a long row of zeros would make tokens of 00, 0000, ...
+LONGEST = 256  # so many bytes of a word are learned from: a longer row of zeros would fill the vocabulary
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -146,7 +146,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (a + bc is the same token as an earlier ab + c)
+        if joined not in numbers:                  # (ab + c may have made this token already, then a + bc)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -160,7 +160,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with the space before it, if there is one; and whatever other white space there is.
+# other signs, each with the space before it, if there is one; and white space, but for such a last space.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -208,7 +208,7 @@ class BPETokenizer:
 #
 # A *tensor* is an array of numbers, with any number of dimensions. As in numpy, `@` multiplies matrices (the
 # last two), (T, C) + (C,) repeats the smaller, and -1 is the last dimension: `unsqueeze(-1)` makes (T, 1) of
-# (T,). tinygrad is *lazy*: an operation only notes down what would have to be done. Only when somebody wants
+# (T,). tinygrad is *lazy*: an operation only notes down what would have to be done. When somebody wants
 # numbers, or calls `realize`, it writes a small program for all that, in C for a CPU, compiles and runs it.
 #
 # >>> a = Tensor([1.0, 2.0, 3.0])
@@ -224,15 +224,15 @@ class BPETokenizer:
 #
 # All slopes of b are its *gradient*. Each operation knows its own: 3x has slope 3, y * y has 2y. tinygrad
 # goes back from the result, one operation at a time, and multiplies. Let b = y * y and y = 3x, where x = 1:
-# y is 3, b's slope in y is 2y = 6, and in x it is 6 * 3 = 18. What is used several times gets one from each
-# use, and they are added up. This is *backpropagation*: all slopes together cost about twice as much as b.
+# y is 3, b's slope in y is 2y = 6, and in x it is 6 * 3 = 18. What is used several times gets a slope from
+# each use; these are added up. This is *backpropagation*: all slopes together cost about twice as much as b.
 #
 # Two more things matter for speed. tinygrad *fuses* operations into one loop where it can, and then computes
 # a fused value again for each use: x.exp() @ w computes each exponential once for every column of w.
-# `contiguous` says "compute this here, once, and keep it". And noting things down takes Python far longer
-# than computing, so TinyJit *records*, at the second call of a function, which programs it runs. From the
-# third call on, only these are run, and nothing else of the function. A Python number that it used stays what
-# it was at the recording. What changes has to come in as a realized tensor, or be written into one's memory.
+# `contiguous` says "compute this here, once, and keep it". And noting things down can take Python longer than
+# computing, so TinyJit *records*, at the second call of a function, which programs it runs. From the third
+# call on, only these are run, and nothing else of the function: no `print`, no `if`, and a Python number that
+# it used stays what it was. What changes comes in as a realized tensor, or by `assign`, into its memory.
 #
 # >>> scaled = TinyJit(lambda x: (factor * x).realize())
 # >>> for factor in (2.0, 3.0, 4.0):         # runs; runs and is recorded; repeats that, with its 3.0
@@ -285,13 +285,13 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# chance (`rng`) begins anew for each of four uses, from its number below, the seed, and mostly the step.
+# chance (`rng`) begins anew for each of four uses, from its number below, the seed, and for two the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
 #
-# For each token we take a row of numbers (6.1). In *block* after block, tokens hear each other and think
-# about what they heard (6.2 to 6.4). Finally, each row is compared with all tokens that could follow (6.5).
+# For each token we take a row of numbers (6.1). In *block* after block, tokens hear those before them and
+# think about it (6.2 to 6.4). Finally, each row is compared with all tokens that could follow (6.5).
 #
 # 6.1 A token is a row of numbers
 # The number of a token means nothing: token 500 is not "more" than token 400. So each token gets C numbers of
@@ -311,7 +311,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # `layer_norm` (Ba et al. 2016, arXiv:1607.06450) brings each token's C numbers to mean 0 and mean square
 # (*variance*) 1; a learned scale and shift may undo as much of that as is useful. Without norms, numbers and
 # gradients grow or shrink by a factor f at each operation: by f^10 after ten. (1e-5 prevents 0 / 0. Newer
-# models use *RMSNorm*: in `layer_norm`, let `centred` be x, and drop the bias; unused, it does no harm.)
+# models use *RMSNorm*, which is simpler: in `layer_norm`, let `centred` be x, and do not add the bias.)
 #
 # `gelu` (Hendrycks & Gimpel 2016, arXiv:1606.08415) is the bend: `linear` after `linear` is again one
 # `linear`, unless something that is not linear stands between them. It is nearly 0 for very negative
@@ -328,7 +328,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # it is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight
 # to one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided
 # by sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
-# later ones get the score minus infinity, the weight exp(-inf) = 0. For T = 4, row t is what token t hears:
+# later ones get the score minus infinity, so the weight exp(-inf) = 0. For T = 4, row t is what t hears:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()           # `tril` keeps the lower left triangle
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -385,7 +385,7 @@ class Plain:
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Surprise in nats (chapter 7): logits (..., V), a score for each token, and the ids that came (...)
         -> one number at each place (...); NaN for an id without a token."""
-        top = logits.max(-1, keepdim=True)                            # (or exp() could overflow; added below)
+        top = logits.max(-1, keepdim=True)               # (subtracted, or exp() could overflow; added below)
         log_sum = (logits - top).exp().sum(-1, keepdim=True).log()
         chosen = logits.gather(-1, targets.unsqueeze(-1))             # at each place, the target's logit
         exists = (targets >= 0) & (targets < logits.shape[-1])
@@ -400,7 +400,7 @@ class Plain:
         """A step of AdamW (chapter 8), in place. `scale` shortens all gradients (0: change nothing); `rates`
         (3,) are the step size, 1 - beta1^t and 1 - beta2^t, with t = 1 at first. Returns what to realize."""
         changed = []
-        for name, theta in parameters.items():
+        for name, theta in parameters.items():                        # (theta: a parameter)
             gradient = gradients[name] * scale
             new_m = config.beta1 * m[name] + (1 - config.beta1) * gradient
             new_v = config.beta2 * v[name] + (1 - config.beta2) * gradient.square()
@@ -432,7 +432,7 @@ BACKENDS = [PLAIN]  # the best one comes last; part II adds its own where it wor
 # 6.3 The layers
 # A layer is its parameters, and an operation from `ops`, the backend. `Linear` begins with small random
 # weights: were all equal, they would get equal gradients, and stay equal for ever. Every tensor in a model or
-# its parts, yours too, is trained and saved. (If it is of whole numbers, or t.is_param_(False), only saved.)
+# its parts, yours too, is trained and saved. (Whole numbers, and t after t.is_param_(False), are only saved.)
 def first_weights(ops: Plain, rng, *shape: int, std: float = 0.02) -> Tensor:
     """Random weights of standard deviation `std`; without an `rng`, memory that a checkpoint will fill."""
     if rng is None:
@@ -468,9 +468,9 @@ class LayerNorm:
     def __call__(self, x: Tensor) -> Tensor:
         return self.ops.layer_norm(x, self.weight, self.bias)
 
-# *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, so that no
-# part of the model relies on any other; the rest grows, to keep the mean. `stir` makes noise of each number's
-# place and a random `key` (not attention's), which is new for each batch. Without it, as in exams, all stay.
+# *Dropout* (Srivastava et al. 2014) sets a share of the numbers to zero while training, at random, lest one
+# part of the model rely on another; the rest grows, to keep the mean. `stir` makes noise from each number's
+# place and a `key` (not attention's), random and new for each batch. Without a key, as in exams, all stay.
 class Dropout:
     """(...) -> (...), the same shape. Every call in a pass through the network draws differently."""
     def __init__(self, share: float, key: Tensor | None):
@@ -503,7 +503,7 @@ def stir(h: Tensor) -> Tensor:
 # norm stands *before* each of them: x + f(norm(x)). With norm(x + f(x)), that 1 would be multiplied by the
 # slope of a norm at each layer, and such models are harder to train (Xiong et al. 2020, arXiv:2002.04745).
 #
-# Two layers in each block, both named `c_proj`, add to the stream: 2 n_layer times in all. If each addition
+# Two `Linear`s in a block, both named `c_proj`, add to the stream: 2 n_layer times in all. If each addition
 # has variance s^2, the sum has 2 n_layer s^2. So they begin with weights divided by the root of 2 n_layer.
 class Attention:
     """(B, T, C) -> (B, T, C)."""
@@ -621,7 +621,7 @@ class GPT:
 #
 # Nats per token cannot be compared between tokenizers: longer tokens mean fewer but harder guesses. So we
 # also count the surprise in bits (a nat is 1 / ln 2 = 1.44 bits) for each *byte* of the text. A byte of which
-# one knows nothing costs 8 bits (it is one of 2^8); 3.6 nats for 2.3 bytes are 3.6 * 1.44 / 2.3 = 2.25 bits.
+# one knows nothing costs 8 bits (it is one of 2^8); 3.6 nats for 2.3 bytes, say, are 3.6 * 1.44 / 2.3 = 2.25.
 def loss(model: GPT, idx: Tensor, targets: Tensor, key: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats (a scalar); `targets` (B, T) is `idx` (B, T), one token further on."""
     if targets.shape != idx.shape or not dtypes.is_int(targets.dtype):
@@ -684,7 +684,7 @@ class AdamW:
         sums = zeros if config.grad_accum > 1 else {}                 # a step's batches add to these
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
         self.batch = model.ops.record(self.step)                      # only adds up gradients
-        self.last_batch = model.ops.record(self.step)                 # and steps (no recording has an `if`)
+        self.last_batch = model.ops.record(self.step)                 # and steps: `if` is decided just once
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
         """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. With the
@@ -694,7 +694,7 @@ class AdamW:
         gradients = dict(zip(self.parameters, slopes, strict=True))
         for name, sums in self.sums.items():
             gradients[name] = sums.assign(is_first.where(0, sums) + gradients[name] / self.config.grad_accum)
-        Tensor.realize(loss, *gradients.values())                     # (frees the memory that they needed)
+        Tensor.realize(loss, *gradients.values())                     # (frees what the way back needed)
         if rates is None:
             return (loss,)
         length = self.model.ops.norm(gradients)
@@ -706,7 +706,7 @@ class AdamW:
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
-        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (skips its merges)
+        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (has none)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has other tensors than when its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
@@ -747,7 +747,7 @@ def training(model: GPT, config: TrainConfig, data: np.ndarray, optimizer: AdamW
 #
 # To write, ask for the probabilities of the next token and draw one; append it; ask again. Always taking the
 # likeliest is dull and ends in loops; drawing from the probabilities picks, now and then, a nearly impossible
-# one. Dividing the logits by a *temperature* is a dial between the two: softmax of [2, 1, 0] gives 67 %, 24 %
+# one. A *temperature* divides the logits, a dial between these: softmax of [2, 1, 0] gives 67 %, 24 %
 # and 9 %; at temperature 0.5, 87 %, 12 % and 2 %. Two more dials cut off the tail: `top_k` keeps the k
 # likeliest, `top_p` the fewest that have the share p or more (Holtzman et al. 2020, arXiv:1904.09751).
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0, top_p=1.0) -> int:
@@ -766,8 +766,8 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model sees the newest T tokens. When writing goes past T, only T / 2 stay: all places shift, and part II
-# must compute them anew. A recording has one shape, so zeros fill `idx`. (The mask hides them.)
+# The model sees T tokens at most. Past that, only the newest T / 2 stay: all places shift, and part II has to
+# compute them anew, so it is done seldom. A recording has one shape: zeros fill `idx` (the mask hides them).
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield what follows `ids` (not empty). Two numbers, `seed` and `text`, fix chance; `how` is `draw`'s."""
     T = model.config.block_size
@@ -786,15 +786,15 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it: for what is not as it was, part II's programs step back, and yours runs.
-# `python minimiggy.py --gradcheck` tells whether all gradients are right. Unchanged, `python minimiggy.py
-# --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02; with one of these changes, as it says:
+# To understand all this, change it. What you have changed runs as you wrote it, without part II's programs.
+# `python minimiggy.py --gradcheck` tells whether all gradients are right. As it stands, `python minimiggy.py
+# --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02; with a change, as it says behind it:
 #
 # 1. Another bend. Let `gelu` return x.relu().square(): 0 below 0, else x^2. (2.61: better, and simpler.)
 # 2. No `self.wpe(position)` in `hidden`. (2.65, no worse: the mask tells the order, too: arXiv:2203.16634.)
 # 3. No sqrt(D). Take it out of `attention`. (2.77.)
 # 4. No norms in the blocks. Call self.attn(x, ...) and self.mlp(x). (2.83.)
-# 5. Two tables. Let `head` use the weight of a GPT's `lm_head = Embedding(...)`. (2.61; + 131,072 numbers.)
+# 5. Two tables. Make `self.lm_head` like `self.wte`; let `head` use its weight. (2.61; + 131,072 numbers.)
 # 6. No v. Let `adamw` step along m_hat alone, without dividing. (3.96. Which learning rate would it need?)
 
 # ============================================================================================================
