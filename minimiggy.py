@@ -119,7 +119,7 @@ def merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 # On a megabyte, counting all pairs anew for each merge would take minutes. But a word that occurs 5,000 times
 # need be looked at only once; and a merge changes only words that contain the pair: we remember which.
-LONGEST = 256  # so many bytes of a word are learned from: a longer row of zeros would fill the vocabulary
+LONGEST = 256  # of a word, we learn from so many bytes: a longer row of zeros would give 512 zeros, 1024, ...
 
 def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]:
     """Learn merges from words and how often each occurs, until there are `vocab_size` tokens or no pair
@@ -146,7 +146,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
             break
         pair = min(pair for pair, n in counts.items() if n == most)
         joined = tokens[pair[0]] + tokens[pair[1]]
-        if joined not in numbers:                  # (ab + c may have made this token already, then a + bc)
+        if joined not in numbers:                  # (after ab + c, a + bc would be the same token again)
             numbers[joined] = len(tokens)
             tokens.append(joined)
             merges.append(pair)
@@ -160,7 +160,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with the space before it, if there is one; and white space, but for such a last space.
+# other signs, each with the space before it, if there is one; and white space, less a space of that kind.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -232,7 +232,7 @@ class BPETokenizer:
 # `contiguous` says "compute this here, once, and keep it". And noting things down can take Python longer than
 # computing, so TinyJit *records*, at the second call of a function, which programs it runs. From the third
 # call on, only these are run, and nothing else of the function: no `print`, no `if`, and a Python number that
-# it used stays what it was. What changes comes in as a realized tensor, or by `assign`, into its memory.
+# it used stays what it was. What changes comes in as a realized tensor, or is written into one by `assign`.
 #
 # >>> scaled = TinyJit(lambda x: (factor * x).realize())
 # >>> for factor in (2.0, 3.0, 4.0):         # runs; runs and is recorded; repeats that, with its 3.0
@@ -328,7 +328,7 @@ WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 # it is typically sqrt(32) = 5.7 above or below 0, and exp(5.7) is 300. Softmax would give nearly all weight
 # to one token, and a small change of the scores would change little: slopes near 0, slow learning. Divided
 # by sqrt(D), their variance is 1 again. *Why a mask?* A token is to predict the next, and must not see it. So
-# later ones get the score minus infinity, so the weight exp(-inf) = 0. For T = 4, row t is what t hears:
+# later ones get the score minus infinity and the weight exp(-inf) = 0. For T = 4, row t is what t hears:
 #
 # >>> Tensor.ones(4, 4).tril().int().tolist()           # `tril` keeps the lower left triangle
 # [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
@@ -684,7 +684,7 @@ class AdamW:
         sums = zeros if config.grad_accum > 1 else {}                 # a step's batches add to these
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
         self.batch = model.ops.record(self.step)                      # only adds up gradients
-        self.last_batch = model.ops.record(self.step)                 # and steps: `if` is decided just once
+        self.last_batch = model.ops.record(self.step)                 # and steps (another side of the `if`)
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
         """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. With the
@@ -786,7 +786,7 @@ def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
 
 # === Chapter 11. Exercises
 #
-# To understand all this, change it. What you have changed runs as you wrote it, without part II's programs.
+# To understand all this, change it. What you change runs as you wrote it, without part II's programs.
 # `python minimiggy.py --gradcheck` tells whether all gradients are right. As it stands, `python minimiggy.py
 # --train --max-iters 500` ends at 2.68 bits a byte, give or take 0.02; with a change, as it says behind it:
 #
@@ -1654,7 +1654,7 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
     """For a product: a tile's rows and columns, its depth, and how many tiles there are in a strip, panels in
     a group. For M = 768, N = 384 and K = 128 on two cores with AVX-512: tiles of 8 x 32, 128 deep, 8 in a
     strip, and all 12 panels in one group. (The depth is at most 512, where 32 columns of B are 64 KB; 256 if
-    A is transposed; 4096 where K may not be cut.)"""
+    A is transposed and tiles divide M; 4096 where K may not be cut.)"""
     # Nine rows are covered by two tiles of 5, not of 8: the second begins at row 4, not 5, so that both are
     # whole. One row is computed twice, with the same result.
     height, width = next((tile for tile in TILES if N % tile[1] == 0), TILE)
@@ -1674,7 +1674,7 @@ def plan(M: int, N: int, K: int, cores: int, a_transposed: bool) -> tuple[int, .
             columns = divisor(N, columns)
             rows = divisor(M, rows) if few_strips else rows
     elif M % rows:
-        deepest = 512
+        deepest = 512  # (C may be GPT-2's table: to add to it once more costs up to 8 %)
     blocks = pieces(K, deepest)
     depth = pieces(K, blocks)
     exact = blocks > 1 and M % rows == 0
@@ -2448,7 +2448,8 @@ def anew(record):
 
 def no_way_back(*_):
     """What tinygrad asks for the gradient of a kernel that has none, such as those of a way back."""
-    raise ValueError("part II's programs are differentiated once only: use GPT(config, PLAIN) for more")
+    raise UserError("part II's programs can be differentiated only once: use part I's, by --plain or by "
+                    "GPT(config, PLAIN)")
 
 # One method looks like the next: it checks that shapes are what the kernel expects, or else part I's
 # operation is computed; it says how the gradient is found; and it runs the kernel. Ids have no gradient, so
