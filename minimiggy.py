@@ -1247,8 +1247,10 @@ class Recording:
                   for array in self.arrays]
 
         def traced():
-            # (A view of other numbers gets memory of its own, and bfloat16, which numpy lacks, is float32.)
-            results = [(x if x.dtype.fmt else x.float()).contiguous() for x in function(*inputs)]
+            # (A view of other numbers gets memory of its own, and bfloat16, which numpy lacks, is float32.
+            # The constant 2, the slope of 2x, is in no memory at all.)
+            results = [x.clone() if x.device is None else x for x in function(*inputs)]
+            results = [(x if x.dtype.fmt else x.float()).contiguous() for x in results]
             Tensor.realize(*results)  # (notes down the last programs)
             calls = [divided(call, cores) for part in self.jit._linears for call in part.src]
             compile_together([call.src[0] for call in calls if call.src[0].op is Ops.SINK])
@@ -5307,7 +5309,7 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
             tensor.replace(memory)
         # (Some thousand losses are to come, so they are recorded in the quickest way.)
         ops = Fast(1) if elsewhere and KNOWN else model.ops
-        losses = ops.record(lambda xy: tuple(twin.loss(x, y).realize() for x, y in xy))
+        loss = ops.record(lambda x, y: (twin.loss(x, y).realize(),))
         # One number after the other is moved, with all others as they were. If the loss is 1.9460 with a
         # weight of 0.30001, and 1.9458 with 0.29999, its slope is 0.0002 / 0.00002 = 10.
         for name in slopes:
@@ -5315,11 +5317,11 @@ def exact_slopes(model: GPT, batches: np.ndarray, h: float = 1e-5) -> dict[str, 
             for place in np.ndindex(array.shape):
                 middle = array[place]
                 array[place] = middle + h
-                above = np.array(losses(batches)).reshape(-1)
+                above = [loss(*batch)[0].item() for batch in batches]
                 array[place] = middle - h
-                below = np.array(losses(batches)).reshape(-1)
+                below = [loss(*batch)[0].item() for batch in batches]
                 array[place] = middle
-                slopes[name][:, *place] = (above - below) / (2 * h)
+                slopes[name][:, *place] = np.subtract(above, below) / (2 * h)
     return slopes
 
 # The model is as small as it can be and still have all that can go wrong: two blocks, so that something is
@@ -5346,12 +5348,14 @@ def compare_gradients(seed: int, backend: Plain | None = None) -> tuple[list[tup
     model, batches = tiny_model(seed, backend)
     parameters = model.parameters()
     slopes = exact_slopes(model, batches)
-    found = []
-    for x, y in batches:  # as training does: the loss, and its gradient for all parameters at once
-        loss = model.loss(Tensor(x), Tensor(y))
+
+    def backward(x, y):  # as training does: the loss, and its gradient for all parameters at once
+        loss = model.loss(x, y)
         gradients = loss.gradient(*parameters.values())
         Tensor.realize(loss, *gradients)
-        found.append([gradient.numpy() for gradient in gradients])
+        return gradients
+    recorded = model.ops.record(backward)
+    found = [recorded(*batch) for batch in batches]
     table = []
     worst = 0.0
     largest = max(np.abs(slope).max() for slope in slopes.values())
@@ -5387,7 +5391,8 @@ def peeks(seed: int, backend: Plain | None = None) -> bool:
     ids = batches[0, 0]                                               # (2, T): two passages
     others = (ids + 1) % model.config.vocab_size
     others[0, :-1] = ids[0, :-1]
-    first, again, changed = (model(Tensor(passages)).numpy()[0, :-1] for passages in (ids, ids, others))
+    guesses = model.ops.record(lambda idx: (model(idx).realize(),))
+    first, again, changed = (guesses(passages)[0][0, :-1] for passages in (ids, ids, others))
     by_itself = np.abs(again - first).max()
     return bool(np.abs(changed - first).max() > 1e-4 * np.abs(first).max() + 10 * by_itself)
 
