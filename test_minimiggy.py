@@ -657,9 +657,9 @@ def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
             used.append(threads)
             this()
         return replay
-    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 6, recorded=False)
+    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 4, recorded=False)
     monkeypatch.setattr(minimiggy, "Crew", crews)
-    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 6)
+    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 4)
     assert set(used) == {1, 2, 3}
     assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
 
@@ -1188,7 +1188,7 @@ def test_a_checkpoint_of_an_edited_part_one_says_so_where_it_is_opened(tmp_path,
 def test_a_parameter_outside_of_the_model_or_without_a_use_is_named(tmp_path, capsys):
     ones = "Tensor.ones(1)\n"
     module, _ = edited([("class Block:\n", f"EACH = {ones}class Block:\n    gate = {ones}"),
-                        ("(x + drop(heard)", "(x + EACH * self.gate * drop(heard)"),
+                        ("(x + drop(heard)", "(x.contiguous() + EACH * self.gate * drop(heard)"),
                         (END_OF_GPT, END_OF_GPT + "        self.forgotten = Tensor.ones(2)\n")], tmp_path)
     (tmp_path / "my.txt").write_text(TEXT[:5000])
     files = ["--data", str(tmp_path / "my.txt"), "--out-dir", str(tmp_path)]
@@ -1196,6 +1196,7 @@ def test_a_parameter_outside_of_the_model_or_without_a_use_is_named(tmp_path, ca
     said = capsys.readouterr().out
     assert "neither trained nor saved: EACH, Block.gate;" in said
     assert "without a part in the loss, and so not trained: forgotten\n" in said
+    assert "not the slopes of its loss" not in said and module.PEEKS not in said
 
 LOST_MASK = ("visible = Tensor.ones(T, T, dtype=dtypes.bool).tril()",
              "visible = Tensor.ones(T, T, dtype=dtypes.bool)")
@@ -1205,11 +1206,10 @@ def test_a_gradient_that_is_cut_off_and_a_lost_mask_are_said_before_the_first_st
     train = ["--train", *SMALL, "--data", str(tmp_path / "my.txt"), "--no-checkpoint",
              "--out-dir", str(tmp_path / "out")]
     line = "        heard = self.attn(self.ln_1(x), position, cache)\n"
-    for cut, *mask in (("x = x.contiguous()",), ("x = x - self.ln_2(x).detach()", LOST_MASK)):
-        module, _ = edited([(line, f"{line}        {cut}\n"), *mask], tmp_path)
-        assert module.main(train) == 0
-        said = capsys.readouterr().out
-        assert ("not the slopes of its loss" in said) == (module.PEEKS in said) == bool(mask), cut
+    module, _ = edited([(line, f"{line}        x = x - self.ln_2(x).detach()\n"), LOST_MASK], tmp_path)
+    assert module.main(train) == 0
+    said = capsys.readouterr().out
+    assert "not the slopes of its loss" in said and module.PEEKS in said
     assert module.main(["--gradcheck"]) == 1 and module.PEEKS in capsys.readouterr().out
     module, _ = edited([(line, f"{line}        print(x.numpy())\n")], tmp_path)
     assert module.main(train) == 2
@@ -1221,7 +1221,9 @@ def test_a_gradient_that_is_cut_off_and_a_lost_mask_are_said_before_the_first_st
     ids=["the next", "a mean", "all passages", "the one before", "a sum of those before", "noise"])
 def test_a_token_that_sees_what_it_is_to_predict_is_noticed(add, sees, tmp_path):
     module, _ = edited([(END_OF_HIDDEN, END_OF_HIDDEN.replace("x", f"x + {add}"))], tmp_path)
-    assert module.peeks(1) == module.peeks(2, module.PLAIN) == sees
+    assert module.peeks(1) == sees
+    if add in ("x.roll(-1, 1)", "Tensor.rand(*x.shape)"):
+        assert module.peeks(2, module.PLAIN) == sees
 
 def letters(kept):
     """An edit: tokens are characters, which the class is given, and which a line keeps in an attribute."""
@@ -2363,6 +2365,7 @@ def test_a_damaged_log_does_not_stop_a_run(damage, run, ids, tmp_path):
     good = (tmp_path / "log.csv").read_text()
     (tmp_path / "log.csv").write_text(good + damage)
     model, config, step, *_ = minimiggy.open_checkpoint(tmp_path / "ckpt_6.safetensors")
+    model.tokenizer = None  # (so nothing is written after the exam, which would take as long as the rest)
     train(model, dataclasses.replace(config, max_iters=7), ids, ids[:500], start=step, out_dir=tmp_path)
     text = (tmp_path / "log.csv").read_text()
     assert text.startswith(good) and damage not in text.splitlines() and len(text.splitlines()) == 4
@@ -2731,8 +2734,9 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tokenizer, ids, tmp_
 @pytest.mark.parametrize("fate", ["deleted", "moved", "replaced", "a file"])
 def test_a_run_whose_folder_is_gone_saves_beside_it_and_ends(fate, tokenizer, ids, tmp_path, monkeypatch):
     home, other = tmp_path / "home", tmp_path / "other"
-    small_run(other, ids, tokenizer, seed=7)
-    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    if fate == "replaced":
+        small_run(other, ids, tokenizer, seed=7)
+    before = {path.name: path.read_bytes() for path in other.glob("*")}
     save = minimiggy.Run.save
 
     def disturbed(run, step, checkpoint):
