@@ -1299,12 +1299,16 @@ class Recording:
 # ruff: noqa: B023  (a lambda that reads a loop's variable is called in the same turn of the loop)
 #
 # A *kernel* is a small program with loops over arrays. We write it as a Python function that is called once,
-# to write the C down. This one doubles the rows of a table and adds a row of constants:
+# to write the C down. This one doubles the rows of a table and adds a row of constants. Beside it stands what
+# it becomes for a table of 2 x 2:
 #
-#     def example(k, y, x, b):                      void example(float* y, float* x, float* b) {
-#         for i in k.loop(x.rows):                      for (int i = 0; i < 3; i++) {
-#             for c in k.loop(x.columns):                   for (int c = 0; c < 4; c++) {
-#                 y[i, c] = x[i, c] * 2.0 + b[c]                y[i*4 + c] = x[i*4 + c] * 2.0f + b[c]; } } }
+# >>> def example(k, y, x, b):                       # void example(float* y, float* x, float* b) {
+# ...     for i in k.loop(x.rows):                   #   for (int i = 0; i < 2; i++) {
+# ...         for c in k.loop(x.columns):            #     for (int c = 0; c < 2; c++) {
+# ...             y[i, c] = x[i, c] * 2.0 + b[c]     #       y[i*2 + c] = x[i*2 + c] * 2.0f + b[c]; } } }
+# >>> x = Tensor([[1.0, 2.0], [3.0, 4.0]])
+# >>> Fast(cores=1).run(example, [Tensor.empty(2, 2)], [x, Tensor([10.0, 20.0])])[0].tolist()
+# [[12.0, 24.0], [16.0, 28.0]]
 #
 # `k` is the Kernel that is being written, the others are its arguments, results first. The Python function
 # runs once, and `k.loop(n)` turns once, too: it opens a C loop, hands out the counter as a symbol, and closes
@@ -1312,14 +1316,6 @@ class Recording:
 # makes a statement: `t = x[i, c] * 2.0` just names an expression. All this is kept as a tree, which has no
 # order of its own. So a Kernel keeps its newest statement in `last`, and whatever is read or written next
 # waits for that one. A loop that is closed is, with all that is in it, one statement.
-#
-# >>> def example(k, y, x, b):
-# ...     for i in k.loop(x.rows):
-# ...         for c in k.loop(x.columns):
-# ...             y[i, c] = x[i, c] * 2.0 + b[c]
-# >>> x = Tensor([[1.0, 2.0], [3.0, 4.0]])
-# >>> Fast(cores=1).run(example, [Tensor.empty(2, 2)], [x, Tensor([10.0, 20.0])])[0].tolist()
-# [[12.0, 24.0], [16.0, 28.0]]
 #
 # Two environment variables let you look behind the curtain, here and everywhere in tinygrad: with DEBUG=2 it
 # prints each program that it runs, and how long that took; with DEBUG=4 also its C.
@@ -4977,13 +4973,10 @@ def noting(function, notes: list):
         return result
     return noted
 
-Watched = namedtuple("Watched", "logits streams asked")
-
-def watch(model: GPT, idx: np.ndarray) -> Watched:
+def watch(model: GPT, idx: np.ndarray) -> tuple[np.ndarray, list, list]:
     """Pass ids (B, T) int32 through a model. Returns float32 arrays: the logits (B, T, V); and of the first
     row the stream before, between and after the blocks, (T, C) each, and what each attention got and
     answered, (T, 3, H, D) and (T, H, D)."""
-    model.parameters()
     asked = []
     passed = []
     ops = copy.copy(model.ops)
@@ -4991,8 +4984,7 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     # `deepcopy` looks for each object in its memo first, by its id, and if it is there, takes what stands
     # beside it. So the twin has layers of its own, but the model's tensors, and the backend that watches.
     memo = {id(tensor): tensor for tensor in get_state_dict(model).values()}
-    memo |= {id(model.ops): ops, id(model.tokenizer): model.tokenizer}
-    twin = copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo | {id(model.ops): ops})
     twin.h = [noting(block, passed) for block in twin.h]
 
     def forward(idx: Tensor) -> tuple[Tensor, ...]:
@@ -5007,8 +4999,9 @@ def watch(model: GPT, idx: np.ndarray) -> Watched:
     logits, *rest = model.ops.record(forward)(idx)
     # Only the first row is a prompt that somebody asks about; of the others, the logits are enough.
     rest = [array[0] for array in rest]
+    streams = rest[:len(passed) + 1]
     pairs = rest[len(passed) + 1:]
-    return Watched(logits, rest[:len(passed) + 1], list(zip(pairs[::2], pairs[1::2], strict=True)))
+    return logits, streams, list(zip(pairs[::2], pairs[1::2], strict=True))
 
 # *Whom does it look at?* Flash attention never has its weights in memory. But we can ask for them: an answer
 # is the average of the values, with these weights. Let token 5's value be 1 in channel 5 and 0 elsewhere;
@@ -5083,17 +5076,17 @@ def as_shares(logits: np.ndarray) -> np.ndarray:
 # start, the stream is hardly more than the token's own row, and which row is most like it? Itself. So at
 # first most tokens "expect" themselves, and the first block has to talk them out of it. ("The logit lens":
 # nostalgebraist 2020.)
-def guesses_on_the_way(model: GPT, seen: Watched, prompt: list[int], names: list[str]) -> dict:
+def guesses_on_the_way(model: GPT, streams: list, answer: np.ndarray, prompt: list[int], names: list) -> dict:
     """For the page, rows of [token, probability]: what is likeliest at each place of the prompt if the final
     norm and the head read the stream before the first block, and after each. ValueError if what they read at
-    the end is not what the model says."""
+    the end is not what the model says: `answer` (n, V), its logits."""
     read = model.ops.record(lambda x: (model.head(model.ln_f(x)).contiguous().realize(),))
     rows = [["it reads", [[names[token]] for token in prompt]]]
-    for i, stream in enumerate(seen.streams):
+    for i, stream in enumerate(streams):
         logits = read(stream[None])[0][0, :len(prompt)]               # (n, V)
         guesses = [[names[p.argmax()], float(f"{p.max():.3g}")] for p in as_shares(logits)]
         rows.append([f"after block {i}" if i else "at the start", guesses])
-    if not np.allclose(logits, seen.logits[0, :len(prompt)], rtol=1e-3, atol=1e-3):
+    if not np.allclose(logits, answer, rtol=1e-3, atol=1e-3):
         raise ValueError("the stream after the last block does not lead to the model's logits")
     rows.append(["what came", [[names[token]] for token in prompt[1:]]])
     return {"rows": rows}
@@ -5229,8 +5222,8 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
     idx = np.zeros((1 + len(starts), T), np.int32)
     idx[0, :n] = shown
     idx[1:] = text[starts[:, None] + np.arange(T)]
-    seen = watch(model, idx)
-    if not np.isfinite(seen.logits).all():
+    logits, streams, asked = watch(model, idx)
+    if not np.isfinite(logits).all():
         raise UserError("this model's logits are not finite: there is nothing to look at")
     names = [in_letters(model.tokenizer, token) for token in range(c.vocab_size)]
     # Which tokens are common? A learned vocabulary, after the 256 bytes, has its commonest pieces first, and
@@ -5239,13 +5232,13 @@ def look(model: GPT, prompt: list[int], text: np.ndarray | None = None, folder: 
     commonest = sorted(range(len(counts)), key=lambda token: (-counts[token], token < 256))
     sections = {
         "tokens": {"merges": merges_of(model.tokenizer, shown, names), "ids": shown},
-        "expects": {"places": [expectation(row, names) for row in seen.logits[0, :n]]},
-        "looks": or_else("attention", attention_maps, model.ops, seen.asked, n),
-        "grows": or_else("guess on the way", guesses_on_the_way, model, seen, shown, names),
-        "surprises": or_else("text", surprises, text, seen.logits[1:], names),
+        "expects": {"places": [expectation(row, names) for row in logits[0, :n]]},
+        "looks": or_else("attention", attention_maps, model.ops, asked, n),
+        "grows": or_else("guess on the way", guesses_on_the_way, model, streams, logits[0, :n], shown, names),
+        "surprises": or_else("text", surprises, text, logits[1:], names),
         "knows": or_else("embedding table", knowledge, model, commonest, names),
         "learned": or_else("log", story, folder)}
-    p = as_shares(seen.logits[0, n - 1])
+    p = as_shares(logits[0, n - 1])
     likeliest = [[names[token], float(p[token])] for token in np.argsort(-p)[:5]]
     return {"prompt": [names[token] for token in shown], "next": likeliest, "sections": sections}
 
@@ -5441,7 +5434,6 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
         check_memory(config, train_config, backend)
     model = GPT(config, backend)
     parameters = model.parameters()
-    n_parameters = sum(math.prod(tensor.shape) for tensor in parameters.values())
     if isinstance(backend, Packed):
         restore(model, {name: tensor.numpy() for name, tensor in parameters.items()}, "noise")
     if what == "step":
@@ -5462,7 +5454,7 @@ def bench(what: str, config: GPTConfig, train_config: TrainConfig, backend: Plai
     # context is read again, belongs to writing.
     second = float(np.median(seconds) if what == "step" else seconds.mean())
     speed = {"ms_per_step": 1e3 * second} if what == "step" else {"tokens_per_s": 1 / second}
-    result = {"bench": what, "parameters": n_parameters} | speed
+    result = {"bench": what, "parameters": sum(tensor.numel() for tensor in parameters.values())} | speed
     memory_unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux kilobytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / memory_unit
     result |= {"gflops": flops / second / 1e9, "peak_mb": peak, "blas_gflops": blas_gflops()}
@@ -5964,14 +5956,12 @@ def introduce(model: GPT, config: TrainConfig, start: int, corpus: Corpus, effor
 def conclude(model: GPT, config: TrainConfig, out_dir: Path, flags: str) -> None:
     """Show the curve of a finished run, how fast it was, and what to type next."""
     log = read_log(out_dir / "log.csv")
-    curve = chart(column(log, "val_bpb"))
-    if curve:
+    if curve := chart(column(log, "val_bpb")):
         say(f"\nbits per byte on the validation text\n{curve}")
-    flops = step_flops(model.config, config)
-    a_token = flops / tokens_a_step(config, model.config.block_size)
-    speed = a_token * np.median([tokens_per_s for _, tokens_per_s in column(log, "tokens_per_s")])
-    limit = 1e9 * blas_gflops()
-    say(f"\n{flops / 1e9:.1f} GFLOP a step, {speed / 1e9:.0f} GFLOP a second: {speed / limit:.0%} of this "
+    gflop = step_flops(model.config, config) / 1e9
+    tokens_per_s = np.median([number for _, number in column(log, "tokens_per_s")])
+    speed = gflop * tokens_per_s / tokens_a_step(config, model.config.block_size)
+    say(f"\n{gflop:.1f} GFLOP a step, {speed:.0f} GFLOP a second: {speed / blas_gflops():.0%} of this "
         "machine's rate for a matrix product in numpy")
     if config.keep:
         path = out_dir / f"ckpt_{config.max_iters}.safetensors"
@@ -6208,8 +6198,7 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         code, line = explain(error)
-        with suppress(OSError):
-            print("minimiggy:", brief(line), file=sys.stderr)
+        warn(brief(line))
         return code
 
 # A shell can close one of a program's three streams (`>&-`), and it is None then; it gets one that leads
