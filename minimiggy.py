@@ -2810,9 +2810,10 @@ def attend(k, y, keys, values, qkv, position, start, *, most: int):
 class Cache:
     """The keys and values of one block, (1, H, texts * S, D) each: S places for each of some texts. `start`
     says where the text of each new token begins, (T,), or that of all of them, (1,)."""
-    def __init__(self, S: int, texts: int):
+    def __init__(self, S: int, texts: int, place):
         self.S = S
         self.texts = texts
+        self.place = place                         # the backend's: it makes memory even during a recording
         self.memory = None
         self.start = Tensor.zeros(1, dtype=dtypes.int32)
 
@@ -2820,7 +2821,7 @@ class Cache:
         """The memory, made at the first call. (Values may have another `width` than keys.)"""
         if self.memory is None:
             shapes = [(1, H, self.texts * self.S, n) for n in (D, width or D)]
-            self.memory = [Tensor(np.zeros(shape, np.float32)).realize() for shape in shapes]
+            self.memory = [self.place(np.zeros(shape, np.float32)).realize() for shape in shapes]
         return self.memory
 
     def extend(self, k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2901,20 +2902,15 @@ class Writer:
         # it, and a sixteenth. (For T = 64 that is 32 and 8: a piece of 2 is not worth a program.)
         longest = 1 << min(8, self.half.bit_length() - 1)
         self.sizes = [n for n in (longest, longest // 4, longest // 16) if n > 3]
-        self.caches = [Cache(self.S, texts) for _ in model.h]
+        self.caches = [Cache(self.S, texts, model.ops.place) for _ in model.h]
         self.programs = {}
         self.owners = {}  # which text is in the caches, by row
         self.is_known = is_as_in_part_one(model)
         self.remembers = True
         model.parameters()  # (puts all numbers into memory)
         self.made_of = made_of(self)
-        # The caches' memory must be there before something is recorded, and we know its shape for our own
-        # model only. (With any other, `agrees` sees to that.)
         if write is not WRITE_AS_WE_KNOW_IT:
             self.forget("`write` has been changed, and part II cannot do the same with a cache")
-        elif self.is_known:
-            for cache in self.caches:
-                cache.room(model.config.n_head, model.config.n_embd // model.config.n_head)
 
     def forget(self, why="with a cache of keys and values this model would write something else") -> None:
         """Do without the caches from now on."""
@@ -2926,10 +2922,7 @@ class Writer:
         self.owners = {}
         n = self.model.config.block_size
         ids = np.random.default_rng(0).integers(0, self.model.config.vocab_size, n).tolist()
-        first = Tensor([0], dtype=dtypes.int32)
         try:
-            # (A first token, not recorded: each layer asks its cache for `room`, which makes the memory.)
-            self.step(first.reshape(1, 1), first, Tensor.zeros(1, dtype=dtypes.int32))
             want = self.model(Tensor([ids], dtype=dtypes.int32)).numpy()[0]            # (n, V)
             row = self.texts - 1                                         # (the last, whose places are others)
             got = [self.logits(ids[:place + 1], place, row) for place in range(n)]
