@@ -2096,14 +2096,13 @@ def cross_entropy_back(k, dlogits, dloss, logits, lse, targets):
 # each addition before the next can begin.
 def square_sums(k, after, before, *gradients):
     """after (cores,) float64 = before + each core's part of the sum of squares of some gradients."""
-    cores = after.rows * after.columns
     lanes = k.array(16, dtype=dtypes.double)
-    for core in k.share(cores):
+    for core in k.share(k.cores):
         for lane in k.loop(16):
             lanes[lane] = 0.0
         for gradient in gradients:
             n = gradient.rows * gradient.columns
-            steps = pieces(n, 16 * cores)
+            steps = pieces(n, 16 * k.cores)
             for step, lane in k.loop(steps, 16):
                 place = (core * steps + step) * 16 + lane
                 inside = place < n  # (the last core may have less to do)
@@ -2633,11 +2632,8 @@ def groups(parameters: dict[str, Tensor], cores: int) -> list[list[str]]:
         if parameters[name].numel() < cores:
             return [name]
         return name.split(".")[:2] if name.startswith("h.") else []
-    found = []
-    for _, names in itertools.groupby(parameters, block):
-        names = list(names)
-        found += [names[i:i + 12] for i in range(0, len(names), 12)]
-    return found
+    blocks = [list(names) for _, names in itertools.groupby(parameters, block)]
+    return [names[i:i + 12] for names in blocks for i in range(0, len(names), 12)]
 
 def in_memory(ids: Tensor, n: int | None = None) -> Tensor:
     """Whole numbers as a kernel can read them: int32, and in memory, which a mere constant is not. ValueError
@@ -3892,13 +3888,13 @@ def open_checkpoint(path: str | Path, backend: Plain | None = None) -> Checkpoin
             raise Damaged("it has far fewer numbers than the model that it speaks of")
         model = GPT(config, backend, seed=None)
         restore(model, arrays, path)
-        text = metadata.get("tokenizer")
-        most = 100 + 20 * config.vocab_size  # (18 for a merge such as "[399998, 399999], ")
-        if text and len(text) > most and TOKENIZER_IS_OURS:
-            raise Damaged("its tokenizer is too long for its vocabulary")
-        model.tokenizer = tokenizer_from_json(text) if text else None
-        if text and model.tokenizer.vocab_size > config.vocab_size:
-            raise Damaged("its tokenizer has more tokens than its model")
+        if text := metadata.get("tokenizer"):
+            most = 100 + 20 * config.vocab_size  # (18 for a merge such as "[399998, 399999], ")
+            if len(text) > most and TOKENIZER_IS_OURS:
+                raise Damaged("its tokenizer is too long for its vocabulary")
+            model.tokenizer = tokenizer_from_json(text)
+            if model.tokenizer.vocab_size > config.vocab_size:
+                raise Damaged("its tokenizer has more tokens than its model")
     except (Damaged, ValueError) as error:
         raise UserError(brief(f"{path} cannot be opened: {error}")) from error
     model.source = source_in(metadata)
