@@ -657,9 +657,9 @@ def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
             used.append(threads)
             this()
         return replay
-    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 4, recorded=False)
+    losses, norms, numbers, _ = trained(config, QUICK, ids, Fast(4), 6, recorded=False)
     monkeypatch.setattr(minimiggy, "Crew", crews)
-    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 4)
+    again, same_norms, same_numbers, _ = trained(config, QUICK, ids, Fast(4), 6)
     assert set(used) == {1, 2, 3}
     assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
 
