@@ -643,6 +643,13 @@ def test_the_crew_replays_the_recording_to_the_last_bit(ids):
     again, same_norms, same_numbers, _ = trained(DEEP, QUICK, ids, recorded=False)
     assert (losses == again).all() and (norms == same_norms).all() and same(numbers, same_numbers)
 
+@pytest.mark.parametrize("ops", [FAST, PLAIN])
+def test_a_result_that_is_a_mere_constant_is_recorded(ops):
+    twice = ops.record(lambda x: ((2 * x).realize(), *(2 * x).sum().gradient(x)))
+    for i in range(3):
+        y, slope = twice(np.float32([i, 1]))
+        assert y.tolist() == [2 * i, 2] and slope.tolist() == [2, 2]
+
 def test_fewer_threads_than_shares_lose_nothing(ids, monkeypatch):
     config = dataclasses.replace(TINY, n_head=4, n_embd=48)
     crew = minimiggy.Crew
