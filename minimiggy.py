@@ -160,7 +160,7 @@ def learn_merges(word_counts: Counter, vocab_size: int) -> list[tuple[int, int]]
 # What is a "word"? Without borders, "dog.", "dog!" and "dog?" would become three tokens that have nothing to
 # do with each other. So a pattern (GPT-2's) cuts the text first, and no merge crosses its cuts. It lists what
 # a piece may be: 's, 't, 'll and so on; a run of letters (\p{L}: of any script), of digits (\p{N}) or of
-# other signs, each with the space before it, if there is one; and white space, less a space of that kind.
+# other signs, each with the space before it, if there is one; and what white space is then left over.
 #
 # >>> import regex  # it comes with tiktoken; Python's own `re` does not know \p{L}
 # >>> regex.findall(SPLIT, "It's 3 dogs, isn't it?")
@@ -285,7 +285,7 @@ class TrainConfig:
     keep: int = 3                  # how many saved models (*checkpoints*) to keep
 
 # Randomness must be repeatable, so that a run that was interrupted continues exactly as it would have. So
-# chance (`rng`) begins anew for each of four uses, from its number below, the seed, and for two the step.
+# each of four uses has an `rng` of its own, from its number below, the seed and, for two of them, the step.
 WEIGHTS, PASSAGES, DROPOUT, WRITING = 1, 2, 3, 4
 
 # === Chapter 6. The model
@@ -609,7 +609,7 @@ class GPT:
 # surprised by -ln p *nats*: by nothing if p = 1, by 0.69 if p = 1/2, by 4.6 if p = 1/100. Why ln? A text's
 # probability is the product of its tokens', and ln makes it a sum: surprises add up, and can be averaged.
 # Their mean over all tokens is the *cross-entropy*, the loss that training lowers. With p from softmax, a
-# surprise is ln(sum of exp(logits)) minus the logit of the token that came.
+# surprise is ln(sum of exp(logits)) minus the logit of the token that came: `cross_entropy` (6.2).
 #
 # What should it be at the start? Small random weights make small logits, so each of V tokens gets about 1/V,
 # and the loss is ln V; with 1024 tokens, 6.93. If a new model's loss is far from that, something is wrong.
@@ -651,7 +651,7 @@ def get_batch(data: np.ndarray, config: TrainConfig, T: int, step: int) -> tuple
 # Both averages begin at zero and are too small at first, by the factors 1 - 0.9^t and 1 - 0.99^t at step t =
 # 1, 2, ... So `adamw` (6.2) divides by these (*bias correction*). If the gradient is always g > 0, then m_hat
 # = m / (1 - 0.9^t) = g, v_hat = g^2, and m_hat / sqrt(v_hat) is 1. Undivided, 0.1 g / sqrt(0.01 g^2) is 1 at
-# step 1, too, but 0.65 g / sqrt(0.096 g^2) is 2.1 at step 10: a step twice as long.
+# step 1, too, but 0.65 g / sqrt(0.096 g^2) is 2.1 at step 10: a step twice as long, since v lags more.
 #
 # AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) also pulls matrices a little towards zero at each step:
 # weights that no gradient renews fade. All gradients together, if longer than `grad_clip`, are shortened.
@@ -684,7 +684,7 @@ class AdamW:
         sums = zeros if config.grad_accum > 1 else {}                 # a step's batches add to these
         self.sums = {name: model.ops.place(array).realize() for name, array in sums.items()}
         self.batch = model.ops.record(self.step)                      # only adds up gradients
-        self.last_batch = model.ops.record(self.step)                 # and steps (another side of the `if`)
+        self.last_batch = model.ops.record(self.step)                 # and steps (the other side of its `if`)
 
     def step(self, x: Tensor, y: Tensor, key: Tensor, is_first: Tensor, rates: Tensor | None = None):
         """A batch x, y (B, T), a key (1,), and whether it `is_first` of its step (1,) -> its loss. With the
@@ -706,7 +706,7 @@ class AdamW:
 
     def __call__(self, data: np.ndarray, i: int) -> tuple[float, float]:
         c = self.config
-        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (has none)
+        now = get_state_dict(vars(self.model) | {"tokenizer": None}).values()    # (it has no tensors)
         if [id(tensor) for tensor in now] != [id(tensor) for tensor in self.tensors]:
             raise ValueError("the model has other tensors than when its optimizer was made: make a new AdamW")
         Tensor.realize(*now)                                          # (in case any were assigned to)
@@ -766,8 +766,8 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature=0.8, top_k=0,
     ends = np.cumsum(p)
     return int(np.searchsorted(ends[:-1], rng.random() * ends[-1], side="right"))
 
-# The model sees T tokens at most. Past that, only the newest T / 2 stay: all places shift, and part II has to
-# compute them anew, so it is done seldom. A recording has one shape: zeros fill `idx` (the mask hides them).
+# The model sees T tokens at most. Past that, only the newest T / 2 stay. (All places shift then, and part II
+# computes them anew, so we do it seldom.) A recording has one shape: zeros fill `idx`; the mask hides them.
 def write(model: GPT, ids: list[int], max_tokens: int, seed=0, text=0, **how):
     """Yield what follows `ids` (not empty). Two numbers, `seed` and `text`, fix chance; `how` is `draw`'s."""
     T = model.config.block_size
