@@ -536,7 +536,7 @@ def test_shapes_that_kernels_do_not_know_are_computed_or_refused_as_in_part_one(
 
 @pytest.mark.parametrize("ops", [FAST, PLAIN])
 def test_a_cache_for_other_heads_is_refused(ops):
-    cache = minimiggy.Cache(8, 1, FAST.place)
+    cache = minimiggy.Cache(8, 1, ops.place)
     cache.room(2, 4)
     with pytest.raises(Exception, match="shape"):
         ops.attention(Tensor(random(1, 1, 3, 4, 4)), Tensor([0], dtype="int32"), cache).numpy()
